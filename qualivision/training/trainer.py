@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'TrainError', 'TrainConfig', 'seed_all', 'kept_rng', 'epoch_batches', 'steps_per_epoch', 'warmup_cosine',
-           'parameter_groups', 'training_loss', 'make_accelerator', 'deterministic', 'validation_metrics', 'Tracker',
-           'DvcLiveTracker', 'TensorBoardTracker', 'WandbTracker', 'open_tracker', 'Progress', 'read_pointer',
-           'switch_pointer', 'write_history', 'Run', 'start_run', 'take_step', 'judged', 'validate', 'save_run',
-           'restore_run', 'end_epoch', 'fit']
+           'parameter_groups', 'training_loss', 'pick_device', 'make_accelerator', 'deterministic',
+           'validation_metrics', 'Tracker', 'DvcLiveTracker', 'TensorBoardTracker', 'WandbTracker', 'open_tracker',
+           'Progress', 'read_pointer', 'switch_pointer', 'write_history', 'Run', 'start_run', 'take_step', 'judged',
+           'validate', 'save_run', 'restore_run', 'end_epoch', 'fit']
 
 # %% ../../nbs/training/31_trainer.ipynb #1bc09724
 import contextlib
@@ -138,17 +138,22 @@ def training_loss(out: dict,          # of the model: mos (B,5), aesthetic_score
     total = total + aux_weight * aux
     return total, {"loss": total.detach(), **parts, "aux_loss": aux.detach()}
 
-# %% ../../nbs/training/31_trainer.ipynb #0cbbdc6d
+# %% ../../nbs/training/31_trainer.ipynb #046b7e90
+def pick_device(name: str = "auto",  # auto | cpu | cuda | mps
+                ) -> str:            # cpu | cuda | mps
+    "The device of that name; raises TrainError where this torch does not offer it."
+    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name not in ("auto", "cpu", found):
+        raise TrainError(f"device: {name}", f"this machine's torch ({torch.__version__}) offers {found}",
+                         "Set it to auto, or install a torch for the device.")
+    return found if name == "auto" else name
+
 def make_accelerator(device: str = "auto",     # auto | cpu | cuda | mps
                      precision: str = "auto"): # auto | no | bf16 | fp16
     "An `accelerate.Accelerator` on that device; raises TrainError where the device or the precision is not there."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
-    found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device not in ("auto", "cpu", found):
-        raise TrainError(f"train.device: {device}", f"this machine's torch ({torch.__version__}) offers {found}",
-                         "Set it to auto, or install a torch for the device.")
-    kind = found if device == "auto" else device
+    kind = pick_device(device)
     if precision == "auto": precision = "no" if kind != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     if precision == "fp16" and kind == "cpu":
         raise TrainError("train.precision: fp16", "gradient scaling needs a CUDA or MPS device", "Set it to no or bf16.")
@@ -182,7 +187,7 @@ def validation_metrics(pred: np.ndarray,    # (N,5) scores
     defined = None not in each.values()
     return {"val_score": sum(each.values()) / len(each) if defined else None, **each}
 
-# %% ../../nbs/training/31_trainer.ipynb #c52f9773
+# %% ../../nbs/training/31_trainer.ipynb #ce241795
 class Tracker:
     "Passes the rows of a history on: `log(row)` for each, `close()` at the end. This one passes nothing on."
     def __init__(self, folder: Path, config: dict): pass
@@ -198,7 +203,8 @@ class DvcLiveTracker(Tracker):
         from scmrepo.exceptions import SCMError
         try: self.live = Live(str(folder / "dvclive"), dvcyaml=None, save_dvc_exp=False, report=None)
         except SCMError as e:
-            raise TrainError("tracker: dvclive", f"the git repository gives it no commit ({e})", "Make a first commit, or set train.tracker to none.") from e
+            raise TrainError("tracker: dvclive", f"the git repository gives it no commit ({e})",
+                             "Make a first commit, or set train.tracker to none.") from e
     def log(self, row):
         for name, value in _numbers(row).items(): self.live.log_metric(name, value)
         self.live.next_step()
@@ -296,7 +302,7 @@ def write_history(path: Path, rows: list[dict]):
     text = [",".join(rows[0])] + [",".join("" if v is None else repr(v) for v in row.values()) for row in rows]
     _replace_text(Path(path), "\n".join(text) + "\n")
 
-# %% ../../nbs/training/31_trainer.ipynb #6a4783f2
+# %% ../../nbs/training/31_trainer.ipynb #9884f2df
 @dataclass
 class Run:
     "A training run: its parts, and how far it is."
@@ -335,7 +341,8 @@ def start_run(model, train_set, val_set, config: TrainConfig, folder, meta: dict
     steps = steps_per_epoch(len(train_set), config.batch_size, config.accumulation, acc.num_processes)
     total = steps * config.epochs
     if config.warmup_steps >= total:
-        raise TrainError("train.warmup_steps", f"{config.warmup_steps} steps of warm-up in a run of {total} steps ({config.epochs} epochs of {steps})",
+        raise TrainError("train.warmup_steps",
+                         f"{config.warmup_steps} steps of warm-up in a run of {total} steps ({config.epochs} epochs of {steps})",
                          "Give fewer, or train longer: the rate would never reach its peak.")
     model = model.to(acc.device)
     averaged = None
@@ -349,7 +356,7 @@ def start_run(model, train_set, val_set, config: TrainConfig, folder, meta: dict
     prepared.train(); loss.train()
     return Run(acc, prepared, model, averaged, optimizer, scheduler, loss, train_set, val_set, config, Path(folder), dict(meta or {}), steps)
 
-# %% ../../nbs/training/31_trainer.ipynb #1cc5e4a2
+# %% ../../nbs/training/31_trainer.ipynb #0b894bfa
 def _names(group): return ", ".join(n for batch in group for n in batch["video_name"])
 
 def _out_of_memory(e: BaseException) -> bool:
@@ -384,7 +391,8 @@ def take_step(run: Run,
     except (RuntimeError, MemoryError) as e:
         if not _out_of_memory(e): raise
         raise TrainError(f"step {run.step + 1}, {len(group)} × {len(group[0]['video_name'])} videos on {acc.device}", "out of memory",
-                         "Halve train.batch_size and double train.accumulation (the same step in smaller pieces), or take smaller or fewer frames.") from e
+                         "Halve train.batch_size and double train.accumulation (the same step in smaller pieces), "
+                         "or take smaller or fewer frames.") from e
     norm = acc.clip_grad_norm_(run.model.parameters(), config.clip or math.inf)
     sums["videos"] = torch.tensor(float(sum(len(b["video_name"]) for b in group)), device=acc.device)
     values = acc.reduce(torch.stack(list(sums.values())), "sum").tolist()
