@@ -97,7 +97,10 @@ make_env() {        # .venv, unless it is there and whole
     fi
 }
 
-pip_install() { "$PY" -m pip install --quiet --progress-bar off "$@"; }
+pip_install() {     # -qq: errors, no warnings
+    "$PY" -m pip install -qq --progress-bar off "$@" ||
+        die "pip could not install everything (above). The first set-up needs the network; run again to go on from here."
+}
 
 setup() {           # $1: base, or test with the optional trackers as well
     find_env
@@ -135,7 +138,7 @@ setup() {           # $1: base, or test with the optional trackers as well
 
 # ---- the jobs -----------------------------------------------------------------------------------------------------
 
-fetch_data() { "$PY" -m dvc pull --quiet data.dvc; }        # from dvcstore/, no network
+fetch_data() { "$PY" -m dvc pull data.dvc; }        # from dvcstore/, no network
 
 main_job() {
     setup base
