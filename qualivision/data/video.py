@@ -6,8 +6,8 @@
 __all__ = ['READERS', 'VideoError', 'MissingVideo', 'EmptyVideo', 'NotAVideo', 'NoVideoStream', 'TruncatedVideo', 'CorruptVideo',
            'ReaderUnavailable', 'VideoWarning', 'VideoInfo', 'probe', 'read_frames', 'write_video']
 
-# %% ../../nbs/data/01_video.ipynb #1ca2a238
-import os, stat, warnings
+# %% ../../nbs/data/01_video.ipynb #bccdc5d2
+import os, re, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from ..quality import QualiVisionError
 
@@ -53,17 +54,18 @@ class VideoInfo:
     reader: str      # "decord" or "pyav": what reader="auto" takes
     why: str         # the reason for that choice
 
-# %% ../../nbs/data/01_video.ipynb #04903aae
+# %% ../../nbs/data/01_video.ipynb #a0141e68
 _FORMATS = ("mov,matroska,avi,gif,apng,mpegts,mpeg,mpegvideo,m4v,h264,hevc,vvc,obu,av1,ivf,flv,asf,ogg,rm,nut,mxf,"
             "yuv4mpegpipe,wav,flac,aiff,mp3")
 _STILLS = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"\0\0\1\0": "icon"}
 
-def _head(path: Path, n: int = 64) -> bytes:
+def _head(path: Path, n: int = 256) -> bytes:
     with open(path, "rb") as f: return f.read(n)
 
 def _not_video(head: bytes  # the first bytes of a file
               ) -> str | None:  # what it is instead of a video; None: nothing that is known
     "A name for what people pass instead of a video."
+    if b"acTL" in head or head.startswith(b"YUV4MPEG2"): return None                     # an animated PNG; pictures behind a line of text
     for magic, name in _STILLS.items():
         if head.startswith(magic): return f"it is a still picture ({name})"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP": return "it is a picture (WebP)"
@@ -72,7 +74,7 @@ def _not_video(head: bytes  # the first bytes of a file
     text = head.decode("utf-8", errors="replace")
     if "\0" not in text and sum(c.isprintable() or c.isspace() for c in text) >= 0.95 * len(text): return "it is text"
 
-# %% ../../nbs/data/01_video.ipynb #79664265
+# %% ../../nbs/data/01_video.ipynb #b46c4069
 def _boxes(f, end: int):
     "The top-level boxes of an ISO base media file (mp4, mov) as (type, end offset)."
     at = 0
@@ -82,7 +84,7 @@ def _boxes(f, end: int):
         size, kind = int.from_bytes(head[:4]), head[4:8]
         if size == 1: size = int.from_bytes(head[8:16])
         size = end - at if size == 0 else size
-        if size < 8: return
+        if size < 8 or not kind.isalnum(): return
         yield kind, at + size
         at += size
 
@@ -113,207 +115,265 @@ def _ends_early(path: Path) -> str | None:  # the reason, None: as long as its c
         elif head[:4] == b"RIFF" and head[8:11] == b"AVI":
             should = 8 + int.from_bytes(head[4:8], "little")
             if should > end: return f"it has {end} bytes and should have {should}"
+        elif head[:1] == b"\x47" and end > 188 and end % 188:
+            f.seek(188)
+            if f.read(1) == b"\x47": return f"it has {end} bytes, which is no whole number of transport packets"
         elif head[:4] == b"GIF8":
             f.seek(max(0, end - 16))
             if not f.read().rstrip(b"\0").endswith(b";"): return "its end mark is missing"
 
-# %% ../../nbs/data/01_video.ipynb #dd874406
+# %% ../../nbs/data/01_video.ipynb #d9bd1caa
 @contextmanager
 def _open(path: Path, strict: bool = False):
     "The container and its video stream, or the typed error that says why there is none."
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
     early, head = _ends_early(path), _head(path)
     if what := _not_video(head): raise NotAVideo(path, what, "Give a video file (mp4, mov, mkv, webm, avi, gif, …).")
-    try: container = av.open(f"file:{path}", options=options)
+    try: container = av.open(f"file:{path}", options=options, metadata_errors="replace")
     except av.FFmpegError as e:
         if early: raise TruncatedVideo(path, f"the file is cut off: {early}", "Copy or download it again.") from e
         if head[4:8] in (b"ftyp", b"moov") or head[:4] in (b"\x1aE\xdf\xa3", b"RIFF", b"GIF8", b"OggS"):
             raise CorruptVideo(path, f"its header cannot be read ({e.strerror})", "Copy or download it again.") from e
         raise NotAVideo(path, "its bytes are no video format that is known here", "Give a video file (mp4, mov, mkv, webm, avi, gif, …).") from e
     with container:
-        streams = [s for s in container.streams.video if "attached_pic" not in s.disposition.name]
+        streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams:
             if early: raise TruncatedVideo(path, f"the file is cut off: {early}", "Copy or download it again.")
             kinds = sorted({s.type for s in container.streams}) or ["nothing"]
             raise NoVideoStream(path, f"it holds {', '.join(kinds)} and no pictures", "Give a file with a video stream.")
+        if any(s.codec_context is None for s in streams): raise VideoError(path, "FFmpeg knows no decoder for its pictures", "Encode it again as H.264.")
         best = container.streams.best("video")
         stream = best if best in streams else streams[0]
         stream.codec_context.options = {"err_detect": "explode"} if strict else {}
         yield container, stream
 
-# %% ../../nbs/data/01_video.ipynb #792d5565
+# %% ../../nbs/data/01_video.ipynb #e70c3583
 @dataclass
-class _Look:
-    "What demuxing tells, before anything but the first frame is decoded."
-    info: VideoInfo
-    rotation: int        # degrees counter-clockwise that make the first frame upright
-    lost: int | None     # frames that the container promises and the file does not hold; None: some, but nobody can tell how many
-    cause: str           # what is wrong with the file, "" if nothing is
-    by_decoding: bool    # whether packets and frames are not one to one, so that only decoding counts the frames
+class _Packet:
+    "What a container says about one compressed frame, or None where it says nothing."
+    pts: int | None   # when it is shown, in the stream's unit of time
+    duration: int
+    key: bool         # the container calls it a key frame
+    restart: bool     # it really is one: nothing before it is needed for anything after it
+    discard: bool     # an edit list takes it away from what is shown
 
-def _leading(first_key: int | None, pts: int | None) -> bool:
-    "Whether a packet comes before anything that can be decoded: before the first key frame, in time or in order."
-    return first_key is None or (pts is not None and pts < first_key)
+def _nal_types(data: bytes, extradata: bytes) -> list[int]:
+    "The unit types of one H.264 packet; 5 is a slice of an IDR picture."
+    if extradata[:1] != b"\1": return [data[m.end()] & 31 for m in re.finditer(b"\0\0\1(?=.)", data, re.DOTALL)]   # start codes: TS, raw
+    n, at, types = (extradata[4] & 3) + 1, 0, []                                                               # lengths: mp4, Matroska
+    while at + n < len(data):
+        types.append(data[at + n] & 31)
+        at += n + int.from_bytes(data[at:at + n])
+    return types
 
-# %% ../../nbs/data/01_video.ipynb #857f6b4b
-_UNEVEN = {"mpeg4", "msmpeg4v2", "msmpeg4v3", "vp8", "vc1", "wmv3", "mpeg1video", "mpeg2video"}
-_DECORD_CODECS = {"h264", "vp9"}
-_DECORD_FORMATS = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}
+def _restarts(codec: str, data: bytes, extradata: bytes) -> bool:
+    "Whether decoding can start at this key packet with nothing missing."
+    if codec == "h264": return 5 in _nal_types(data, extradata)
+    if codec == "vp9": return data[0] & 0b1100 == 0                     # neither a repeated nor an inter frame
+    return True
 
-def _unsafe(container, stream, packets: list, frame, rotation: int) -> str | None:  # the first reason; None: safe
+# %% ../../nbs/data/01_video.ipynb #12082d4c
+@dataclass
+class _Scan:
+    "All packets of a stream in decoding order, and its first frame."
+    packets: list        # of _Packet
+    frame: object        # av.VideoFrame, or None where nothing decodes
+    torn: int            # packets that the container could not deliver whole
+    cause: str           # what went wrong on the way, "" if nothing did
+
+def _scan(container, stream) -> _Scan:
+    scan, codec = _Scan([], None, 0, ""), stream.codec_context
+    name, extra = codec.codec.canonical_name, bytes(codec.extradata or b"")
+    try:
+        for p in container.demux(stream):
+            if p.size:
+                key = p.is_keyframe
+                scan.packets.append(_Packet(p.pts, p.duration or 0, key, key and _restarts(name, bytes(p), extra), p.is_discard))
+                scan.torn += p.is_corrupt
+            if scan.frame is None:
+                try: scan.frame = next(iter(p.decode()), None)
+                except av.FFmpegError: pass            # the strict decode counts it
+    except av.FFmpegError as e: scan.cause = f"it cannot be read to its end ({e.strerror})"
+    return scan
+
+# %% ../../nbs/data/01_video.ipynb #13726bfc
+_UNEVEN = {"mpeg4", "msmpeg4v2", "msmpeg4v3", "vp8", "vc1", "wmv3", "mpeg1video", "mpeg2video"}   # packets may show no frame
+_EXACT_CODECS = {"h264", "vp9"}
+_EXACT_FORMATS = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}
+
+def _unsafe(container, stream, scan: _Scan,
+            size: tuple[int, int],   # width, height in the header
+            fps: float               # measured on the packets
+           ) -> str | None:          # the first reason; None: decord is exact
     "Why decord may return other frames than those asked for."
-    codec, name = stream.codec_context, container.format.name
-    pts = [p.pts for p in packets]
+    frame, packets, pts = scan.frame, scan.packets, [p.pts for p in scan.packets]
+    name, codec = container.format.name, stream.codec_context.codec.canonical_name
     if not ("mp4" in name or "webm" in name): return f"decord misreads {name}"
-    if codec.name not in _DECORD_CODECS: return f"decord misreads or refuses {codec.name}"
-    if frame.format.name not in _DECORD_FORMATS: return f"decord is inexact on {frame.format.name}"
-    if len(container.streams.video) > 1: return "more than one video stream"
-    if frame.height % 2: return "an odd height: decord places the chroma differently"
-    if (frame.width, frame.height) != (codec.width, codec.height): return "the header and the first frame differ in size"
-    if rotation: return "the picture is stored rotated"
+    if codec not in _EXACT_CODECS: return f"decord misreads or refuses {codec}"
+    if frame.format.name not in _EXACT_FORMATS: return f"decord is inexact on {frame.format.name}"
+    if frame.height % 2: return "an odd height, where decord interpolates the colour in another way"
+    if frame.rotation: return "the picture is stored rotated"
     if frame.interlaced_frame: return "interlaced"
+    if len(container.streams.video) > 1: return "more than one video stream"
+    if size != (frame.width, frame.height): return "the header claims another size than the first frame has"
+    if stream.frames not in (0, len(packets)): return "the header claims another number of frames than there are packets"
     if any(p.discard for p in packets): return "trimmed by an edit list"
     if None in pts: return "packets without a timestamp"
-    if pts[0] != 0 or min(pts) != 0 or (stream.start_time or 0) != 0: return "the first timestamp is not zero"
+    if pts[0] or min(pts) or stream.start_time: return "the first timestamp is not zero"
     step = max(pts) / max(1, len(pts) - 1)
     if any(abs(t - i * step) > 1 for i, t in enumerate(sorted(pts))): return "a variable frame rate"
-    if not packets[0].key: return "the first packet is no key frame"
+    if abs(float(stream.average_rate or 0) - fps) > 0.01 * fps: return "the header claims another frame rate than the packets have"
+    if not all(p.restart for p in packets if p.key) or not packets[0].key: return "key frames that are no clean start (open groups, intra refresh)"
     key = 0
     for p in packets:
         if p.pts < key: return "open groups of pictures"
         if p.key: key = p.pts
     return None
 
-# %% ../../nbs/data/01_video.ipynb #3543adc8
+# %% ../../nbs/data/01_video.ipynb #78a91f14
 @dataclass
-class _Packet:
-    pts: int | None
-    duration: int
-    key: bool
-    discard: bool
+class _Look:
+    "What a file says about itself before anything but its first frame is decoded."
+    info: VideoInfo
+    rotation: int        # degrees counter-clockwise that make the picture upright
+    lost: int | None     # frames that the container promises and the file does not hold; None: some, nobody can tell how many
+    cause: str           # what is wrong with the file, "" if nothing is
+    cut: bool            # it ends before its container says so
+    leading: int         # shown packets before the first frame that can be decoded: somebody cut the stream there
+    clean: bool          # the first key frame needs nothing from before
+    uneven: bool         # packets and frames are not one to one
 
-def _demux(container, stream) -> tuple[list, int, object, str]:  # packets; how many are damaged; the first frame; cause
-    "All packets of the stream in decoding order, and the first frame that is shown."
-    packets, damaged, frame, cause = [], 0, None, ""
-    try:
-        for p in container.demux(stream):
-            if p.size: packets.append(_Packet(p.pts, p.duration or 0, p.is_keyframe, p.is_discard))
-            damaged += bool(p.size and p.is_corrupt)
-            if frame is None:
-                try: frame = next(iter(p.decode()), None)
-                except av.FFmpegError as e: cause = f"its first frames cannot be decoded ({e.strerror})"
-    except av.FFmpegError as e: cause = f"it cannot be read to its end ({e.strerror})"
-    return packets, damaged, frame, cause
+    @property
+    def by_decoding(self) -> bool: return self.uneven or self.leading > 0   # only a decode can count the frames
 
-# %% ../../nbs/data/01_video.ipynb #d5e802a0
-def _rate(stream, packets: list, frames: int) -> tuple[float, float]:  # frames/s, duration in s
-    "From the timestamps of what is shown; from the stream's own claim where there are none."
-    claim = float(stream.average_rate or stream.guessed_rate or 0)
-    shown = [p for p in packets if not p.discard]
-    if not shown or any(p.pts is None for p in shown): return claim, frames / claim if claim else 0.0
+def _before(first_key: int | None, pts: int | None) -> bool:
+    "Whether something belongs before the first key frame, in order (no key yet) or in time."
+    return first_key is None or (pts is not None and pts < first_key)
+
+def _rate(stream, packets: list  # those that are shown
+         ) -> tuple[float, float]:  # frames/s, duration in s
+    "From the timestamps; the header's rate where it agrees within 1 % or there are no timestamps."
+    claim, shown = float(stream.average_rate or stream.guessed_rate or 0), packets
+    if not shown or any(p.pts is None for p in shown): return claim, len(shown) / claim if claim else 0.0
     last = max(shown, key=lambda p: p.pts)
     span = last.pts - min(p.pts for p in shown)
     step = last.duration or (span / (len(shown) - 1) if len(shown) > 1 else 0)
     duration = float((span + step) * stream.time_base)
-    return (frames / duration if duration else claim), duration
+    fps = len(shown) / duration if duration else claim
+    return (claim if abs(fps - claim) <= 0.01 * claim else fps), duration
 
-def _look(path: Path, need_decord: bool = False) -> _Look:
-    "Demuxes the whole file and decodes its first frame."
+# %% ../../nbs/data/01_video.ipynb #82edf8f9
+def _promised(container, stream, fps: float) -> int:  # 0: the container does not say
+    "How many packets the container says it has."
+    name = container.format.name
+    if "mp4" in name: return len(stream.index_entries)          # after its edit lists; `stream.frames` counts before them
+    if name == "avi": return stream.frames
+    if "webm" in name or name == "flv": return round((container.duration or 0) / av.time_base * fps)
+    return 0
+
+def _look(path: Path) -> _Look:
     early = _ends_early(path)
     with _open(path) as (container, stream):
-        stream.codec_context.thread_count = 1
-        packets, damaged, frame, cause = _demux(container, stream)
-        if not packets or frame is None:
-            if early: raise TruncatedVideo(path, f"the file is cut off: {early}, and no frame is left", "Copy or download it again.")
+        codec = stream.codec_context
+        codec.thread_count, size = 1, (codec.width, codec.height)
+        scan = _scan(container, stream)
+        packets, frame = scan.packets, scan.frame
+        if frame is None:
+            if early: raise TruncatedVideo(path, f"the file is cut off ({early}) and no frame is left", "Copy or download it again.")
             if not packets: raise EmptyVideo(path, "it holds no frames", "Generate it again.")
-            raise CorruptVideo(path, cause or "not one frame can be decoded", "Copy or download it again.")
-        frames = sum(not p.discard for p in packets)
-        first_key = next((p.pts for p in packets if p.key), None)
-        after = packets[next((i for i, p in enumerate(packets) if p.key), 0):]
-        by_decoding = (stream.codec_context.name in _UNEVEN or frame.interlaced_frame or len(after) < len(packets)
-                       or any(p.pts is not None and first_key is not None and p.pts < first_key and not p.discard for p in after))
-        lost = max(0, (stream.frames or 0) - len(packets)) + damaged
-        if early and not lost: lost = None
-        if lost == 0 and cause: lost = None
-        if early: cause = f"the file is cut off: {early}"
-        elif lost and not cause: cause = f"the container promises {stream.frames} frames and holds {len(packets) - damaged}"
-        unsafe = _unsafe(container, stream, packets, frame, frame.rotation)
-        fps, duration = _rate(stream, packets, frames)
-        size = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
+            raise CorruptVideo(path, scan.cause or "not one frame can be decoded", "Copy or download it again.")
+        start = next((i for i, p in enumerate(packets) if p.key), len(packets) - 1)
+        visible = [i for i, p in enumerate(packets) if not p.discard]
+        shown = [packets[i] for i in visible if i >= start and not _before(packets[start].pts, packets[i].pts)]
+        fps, duration = _rate(stream, shown)
+        lost = scan.torn + (max(0, _promised(container, stream, fps) - len(packets)) if early or scan.torn else 0)
+        if (early or scan.cause) and not lost: lost = None
+        cut = bool(early or scan.torn)
+        cause = f"the file is cut off ({early or 'its last packet is incomplete'})" if cut else scan.cause
+        unsafe = "the file is damaged" if lost != 0 else _unsafe(container, stream, scan, size, fps)
         reader = "pyav" if unsafe or _decord() is None else "decord"
-        why = unsafe or ("decord is not installed" if reader == "pyav" else "decord reads this class of files exactly")
-        info = VideoInfo(frames, fps, *size, duration, stream.codec_context.name, frame.format.name,
+        why = unsafe or ("decord is not installed" if reader == "pyav" else "decord is exact on this class of files")
+        shape = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
+        info = VideoInfo(len(visible), fps, *shape, duration, codec.codec.canonical_name, frame.format.name,
                          max(c.bits for c in frame.format.components), reader, why)
-        return _Look(info, frame.rotation, lost, cause, by_decoding)
+        return _Look(info, frame.rotation, lost, cause, cut, len(visible) - len(shown), packets[start].restart or not packets[start].key,
+                     info.codec in _UNEVEN or frame.interlaced_frame)
 
-# %% ../../nbs/data/01_video.ipynb #587bd4c0
-def _pass(path: Path, rotation: int,
+# %% ../../nbs/data/01_video.ipynb #10d77bc4
+def _upright(rgb, frame, rotation: int) -> np.ndarray:  # (H,W,3) uint8
+    "One decoded frame in RGB, turned the way it is meant to be seen."
+    return np.rot90(rgb.reformat(frame, format="rgb24", threads=1).to_ndarray(), rotation // 90 % 4)
+
+def _pass(path: Path, look: _Look,
           places: dict | None = None,       # frame -> positions in `out`; None: decode and count, convert nothing
           out: np.ndarray | None = None,    # (T,H,W,3) uint8, filled here
           threads: int = 0                  # 0: as many as the machine has
          ) -> tuple[int, int]:              # frames shown, frames that could not be decoded
-    "Decodes everything in order, once, and keeps only the frames that were asked for."
-    places, shown, bad, first_key = places or {}, 0, 0, None
-    rgb, size = av.video.reformatter.VideoReformatter(), None
+    "Decodes the file once, in order from the start, strictly, and keeps only what was asked for."
+    places, rgb, size, shown, bad, keys, first_key = places or {}, VideoReformatter(), None, 0, 0, 0, None
     with _open(path, strict=True) as (container, stream):
-        stream.codec_context.thread_count = threads
-        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count, stream.thread_type = threads, "AUTO"
         try:
             for packet in container.demux(stream):
-                if first_key is None and packet.is_keyframe: first_key = packet.pts if packet.pts is not None else -2**62
+                if packet.is_keyframe and packet.size:
+                    keys += 1
+                    if first_key is None: first_key = packet.pts if packet.pts is not None else -2**63
                 try: frames = packet.decode()
                 except av.FFmpegError:
-                    bad += not (_leading(first_key, packet.pts) or packet.is_discard)
+                    bad += not (_before(first_key, packet.pts) or (keys < 2 and not look.clean))
                     continue
                 for frame in frames:
                     if frame.is_corrupt:
-                        bad += not _leading(first_key, frame.pts)
+                        bad += not _before(first_key, frame.pts)
                         continue
                     if (size := size or (frame.width, frame.height)) != (frame.width, frame.height):
                         raise VideoError(path, f"the picture changes its size at frame {shown}", "Encode it again at one size.")
-                    for at in places.get(shown, ()): out[at] = _upright(rgb, frame, rotation)
+                    for at in places.get(shown, ()): out[at] = _upright(rgb, frame, look.rotation)
                     shown += 1
-        except av.FFmpegError: bad += 1
+        except av.FFmpegError: bad += look.lost == 0        # the container breaks off; the look has counted that if it could
     return shown, bad
 
-def _upright(rgb, frame, rotation: int) -> np.ndarray:
-    "One decoded frame as (H,W,3) uint8, turned the way it is shown."
-    picture = rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
-    return np.rot90(picture, rotation // 90 % 4)
+# %% ../../nbs/data/01_video.ipynb #25439831
+def _count(path: Path, look: _Look) -> tuple[int, int | None]:  # frames that can be shown, frames lost (None: some, nobody can tell how many)
+    "What a strict decode of the whole file finds; the same on any number of threads."
+    shown, bad = _pass(path, look)
+    if bad: shown, bad = _pass(path, look, threads=1)    # which packet failed is exact on one thread only
+    absent = 0 if look.uneven else max(0, look.info.frames - look.leading - shown)
+    return shown, None if look.lost is None else look.lost + max(bad, absent)
 
-# %% ../../nbs/data/01_video.ipynb #9dfb67fc
+def _damage(path: Path, look: _Look, shown: int, lost: int | None, damaged: str):
+    "Raises what is wrong with the file, or warns of it, or finds it whole."
+    if lost == 0: return
+    cause = look.cause or "some of its frames cannot be decoded"
+    cause += ": frames are lost, nobody can tell how many" if lost is None else f": {lost} of {shown + lost} frames are lost"
+    if damaged == "warn" and shown: return warnings.warn(VideoWarning(path, cause, lost), stacklevel=4)
+    remedy = 'Copy or download it again' + (', or read what is left with damaged="warn".' if shown else '.')
+    raise (TruncatedVideo if look.cut else CorruptVideo)(path, cause, remedy)
+
+# %% ../../nbs/data/01_video.ipynb #4a7ceeab
 def _resolve(path: Path, indices, frames: int) -> np.ndarray:  # (T,) int64
     "The frame numbers that were asked for, checked."
     wanted = np.asarray(indices(frames) if callable(indices) else indices)
     if wanted.size == 0: wanted = wanted.astype(np.int64)
     if wanted.ndim != 1 or wanted.dtype.kind not in "iu":
-        raise VideoError(path, f"frame numbers must be one row of integers, not {wanted.dtype} of shape {wanted.shape}", "Give a sequence of int.")
+        raise VideoError(path, f"frame numbers must be a row of integers, not {wanted.dtype} of shape {wanted.shape}", "Give a sequence of int.")
     bad = wanted[(wanted < 0) | (wanted >= frames)]
-    if len(bad): raise VideoError(path, f"frame {bad[0]} was asked for, and it has the frames 0 to {frames - 1}", "Ask for frames that exist.")
+    if len(bad): raise VideoError(path, f"frame {bad[0]} was asked for, and it has frames 0 to {frames - 1}", "Ask for frames that exist.")
     return wanted.astype(np.int64)
 
-def _places(wanted: np.ndarray) -> dict:
-    places = {}
-    for at, k in enumerate(wanted.tolist()): places.setdefault(k, []).append(at)
-    return places
-
-# %% ../../nbs/data/01_video.ipynb #484df583
-def _count(path: Path, look: _Look) -> tuple[int, int | None]:  # frames that can be shown, frames lost (None: some, but nobody can tell how many)
-    "What a strict decode of the whole file finds, exactly and on any number of threads."
-    shown, bad = _pass(path, look.rotation)
-    if bad or (shown != look.info.frames and not look.by_decoding):   # one thread: which packet failed is then exact
-        shown, bad = _pass(path, look.rotation, threads=1)
-    if look.lost is None: return shown, None
-    return shown, look.lost + (bad if look.by_decoding else max(bad, look.info.frames - shown, 0))
-
-def _damage(path: Path, look: _Look, shown: int, lost: int | None, damaged: str):
-    "Raises what is wrong with the file, or warns of it."
-    if lost == 0: return
-    number = "an unknown number of frames" if lost is None else f"{lost} of {shown + lost} frames"
-    cause = f"{look.cause or 'some of its frames cannot be decoded'}: {number} lost"
-    if damaged == "warn" and shown: return warnings.warn(VideoWarning(path, cause, lost), stacklevel=4)
-    kind = TruncatedVideo if "cut off" in look.cause or "promises" in look.cause else CorruptVideo
-    raise kind(path, cause, 'Copy or download it again, or read what is left of it with damaged="warn".')
+def _by_pyav(path: Path, look: _Look, indices, damaged: str) -> np.ndarray:  # (T,H,W,3) uint8 RGB
+    "One decode of a whole file; a second one where the frames have to be counted first, or some are lost."
+    def take(frames, threads=0):
+        wanted, places = _resolve(path, indices, frames), {}
+        for at, k in enumerate(wanted.tolist()): places.setdefault(k, []).append(at)
+        out = np.empty((len(wanted), look.info.height, look.info.width, 3), np.uint8)
+        return out, _pass(path, look, places, out, threads)
+    if look.lost == 0 and not look.by_decoding:
+        out, found = take(look.info.frames)
+        if found == (look.info.frames, 0): return out
+    shown, lost = _count(path, look)
+    _damage(path, look, shown, lost, damaged)
+    return take(shown, threads=1)[0]
 
 # %% ../../nbs/data/01_video.ipynb #3fef65bb
 def _decord():
@@ -338,21 +398,6 @@ def _by_decord(path: Path, indices, gpu: bool = False) -> np.ndarray:  # (T,H,W,
             raise ReaderUnavailable(path, "this build of decord cannot decode on the GPU", 'Use reader="auto", or build decord with CUDA.') from e
         raise CorruptVideo(path, f"decord cannot read it ({str(e).splitlines()[0][:120]})", 'Use reader="pyav".') from e
     return (batch.asnumpy() if hasattr(batch, "asnumpy") else batch.numpy())[where]
-
-# %% ../../nbs/data/01_video.ipynb #538198e9
-def _by_pyav(path: Path, look: _Look, indices, damaged: str) -> np.ndarray:  # (T,H,W,3) uint8 RGB
-    "Decodes in order from the start; what is wrong with the file is found on the way."
-    info, intact = look.info, look.lost == 0 and not look.by_decoding
-    if intact:
-        wanted = _resolve(path, indices, info.frames)
-        out = np.empty((len(wanted), info.height, info.width, 3), np.uint8)
-        if _pass(path, look.rotation, _places(wanted), out) == (info.frames, 0): return out
-    shown, lost = _count(path, look)
-    _damage(path, look, shown, lost, damaged)
-    wanted = _resolve(path, indices, shown)
-    out = np.empty((len(wanted), info.height, info.width, 3), np.uint8)
-    _pass(path, look.rotation, _places(wanted), out, threads=1)
-    return out
 
 # %% ../../nbs/data/01_video.ipynb #09149ac8
 READERS = ("auto", "decord", "pyav", "decord-gpu")
@@ -392,7 +437,7 @@ def read_frames(path: str | os.PathLike,  # a video file
         return _by_pyav(path, look, indices, damaged)
     return _by_decord(path, indices)
 
-# %% ../../nbs/data/01_video.ipynb #71cb8bc3
+# %% ../../nbs/data/01_video.ipynb #9f45f720
 def write_video(path: str | os.PathLike,   # where to; the ending chooses the container: .mp4, .mov, .mkv, .webm, .avi, .gif, …
                 frames,                    # (T,H,W,3) uint8 RGB
                 fps: float = 24,           # frames/s
@@ -410,7 +455,7 @@ def write_video(path: str | os.PathLike,   # where to; the ending chooses the co
     if crf is not None: options["crf"] = crf
     rate = Fraction(fps).limit_denominator(1001)
     if codec == "libx265": options.setdefault("x265-params", "log-level=none:pools=1:frame-threads=1")
-    rgb, yuv = av.video.reformatter.VideoReformatter(), pix_fmt.startswith("yuv")
+    rgb, yuv = VideoReformatter(), pix_fmt.startswith("yuv")
     with av.open(f"file:{path}", "w", container_options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream(codec, rate=rate, options={k: str(v) for k, v in options.items()})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
