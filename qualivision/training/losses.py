@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..quality import QualiVisionError
 
-# %% ../../nbs/training/30_losses.ipynb #511e04a9
+# %% ../../nbs/training/30_losses.ipynb #b8d88d6e
 def smooth_l1(
     pred: Tensor,       # (B,5) predicted MOS
     target: Tensor,     # (B,5) human MOS, 1–5
     beta: float = 0.1,  # error, in MOS, below which the loss is quadratic; > 0
 ) -> Tensor:            # 0-d, mean over clips and dimensions, ≥ 0
-    "Mean Huber-like distance: |e| − β/2 for |e| ≥ β, e²/(2β) below (Girshick, Fast R-CNN, 2015, eq. 3, with β)."
+    "Mean distance with a round bottom: |e| − β/2 for |e| ≥ β, e²/(2β) below (Girshick, Fast R-CNN, 2015, eq. 3, with β)."
     return F.smooth_l1_loss(pred, target, beta=beta)
 
 # %% ../../nbs/training/30_losses.ipynb #a4de1643
@@ -84,7 +84,7 @@ class AdaptiveWeights:
         alpha, beta = min(max(self.alpha + step, 0.5), 0.8), min(max(self.beta - step, 0.2), 0.5)
         self.alpha, self.beta = alpha / (alpha + beta), beta / (alpha + beta)
 
-# %% ../../nbs/training/30_losses.ipynb #d4ed696b
+# %% ../../nbs/training/30_losses.ipynb #bfa72f3c
 class HybridLoss(nn.Module):
     "α·smooth L1 + β·pairwise ranking + γ·scale-aware MSE, with fixed or adaptive α and β."
     def __init__(self,
@@ -107,10 +107,11 @@ class HybridLoss(nn.Module):
     def forward(self,
                 pred: Tensor,    # (B,5) predicted MOS
                 target: Tensor,  # (B,5) human MOS, 1–5
-               ) -> tuple[Tensor, dict]:  # total, 0-d; and smooth_l1_loss, ranking_loss, scale_loss, alpha, beta, gamma, 0-d, detached
-        "Total and components; raises `LossError` when the shapes differ. Adaptive weights move after the call, in training mode only."
+               ) -> tuple[Tensor, dict]:  # total, 0-d; smooth_l1_loss, ranking_loss, scale_loss, alpha, beta, gamma: 0-d, detached
+        "Total and components; raises `LossError` when the shapes differ. Adaptive weights move after the call, in training only."
         if pred.shape != target.shape or pred.ndim != 2 or not len(pred):
-            raise LossError("hybrid loss", f"predictions {tuple(pred.shape)} against labels {tuple(target.shape)}", "Both are (B,5) with B ≥ 1.")
+            raise LossError("hybrid loss", f"predictions {tuple(pred.shape)} against labels {tuple(target.shape)}",
+                            "Both are (B,5) with B ≥ 1.")
         pred = pred.to(torch.promote_types(pred.dtype, torch.float32))
         target = target.to(pred.dtype)
         smooth, ranking, scale = smooth_l1(pred, target), pairwise_ranking(pred, target), scale_aware(pred, target)
