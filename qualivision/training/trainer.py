@@ -7,11 +7,13 @@ __all__ = ['TRACKERS', 'TrainError', 'TrainConfig', 'seed_all', 'kept_rng', 'epo
            'parameter_groups', 'training_loss', 'pick_device', 'make_accelerator', 'deterministic',
            'validation_metrics', 'Tracker', 'DvcLiveTracker', 'TensorBoardTracker', 'WandbTracker', 'open_tracker',
            'Progress', 'read_pointer', 'switch_pointer', 'write_history', 'Run', 'start_run', 'take_step', 'judged',
-           'validate', 'save_run', 'restore_run', 'end_epoch', 'fit']
+           'validate', 'save_run', 'restore_run', 'end_epoch', 'fit', 'source_hash', 'dover_config', 'publish',
+           'Prepared', 'prepare_data', 'train_dover']
 
-# %% ../../nbs/training/31_trainer.ipynb #1bc09724
+# %% ../../nbs/training/31_trainer.ipynb #25414e21
 import contextlib
 import csv
+import hashlib
 import json
 import math
 import os
@@ -19,7 +21,7 @@ import random
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +29,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.dataset import collate
+from ..data.dataset import ClipCache, EpochSampler, VideoQualityDataset, collate, data_hash, load_dataset, resolve_splits
+from ..data.sampling import Sampling
 from ..evaluation.metrics import MetricError, plcc, srocc
+from ..models.qualivision import CONFIGS, DoverConfig, DoverPlusPlus
+from ..models.text import TextEncoder, default_encoder
 from ..models.weights import load_checkpoint, load_strict, save_checkpoint
 from ..quality import DIMENSIONS, QualiVisionError
 from .losses import HybridLoss, LossError
 
-# %% ../../nbs/training/31_trainer.ipynb #888fc244
+# %% ../../nbs/training/31_trainer.ipynb #5052e30a
 class TrainError(QualiVisionError): "Training cannot start, or cannot go on."
 
 @dataclass(frozen=True)
@@ -76,6 +81,10 @@ class TrainConfig:
             raise TrainError(f"train.{unknown[0]}", "there is no such setting", "There are: " + ", ".join(f.name for f in fields(cls)) + ".")
         return cls(**values)
 
+    def deciding(self) -> dict:
+        "The values that the result depends on."
+        return {k: v for k, v in asdict(self).items() if k not in ("workers", "tracker", "save_every", "device")}
+
 # %% ../../nbs/training/31_trainer.ipynb #80079ecf
 def seed_all(seed: int,      # of the run
              step: int = 0,  # optimiser step, from 0
@@ -91,7 +100,7 @@ def kept_rng():
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())): yield
     random.setstate(states[0]); np.random.set_state(states[1])
 
-# %% ../../nbs/training/31_trainer.ipynb #3fd53acd
+# %% ../../nbs/training/31_trainer.ipynb #ae450c6d
 def epoch_batches(videos: int,         # size of the training set
                   batch_size: int,     # videos per batch
                   seed: int,           # of the run
@@ -99,8 +108,9 @@ def epoch_batches(videos: int,         # size of the training set
                   processes: int = 1,  # that share the batches
                   ) -> list[list[int]]:  # batches of indices; a multiple of `processes`
     "The batches of one epoch, in order: a pure function of its arguments."
-    order = np.random.default_rng([seed, epoch]).permutation(videos).tolist()
+    order = list(EpochSampler(videos, seed, epoch))
     batches = [order[i:i + batch_size] for i in range(0, videos, batch_size)]
+    if len(batches[-1]) == 1 and batch_size > 2 and len(batches) > 1: batches[-1].append(batches[-2].pop())   # one video has no rank and no variance
     return batches + [batches[i % len(batches)] for i in range(-len(batches) % processes)]
 
 def steps_per_epoch(videos: int, batch_size: int, accumulation: int, processes: int = 1) -> int:
@@ -187,7 +197,7 @@ def validation_metrics(pred: np.ndarray,    # (N,5) scores
     defined = None not in each.values()
     return {"val_score": sum(each.values()) / len(each) if defined else None, **each}
 
-# %% ../../nbs/training/31_trainer.ipynb #ce241795
+# %% ../../nbs/training/31_trainer.ipynb #95879764
 class Tracker:
     "Passes the rows of a history on: `log(row)` for each, `close()` at the end. This one passes nothing on."
     def __init__(self, folder: Path, config: dict): pass
@@ -206,6 +216,7 @@ class DvcLiveTracker(Tracker):
             raise TrainError("tracker: dvclive", f"the git repository gives it no commit ({e})",
                              "Make a first commit, or set train.tracker to none.") from e
     def log(self, row):
+        self.live.step = row["epoch"]
         for name, value in _numbers(row).items(): self.live.log_metric(name, value)
         self.live.next_step()
     def close(self): self.live.end()
@@ -302,7 +313,7 @@ def write_history(path: Path, rows: list[dict]):
     text = [",".join(rows[0])] + [",".join("" if v is None else repr(v) for v in row.values()) for row in rows]
     _replace_text(Path(path), "\n".join(text) + "\n")
 
-# %% ../../nbs/training/31_trainer.ipynb #9884f2df
+# %% ../../nbs/training/31_trainer.ipynb #9bc5c9e2
 @dataclass
 class Run:
     "A training run: its parts, and how far it is."
@@ -329,8 +340,7 @@ class Run:
 
     @property
     def settings(self) -> dict:  # what must be equal for a run to go on
-        free = ("workers", "tracker", "save_every", "device")
-        return {**{k: v for k, v in asdict(self.config).items() if k not in free}, "videos": len(self.train_set),
+        return {**self.config.deciding(), "videos": len(self.train_set),
                 "processes": self.accelerator.num_processes, "data_hash": self.meta.get("data_hash")}
 
 def start_run(model, train_set, val_set, config: TrainConfig, folder, meta: dict | None = None) -> Run:
@@ -588,3 +598,95 @@ def _note_speed(run: Run, videos: float, seconds: float):
         out = csv.writer(f)
         if new: out.writerow(["epoch", "seconds", "videos_per_s", "memory_mb", "device", "threads"])
         out.writerow([run.epoch, f"{seconds:.2f}", f"{videos / seconds:.2f}", memory // 2**20, device, torch.get_num_threads()])
+
+# %% ../../nbs/training/31_trainer.ipynb #b02b94f9
+def _hash(value) -> str: return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+def source_hash() -> str:  # 64 hex digits
+    "One hash over the source of this package."
+    import qualivision
+    root = Path(qualivision.__file__).parent
+    files = sorted(p for p in root.rglob("*.py") if p.name != "_modidx.py")     # nbdev's index computes nothing
+    return _hash([(p.relative_to(root).as_posix(), hashlib.sha256(p.read_bytes()).hexdigest()) for p in files])
+
+def dover_config(name: str = "embedded",         # published | embedded
+                 overrides: dict | None = None,  # fields of DoverConfig
+                 ) -> DoverConfig:
+    "A named configuration with some of its values changed; raises TrainError for an unknown name."
+    if name not in CONFIGS: raise TrainError(f"model.config: {name}", "there is no such configuration", "There are: " + ", ".join(CONFIGS) + ".")
+    overrides = dict(overrides or {})
+    unknown = sorted(set(overrides) - {f.name for f in fields(DoverConfig)})
+    if unknown: raise TrainError(f"model.{unknown[0]}", "DoverConfig has no such field", "See `qualivision.models.qualivision.DoverConfig`.")
+    return DoverConfig.of({**asdict(CONFIGS[name]), **overrides})
+
+def publish(source: str | Path,   # folder of the best weights, in a run
+            target: str | Path,   # checkpoint folder, replaced as a whole
+            history: list[dict]):
+    "Puts a checkpoint where it is looked for."
+    target = Path(target); part, old = target.with_name(target.name + ".part"), target.with_name(target.name + ".old")
+    for leftover in (part, old): shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(source, part)
+    write_history(part / "history.csv", history)
+    if target.exists(): target.rename(old)
+    part.rename(target); shutil.rmtree(old, ignore_errors=True)
+
+# %% ../../nbs/training/31_trainer.ipynb #2a8a014f
+@dataclass
+class Prepared:
+    "A data set made ready for training: all clips decoded, all prompts encoded."
+    train: VideoQualityDataset
+    val: VideoQualityDataset
+    hash: str          # of the data
+    note: str          # how the splits came about
+
+def prepare_data(root: str | Path,                # in the TaobaoVD-GC layout
+                 sampling: Sampling, encoder,     # TextEncoder
+                 cache: str | Path = "cache",     # folder of decoded clips
+                 augment: bool = True, seed: int = 0, progress: bool = True) -> Prepared:
+    "The training and validation sets of a folder. Raises DatasetError, VideoError."
+    frame = load_dataset(root)
+    splits, clips = resolve_splits(frame, seed), ClipCache(cache, sampling)
+    used = [splits["train"], splits["val"]]
+    clips.build([p for part in used for p in part["path"]], progress=progress)
+    prompts = list(dict.fromkeys(p for part in used for p in part["Prompt"]))
+    text = dict(zip(prompts, encoder.encode(prompts)))
+    train, val = (VideoQualityDataset(part, clips, text, augment=augment and part is used[0], seed=seed) for part in used)
+    return Prepared(train, val, data_hash(frame, cache), splits["note"])
+
+def train_dover(data: str | Path,                     # root of the data set
+                config: DoverConfig,                  # of the model, see `dover_config`
+                train: TrainConfig,
+                checkpoint: str | Path = "checkpoints/dover",  # where the best weights go
+                runs: str | Path = "runs/dover",      # where the state of unfinished runs lies
+                cache: str | Path = "cache",          # folder of decoded clips
+                text: str | None = None,              # text encoder; None: the one whose width the model has
+                trained_on: str = "",                 # what the labels are, e.g. "simulated labels (embedded data set)"
+                licence: str = "",                    # of the weights
+                augment: bool = True, resume: bool = True, stop_after: int | None = None, progress: bool = True,
+                ) -> dict:                            # that of `fit`, with checkpoint, run, data_hash, params_hash, note
+    "Trains the DOVER++ five-MOS model on a data set and publishes its best weights. Raises TrainError, DatasetError, VideoError."
+    sampling, encoder = Sampling(config.frames, config.size), TextEncoder(text or default_encoder(config.text_dim))
+    if encoder.dim != config.text_dim:
+        raise TrainError(f"text encoder {encoder.name}", f"it is {encoder.dim} wide and the model's text_dim {config.text_dim}", "Make them equal.")
+    sets = prepare_data(data, sampling, encoder, cache, augment, train.seed, progress)
+    params = {"config": asdict(config), "train": train.deciding(), "text": encoder.name, "augment": augment}
+    meta = {"model": "dover++", "config": asdict(config), "sampling": asdict(sampling), "text_encoder": encoder.name,
+            "trained_on": f"{trained_on or 'labels of ' + Path(data).resolve().name}, data {sets.hash[:12]}", "licence": licence,
+            "data_hash": sets.hash, "params_hash": _hash(params), "source_hash": source_hash(), "splits": sets.note}
+    folder = Path(runs) / _hash(meta)[:12]
+    with kept_rng():
+        seed_all(train.seed)
+        result = fit(DoverPlusPlus(config), sets.train, sets.val, train, folder, resume and (folder / "run.json").exists(), stop_after, meta, progress)
+    result |= {"run": str(folder), "note": sets.note, **{k: meta[k] for k in ("data_hash", "params_hash", "trained_on")}}
+    if result["finished"]: result["checkpoint"] = _publish_once(result, checkpoint, folder)
+    return result
+
+def _publish_once(result: dict, checkpoint, folder: Path) -> str:
+    "On the main process: the checkpoint in its place, the run's state gone."
+    from accelerate import PartialState
+    if PartialState().is_main_process:
+        publish(result["checkpoint"], checkpoint, result["history"])
+        (folder / "run.json").unlink()
+        for old in [*folder.glob("last-*"), *folder.glob("best-*")]: shutil.rmtree(old)
+    PartialState().wait_for_everyone()
+    return str(checkpoint)
