@@ -117,7 +117,7 @@ class Block(nn.Sequential):
             y = y * y.new_empty(len(y), 1, 1, 1, 1).bernoulli_(keep).div_(keep)
         return x + y.to(x.dtype)
 
-# %% ../../nbs/models/10_convnext3d.ipynb #818e35ef
+# %% ../../nbs/models/10_convnext3d.ipynb #3dd2bda0
 class ConvNeXt3D(nn.Sequential):
     "Clip → the feature map of each stage; space shrinks, time is kept."
     def __init__(self,
@@ -132,7 +132,8 @@ class ConvNeXt3D(nn.Sequential):
                  final_norm=True,                # after the last stage (residual form only)
                  scale=1e-6,                     # start of the layer scale
                  drop_path=0.,                   # of the last block; grows linearly from 0 at the first
-                 checkpointing=False):           # recompute each block in the backward pass instead of storing it
+                 checkpointing=False,            # recompute each block in the backward pass instead of storing it
+                 channels_last=False):           # after the stem, keep the channels last in memory (faster on a CPU)
         if form not in ("residual", "documented"):
             raise QualiVisionError(f"form={form!r}", "there is no such form", "Use residual or documented.")
         residual, total, layers, ends = form == "residual", sum(depths), [], []
@@ -148,7 +149,7 @@ class ConvNeXt3D(nn.Sequential):
             layers.append(make_norm(norm, dims[-1]))
             ends[-1] += 1
         super().__init__(*layers)
-        self.ends, self.dims, self.checkpointing = tuple(ends), tuple(dims), checkpointing
+        self.ends, self.checkpointing, self.channels_last = tuple(ends), checkpointing, channels_last
 
     def forward(self, x: Tensor) -> list[Tensor]:                        # (B,C,T,H,W)
         "One map per stage, (B,dim,T/stem,H/(stem·2ⁱ),W/(stem·2ⁱ)); the last one is the feature map."
@@ -156,5 +157,6 @@ class ConvNeXt3D(nn.Sequential):
         for i, layer in enumerate(self):
             again = self.checkpointing and self.training and isinstance(layer, Block)
             x = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
+            if i == 0 and self.channels_last: x = x.contiguous(memory_format=torch.channels_last_3d)
             if i in self.ends: maps.append(x)
         return maps
