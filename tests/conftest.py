@@ -1,0 +1,51 @@
+"What every test shares: the limit on threads, an identity for git, and three markers that say why a test is left out."
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# before torch is imported anywhere, and for every process that a test starts
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, str(min(os.cpu_count() or 1, 4)))
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+for role in ("AUTHOR", "COMMITTER"):        # commits in temporary clones, on machines where git has no identity
+    os.environ.setdefault(f"GIT_{role}_NAME", "QualiVision")
+    os.environ.setdefault(f"GIT_{role}_EMAIL", "qualivision@users.noreply.github.com")
+
+MARKERS = {
+    "slow": "takes minutes; runs with --slow",
+    "online": "needs the network; runs with --online",
+    "cuda": "needs a CUDA device",
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow")
+    parser.addoption("--online", action="store_true", help="run the tests marked online")
+
+
+def pytest_configure(config):
+    for name, meaning in MARKERS.items(): config.addinivalue_line("markers", f"{name}: {meaning}")
+
+
+def left_out(config, marker: str) -> bool:
+    "Is a test with this marker skipped in this run?"
+    if marker == "cuda":
+        import torch
+        return not torch.cuda.is_available()
+    return not config.getoption(f"--{marker}")
+
+
+def pytest_collection_modifyitems(config, items):
+    for marker, meaning in MARKERS.items():
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and left_out(config, marker):
+            for item in marked: item.add_marker(pytest.mark.skip(reason=f"{marker}: {meaning}"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path: return ROOT

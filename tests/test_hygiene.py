@@ -1,0 +1,212 @@
+"What must hold of the files themselves: exports are fresh, notebooks clean and small, no machine's paths, nothing hidden, nothing heavy."
+import ast
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from chapters import PACKAGE, ROOT, modules
+
+NOTEBOOK_BYTES = 150_000        # a committed notebook, outputs included
+FILE_BYTES = 1_000_000          # any other file that git tracks, outside of the embedded remote
+STORE = "dvcstore"
+SHIPPED = ("data.dvc",)         # the .dvc files whose data travel in dvcstore/: the embedded set, and nobody else's
+
+# an absolute path into somebody's machine; the words alone, and paths that merely end like this, are fine
+MACHINE_PATH = re.compile(r"(?<![\w.~$}-])/(?:(?:work|root|tmp)\b|(?:home|Users)/\w)|\bfile:///|\b[A-Z]:\\\\?Users\b")
+OUTSIDE = re.compile(r"\.\./shared\b")
+
+
+def git(*args: str) -> str:
+    return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def in_git() -> list[Path]:
+    "The files that git tracks or would add."
+    if not (ROOT/".git").exists(): pytest.skip("not a git checkout")
+    names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    return [ROOT/n for n in sorted(set(names)) if n and (ROOT/n).is_file()]
+
+
+def outside_store() -> list[Path]: return [p for p in in_git() if p.relative_to(ROOT).parts[0] != STORE]
+
+
+def texts() -> dict[str, str]:
+    "The text files among them: {name: text}."
+    found = {}
+    for path in outside_store():
+        try: found[path.relative_to(ROOT).as_posix()] = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError: continue     # a picture, an array
+    return found
+
+
+def lines_with(pattern: re.Pattern, but=()) -> list[str]:
+    "Where a pattern occurs in a text file, as `name:line: the match`."
+    return [f"{name}:{n}: {hit[0]}" for name, text in texts().items() if name not in but
+            for n, line in enumerate(text.splitlines(), 1) if (hit := pattern.search(line))]
+
+
+def run(*command, cwd: Path) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+# ---- notebooks and what is generated from them ---------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    "The notebooks and settings alone, in an empty folder."
+    to = tmp_path_factory.mktemp("export")
+    shutil.copy(ROOT/"settings.ini", to)
+    shutil.copytree(ROOT/"nbs", to/"nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
+    return to
+
+
+def test_export_is_fresh(copy):
+    "qualivision/ is what nbdev_export writes today: nothing forgotten, nothing edited by hand."
+    run("-c", "from nbdev.doclinks import nbdev_export; nbdev_export()", cwd=copy)
+
+    def python(at): return {p.relative_to(at).as_posix(): p.read_text(encoding="utf-8") for p in sorted((at/PACKAGE).rglob("*.py"))}
+    fresh, here = python(copy), python(ROOT)
+    assert sorted(fresh) == sorted(here), "nbdev_export writes other files than there are"
+    assert not [name for name in fresh if fresh[name] != here[name]], "edited by hand, or not exported: run nbdev_export"
+
+
+def test_notebooks_are_clean(copy):
+    "nbdev_clean changes nothing: no execution counts, no editors' metadata."
+    before = {p: p.read_bytes() for p in sorted((copy/"nbs").rglob("*.ipynb"))}
+    run("-c", "from nbdev.clean import nbdev_clean; nbdev_clean()", cwd=copy)
+    dirty = [p.relative_to(copy).as_posix() for p, was in before.items() if p.read_bytes() != was]
+    assert not dirty, f"run nbdev_clean: {dirty}"
+
+
+def test_notebooks_are_small():
+    large = {p.name: p.stat().st_size for p in (ROOT/"nbs").rglob("*.ipynb")
+             if ".ipynb_checkpoints" not in p.parts and p.stat().st_size > NOTEBOOK_BYTES}
+    assert not large, f"over {NOTEBOOK_BYTES:,} bytes: {large}"
+
+
+def test_notebooks_hold_no_errors():
+    "An error that is shown on purpose is caught and printed; a cell that stopped with a traceback is left over."
+    stopped = []
+    for path in sorted((ROOT/"nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" in path.parts: continue
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if any(o["output_type"] == "error" for o in cell.get("outputs", ())): stopped.append(f"{path.name}: {''.join(cell['source'])[:60]!r}")
+    assert not stopped, stopped
+
+
+def test_readme_is_the_index():
+    "README.md is nbs/index.ipynb in markdown, byte for byte."
+    index = ROOT/"nbs"/"index.ipynb"
+    if not index.exists(): pytest.skip("there is no nbs/index.ipynb yet")
+    made = run("-m", "nbconvert", "--to", "markdown", "--stdout", "--RegexRemovePreprocessor.patterns=['^#\\|\\s*hide']", index, cwd=ROOT).stdout
+    assert (ROOT/"README.md").read_text(encoding="utf-8") == made, "generate README.md from nbs/index.ipynb again (see LOG.md or the index itself)"
+
+
+# ---- the code -------------------------------------------------------------------------------------------------------
+
+def test_ruff():
+    run("-m", "ruff", "check", ".", cwd=ROOT)
+
+
+def catches_too_much(handler: ast.ExceptHandler) -> bool:
+    "Bare, or Exception; BaseException is fine where it cleans up and raises again."
+    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    names = {k.id for k in kinds if isinstance(k, ast.Name)}
+    raises_again = isinstance(handler.body[-1], ast.Raise) and handler.body[-1].exc is None
+    return handler.type is None or "Exception" in names or ("BaseException" in names and not raises_again)
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_nothing_fails_silently(module):
+    "No blind except, no partial load without a report, nothing left to be written."
+    source = modules()[module].read_text(encoding="utf-8")
+    for node in ast.walk(ast.parse(source)):
+        at = f"{module}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.ExceptHandler): assert not catches_too_much(node), f"{at}: except catches everything"
+        if isinstance(node, ast.Name): assert node.id != "NotImplementedError", f"{at}: not written yet"
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            loose = [k for k in node.keywords if k.arg == "strict" and isinstance(k.value, ast.Constant) and k.value.value is False]
+            if called == "load_state_dict": loose += [a for a in node.args[1:2] if isinstance(a, ast.Constant) and a.value is False]
+            assert not loose or called == "zip", f"{at}: {called}(strict=False): load_strict says what is missing"
+    later = re.search(r"\b(?:TODO|FIXME|XXX|HACK)\b", source)
+    assert not later, f"{module}: {later[0]}"
+
+
+# ---- the repository -------------------------------------------------------------------------------------------------
+
+def test_no_machine_paths():
+    ignore_files = [p.relative_to(ROOT).as_posix() for p in outside_store() if p.name in (".gitignore", ".dvcignore")]    # / is the root there
+    assert not (found := lines_with(MACHINE_PATH, but=ignore_files)), found
+
+
+def test_nothing_points_outside():
+    assert not (found := lines_with(OUTSIDE)), found
+
+
+def test_nothing_is_left_to_be_written():
+    later = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME)\b")       # in two parts, so that this file passes itself
+    assert not (found := lines_with(later, but=["tests/test_hygiene.py"])), found
+
+
+def test_tracked_files_are_small():
+    large = {p.relative_to(ROOT).as_posix(): size for p in outside_store() if (size := p.stat().st_size) > FILE_BYTES}
+    assert not large, f"over {FILE_BYTES:,} bytes, what dvc is for: {large}"
+
+
+def test_nothing_generated_is_tracked():
+    if not (ROOT/".git").exists(): pytest.skip("not a git checkout")
+    ignored = git("ls-files", "--cached", "--ignored", "--exclude-standard").split()
+    assert not ignored, f"tracked and ignored at once: {ignored}"
+
+
+def test_scripts_are_executable():
+    for name in ("run.sh", ".ci/run"): assert os.access(ROOT/name, os.X_OK), f"chmod +x {name}"
+
+
+def test_torch_is_not_pinned():
+    "The constraints leave torch and all that only torch brings alone: a user's own stays."
+    pins = [line.split("==")[0].lower() for line in (ROOT/"constraints.txt").read_text().splitlines() if line[:1] not in ("", "#")]
+    assert not [p for p in pins if p in ("torch", "triton", PACKAGE) or p.startswith(("nvidia", "-e"))]
+    assert all("==" in line for line in (ROOT/"constraints.txt").read_text().splitlines() if line[:1] not in ("", "#")), "a pin names one version"
+    assert pins == sorted(pins) and len(set(pins)) == len(pins)
+
+
+def objects(out: dict) -> set[str]:
+    "The names in the store of what one `outs` entry refers to: itself, and for a folder all its files."
+    md5 = out["md5"]
+    named = {f"files/md5/{md5[:2]}/{md5[2:]}"}
+    if md5.endswith(".dir"):
+        listing = ROOT/STORE/"files"/"md5"/md5[:2]/md5[2:]
+        assert listing.is_file(), f"{STORE}/ lacks the listing of {out['path']}: dvc push {out['path']}"
+        named |= {f"files/md5/{f['md5'][:2]}/{f['md5'][2:]}" for f in json.loads(listing.read_text())}
+    return named
+
+
+def test_store_holds_what_is_shipped_and_nothing_else():
+    missing = [name for name in SHIPPED if not (ROOT/name).is_file()]
+    if missing: pytest.skip(f"there is no {', '.join(missing)} yet")
+    referred = set().union(*(objects(out) for name in SHIPPED for out in yaml.safe_load((ROOT/name).read_text())["outs"]))
+    there = {p.relative_to(ROOT/STORE).as_posix() for p in (ROOT/STORE).rglob("*") if p.is_file()}
+    assert not (referred - there), f"{len(referred - there)} objects lack in {STORE}/: dvc push"
+    assert not (there - referred), f"{STORE}/ holds {len(there - referred)} objects that nothing shipped refers to: {sorted(there - referred)[:3]}"
+    tracked = {p.relative_to(ROOT/STORE).as_posix() for p in in_git() if p.relative_to(ROOT).parts[0] == STORE}
+    assert tracked == there, "git does not track all of the store"
+
+
+def test_store_is_unharmed():
+    "Every object is what its name says: dvc pull would not notice."
+    if not (ROOT/STORE).is_dir(): pytest.skip(f"there is no {STORE}/ yet")
+    wrong = [p.relative_to(ROOT).as_posix() for p in (ROOT/STORE).rglob("*") if p.is_file()
+             and hashlib.md5(p.read_bytes()).hexdigest() != p.parent.name + p.stem]
+    assert not wrong, f"not what their names say: {wrong[:3]} ({len(wrong)})"

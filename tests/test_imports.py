@@ -1,0 +1,98 @@
+"The import rule (a notebook imports only from smaller numbers), and every module alone in a fresh process."
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from chapters import PACKAGE, ROOT, chapters, code_cells, imports_in, imports_of, is_package, modules
+
+WRITTEN = {c.module: c for c in chapters() if c.module}
+CODE = sorted(m for m in modules() if not is_package(m))
+
+# what takes seconds to import and is therefore imported inside the functions that use it
+HEAVY = ("sentence_transformers", "transformers", "accelerate", "sklearn", "seaborn", "dvclive", "wandb", "tensorboard")
+
+
+def python_of(cell: str) -> str:
+    "A notebook cell without IPython's magics and shell lines, which ast cannot read."
+    if cell.lstrip().startswith("%%"): return ""
+    return "\n".join(" " * (len(line) - len(line.lstrip())) + "pass" if line.lstrip()[:1] in ("%", "!") else line
+                     for line in cell.splitlines())
+
+
+def test_numbers_are_unique():
+    twice = [n for n, k in Counter(c.number for c in chapters()).items() if k > 1]
+    assert not twice, f"two notebooks carry the number {twice}"
+
+
+def test_one_notebook_per_module():
+    assert sorted(WRITTEN) == CODE, "each module comes from one notebook, and each notebook's module is there (nbdev_export)"
+
+
+@pytest.mark.parametrize("module", CODE)
+def test_module_imports_from_smaller_numbers(module):
+    own = WRITTEN[module].number
+    for i in imports_of(module):
+        assert not i.star, f"{module}:{i.line}: import * hides where a name comes from"
+        assert not i.whole, f"{module}:{i.line}: names come from a module, not from the package {i.module}"
+        assert i.module in WRITTEN, f"{module}:{i.line}: {i.module} is not a module of this package"
+        assert WRITTEN[i.module].number < own, f"{module} ({own}) imports {i.module} ({WRITTEN[i.module].number}): a later chapter"
+
+
+@pytest.mark.parametrize("chapter", chapters(), ids=lambda c: c.notebook.stem)
+def test_notebook_imports_from_smaller_numbers(chapter):
+    "Also the cells that are not exported: whoever reads in order meets nothing that comes later."
+    for cell in code_cells(chapter.notebook):
+        for i in imports_in(python_of(cell)):
+            at = f"{chapter.notebook.name}: `{cell.splitlines()[i.line - 1].strip()}`"
+            assert not i.star and not i.whole, f"{at}: name the module and what you take from it"
+            assert i.module in WRITTEN, f"{at}: {i.module} is not a module of this package"
+            if i.module != chapter.module:
+                assert WRITTEN[i.module].number < chapter.number, f"{at}: a later chapter"
+
+
+def test_package_is_light():
+    "`import qualivision` alone costs nothing: no torch, no numpy."
+    code = f"import {PACKAGE}, sys; print(sorted({{'torch', 'numpy', 'pandas'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+# One process imports torch and numpy, which nearly every module needs, then forks for each module: every child has seen no
+# other module of the package, and all of them together cost one import of torch.
+ONE_BY_ONE = """
+import importlib, json, os, sys, traceback
+names, heavy = json.loads(sys.argv[1])
+import numpy, torch
+for name in names:
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        answer = {"module": name}
+        try:
+            answer["file"] = importlib.import_module(name).__file__
+            answer["heavy"] = [h for h in heavy if h in sys.modules]
+        except BaseException:
+            answer["error"] = traceback.format_exc()
+        print(json.dumps(answer), flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]: print(json.dumps({"module": name, "error": "the process died"}))
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict[str, dict]:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ONE_BY_ONE, json.dumps([CODE, HEAVY])], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {a["module"]: a for a in answers}
+
+
+@pytest.mark.parametrize("module", CODE)
+def test_module_imports_alone(module, imported):
+    answer = imported[module]
+    assert "error" not in answer, f"import {module} in a fresh process:\n{answer['error']}"
+    assert answer["file"] == str(modules()[module]), "the import came from another checkout"
+    assert not answer["heavy"], f"import {module} pulls in {answer['heavy']}: import them inside the functions that use them"
