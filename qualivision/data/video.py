@@ -74,7 +74,7 @@ def _not_video(head: bytes  # the first bytes of a file
     text = head.decode("utf-8", errors="replace")
     if "\0" not in text and sum(c.isprintable() or c.isspace() for c in text) >= 0.95 * len(text): return "it is text"
 
-# %% ../../nbs/data/01_video.ipynb #b46c4069
+# %% ../../nbs/data/01_video.ipynb #2630a03f
 def _boxes(f, end: int):
     "The top-level boxes of an ISO base media file (mp4, mov) as (type, end offset)."
     at = 0
@@ -115,16 +115,16 @@ def _ends_early(path: Path) -> str | None:  # the reason, None: as long as its c
         elif head[:4] == b"RIFF" and head[8:11] == b"AVI":
             should = 8 + int.from_bytes(head[4:8], "little")
             if should > end: return f"it has {end} bytes and should have {should}"
-        elif head[:1] == b"\x47" and end > 188 and end % 188:
-            f.seek(188)
-            if f.read(1) == b"\x47": return f"it has {end} bytes, which is no whole number of transport packets"
         elif head[:4] == b"GIF8":
             f.seek(max(0, end - 16))
             if not f.read().rstrip(b"\0").endswith(b";"): return "its end mark is missing"
+        elif head[:1] == b"\x47" and end > 188 and end % 188:
+            f.seek(188)
+            if f.read(1) == b"\x47": return f"it has {end} bytes, which is no whole number of transport packets"
 
-# %% ../../nbs/data/01_video.ipynb #d9bd1caa
+# %% ../../nbs/data/01_video.ipynb #4313f722
 @contextmanager
-def _open(path: Path, strict: bool = False):
+def _open(path: Path):
     "The container and its video stream, or the typed error that says why there is none."
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
     early, head = _ends_early(path), _head(path)
@@ -132,19 +132,19 @@ def _open(path: Path, strict: bool = False):
     try: container = av.open(f"file:{path}", options=options, metadata_errors="replace")
     except av.FFmpegError as e:
         if early: raise TruncatedVideo(path, f"the file is cut off: {early}", "Copy or download it again.") from e
-        if head[4:8] in (b"ftyp", b"moov") or head[:4] in (b"\x1aE\xdf\xa3", b"RIFF", b"GIF8", b"OggS"):
+        if head[4:8] in (b"ftyp", b"moov") or head[:4] in (b"\x1aE\xdf\xa3", b"RIFF", b"GIF8", b"OggS", b"FLV\1", b"0&\xb2u"):
             raise CorruptVideo(path, f"its header cannot be read ({e.strerror})", "Copy or download it again.") from e
         raise NotAVideo(path, "its bytes are no video format that is known here", "Give a video file (mp4, mov, mkv, webm, avi, gif, …).") from e
     with container:
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams:
             if early: raise TruncatedVideo(path, f"the file is cut off: {early}", "Copy or download it again.")
-            kinds = sorted({s.type for s in container.streams}) or ["nothing"]
+            kinds = sorted({s.type for s in container.streams})
+            if not kinds: raise CorruptVideo(path, "its header lists no streams", "Copy or download it again.")
             raise NoVideoStream(path, f"it holds {', '.join(kinds)} and no pictures", "Give a file with a video stream.")
         if any(s.codec_context is None for s in streams): raise VideoError(path, "FFmpeg knows no decoder for its pictures", "Encode it again as H.264.")
         best = container.streams.best("video")
         stream = best if best in streams else streams[0]
-        stream.codec_context.options = {"err_detect": "explode"} if strict else {}
         yield container, stream
 
 # %% ../../nbs/data/01_video.ipynb #e70c3583
@@ -172,31 +172,43 @@ def _restarts(codec: str, data: bytes, extradata: bytes) -> bool:
     if codec == "vp9": return data[0] & 0b1100 == 0                     # neither a repeated nor an inter frame
     return True
 
-# %% ../../nbs/data/01_video.ipynb #12082d4c
+# %% ../../nbs/data/01_video.ipynb #e41b8d23
 @dataclass
 class _Scan:
     "All packets of a stream in decoding order, and its first frame."
     packets: list        # of _Packet
     frame: object        # av.VideoFrame, or None where nothing decodes
     torn: int            # packets that the container could not deliver whole
+    ends_torn: bool      # the last one is among them
     cause: str           # what went wrong on the way, "" if nothing did
 
 def _scan(container, stream) -> _Scan:
-    scan, codec = _Scan([], None, 0, ""), stream.codec_context
+    scan, codec = _Scan([], None, 0, False, ""), stream.codec_context
     name, extra = codec.codec.canonical_name, bytes(codec.extradata or b"")
     try:
         for p in container.demux(stream):
-            if p.size:
+            if p.is_corrupt: scan.torn += 1
+            if p.size: scan.ends_torn = p.is_corrupt
+            if p.size and not p.is_corrupt:
                 key = p.is_keyframe
                 scan.packets.append(_Packet(p.pts, p.duration or 0, key, key and _restarts(name, bytes(p), extra), p.is_discard))
-                scan.torn += p.is_corrupt
-            if scan.frame is None:
+            if scan.frame is None and not p.is_corrupt:
                 try: scan.frame = next(iter(p.decode()), None)
                 except av.FFmpegError: pass            # the strict decode counts it
     except av.FFmpegError as e: scan.cause = f"it cannot be read to its end ({e.strerror})"
     return scan
 
-# %% ../../nbs/data/01_video.ipynb #13726bfc
+# %% ../../nbs/data/01_video.ipynb #5c79274b
+def _turn(frame) -> tuple[bool, bool, bool] | None:  # swap rows and columns, then reverse rows, then reverse columns; None: no such turn
+    "How a stored picture becomes upright, by the display matrix that phones write."
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None: return False, False, False
+    a, b, _, c, d = (int(v) for v in np.frombuffer(bytes(matrix), np.int32)[:5])   # x' = a·x + c·y, y' = b·x + d·y
+    if b == c == 0 and a and d: return False, d < 0, a < 0
+    if a == d == 0 and b and c: return True, b < 0, c < 0
+    return None
+
+# %% ../../nbs/data/01_video.ipynb #64e20ad8
 _UNEVEN = {"mpeg4", "msmpeg4v2", "msmpeg4v3", "vp8", "vc1", "wmv3", "mpeg1video", "mpeg2video"}   # packets may show no frame
 _EXACT_CODECS = {"h264", "vp9"}
 _EXACT_FORMATS = {"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}
@@ -212,7 +224,7 @@ def _unsafe(container, stream, scan: _Scan,
     if codec not in _EXACT_CODECS: return f"decord misreads or refuses {codec}"
     if frame.format.name not in _EXACT_FORMATS: return f"decord is inexact on {frame.format.name}"
     if frame.height % 2: return "an odd height, where decord interpolates the colour in another way"
-    if frame.rotation: return "the picture is stored rotated"
+    if _turn(frame) != (False, False, False): return "the picture is stored turned"
     if frame.interlaced_frame: return "interlaced"
     if len(container.streams.video) > 1: return "more than one video stream"
     if size != (frame.width, frame.height): return "the header claims another size than the first frame has"
@@ -230,18 +242,22 @@ def _unsafe(container, stream, scan: _Scan,
         if p.key: key = p.pts
     return None
 
-# %% ../../nbs/data/01_video.ipynb #78a91f14
+# %% ../../nbs/data/01_video.ipynb #8054e848
 @dataclass
 class _Look:
     "What a file says about itself before anything but its first frame is decoded."
     info: VideoInfo
-    rotation: int        # degrees counter-clockwise that make the picture upright
+    turn: tuple          # of `_turn`
+    size: tuple          # width, height as stored
     lost: int | None     # frames that the container promises and the file does not hold; None: some, nobody can tell how many
     cause: str           # what is wrong with the file, "" if nothing is
-    cut: bool            # it ends before its container says so
+    cut: bool            # it ends before its container says that it does
     leading: int         # shown packets before the first frame that can be decoded: somebody cut the stream there
     clean: bool          # the first key frame needs nothing from before
     uneven: bool         # packets and frames are not one to one
+
+    @property
+    def damaged(self) -> bool: return self.lost != 0 or bool(self.cause)
 
     @property
     def by_decoding(self) -> bool: return self.uneven or self.leading > 0   # only a decode can count the frames
@@ -262,14 +278,22 @@ def _rate(stream, packets: list  # those that are shown
     fps = len(shown) / duration if duration else claim
     return (claim if abs(fps - claim) <= 0.01 * claim else fps), duration
 
-# %% ../../nbs/data/01_video.ipynb #82edf8f9
-def _promised(container, stream, fps: float) -> int:  # 0: the container does not say
-    "How many packets the container says it has."
-    name = container.format.name
-    if "mp4" in name: return len(stream.index_entries)          # after its edit lists; `stream.frames` counts before them
+# %% ../../nbs/data/01_video.ipynb #e8f30df0
+def _promised(container, stream, packets: list, fps: float) -> int:  # 0: the container does not say
+    "How many packets the container says there are: counted, or reckoned from the length that it claims."
+    name, claim = container.format.name, stream.metadata.get("DURATION", "")     # of this stream alone, in Matroska
+    if "mp4" in name: return len(stream.index_entries)                           # after its edit lists; `stream.frames` is before them
     if name == "avi": return stream.frames
-    if "webm" in name or name == "flv": return round((container.duration or 0) / av.time_base * fps)
-    return 0
+    if not ("webm" in name or name == "flv"): return 0
+    end = max((p.pts + p.duration for p in packets if p.pts is not None), default=0) * stream.time_base
+    if m := re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", claim): claim = 3600 * int(m[1]) + 60 * int(m[2]) + float(m[3])
+    else: claim = (container.duration or 0) / av.time_base
+    return len(packets) + max(0, round((claim - float(end)) * fps))
+
+def _claims_more(container, stream, packets: list, promised: int) -> bool:
+    "Whether the claim is one to trust although the file has the length that it should: not a length that sound may have set."
+    name = container.format.name
+    return promised > len(packets) and ("mp4" in name or ("webm" in name and "DURATION" in stream.metadata and promised > len(packets) + 2))
 
 def _look(path: Path) -> _Look:
     early = _ends_early(path)
@@ -286,39 +310,56 @@ def _look(path: Path) -> _Look:
         visible = [i for i, p in enumerate(packets) if not p.discard]
         shown = [packets[i] for i in visible if i >= start and not _before(packets[start].pts, packets[i].pts)]
         fps, duration = _rate(stream, shown)
-        lost = scan.torn + (max(0, _promised(container, stream, fps) - len(packets)) if early or scan.torn else 0)
-        if (early or scan.cause) and not lost: lost = None
-        cut = bool(early or scan.torn)
-        cause = f"the file is cut off ({early or 'its last packet is incomplete'})" if cut else scan.cause
-        unsafe = "the file is damaged" if lost != 0 else _unsafe(container, stream, scan, size, fps)
+        turn, promised = _turn(frame), _promised(container, stream, packets, fps)
+        if turn is None: raise VideoError(path, "its pictures are to be turned by less than a quarter", "Encode it again upright.")
+        cut = bool(early or scan.ends_torn) or _claims_more(container, stream, packets, promised)
+        missing = max(scan.torn, promised - len(packets)) if cut else scan.torn
+        lost = None if (cut and not promised) or (scan.cause and not missing) else missing
+        cause = f"the file is cut off ({early or 'its last packets are missing'})" if cut else scan.cause
+        if scan.torn and not cause: cause = "some of its packets are incomplete"
+        unsafe = "the file is damaged" if cut or cause else _unsafe(container, stream, scan, size, fps)
         reader = "pyav" if unsafe or _decord() is None else "decord"
         why = unsafe or ("decord is not installed" if reader == "pyav" else "decord is exact on this class of files")
-        shape = (frame.height, frame.width) if frame.rotation % 180 else (frame.width, frame.height)
+        shape = (frame.height, frame.width) if turn[0] else (frame.width, frame.height)
         info = VideoInfo(len(visible), fps, *shape, duration, codec.codec.canonical_name, frame.format.name,
                          max(c.bits for c in frame.format.components), reader, why)
-        return _Look(info, frame.rotation, lost, cause, cut, len(visible) - len(shown), packets[start].restart or not packets[start].key,
-                     info.codec in _UNEVEN or frame.interlaced_frame)
+        return _Look(info, turn, (frame.width, frame.height), lost, cause, cut, len(visible) - len(shown),
+                     packets[start].restart or not packets[start].key, info.codec in _UNEVEN or frame.interlaced_frame)
 
-# %% ../../nbs/data/01_video.ipynb #10d77bc4
-def _upright(rgb, frame, rotation: int) -> np.ndarray:  # (H,W,3) uint8
+# %% ../../nbs/data/01_video.ipynb #096c0e99
+def _upright(rgb, frame, turn: tuple) -> np.ndarray:  # (H,W,3) uint8
     "One decoded frame in RGB, turned the way it is meant to be seen."
-    return np.rot90(rgb.reformat(frame, format="rgb24", threads=1).to_ndarray(), rotation // 90 % 4)
+    picture = rgb.reformat(frame, format="rgb24", threads=1).to_ndarray()
+    swap, rows, columns = turn
+    if swap: picture = picture.swapaxes(0, 1)
+    return picture[::-1 if rows else 1, ::-1 if columns else 1]
 
+def _decoder(stream, threads: int):
+    "A strict decoder; for VP9 the library's own, which notices damage that FFmpeg's decodes into rubbish."
+    codec = stream.codec_context
+    if codec.codec.canonical_name == "vp9" and "libvpx-vp9" in av.codecs_available:
+        codec = av.CodecContext.create("libvpx-vp9", "r")
+        codec.extradata = stream.codec_context.extradata
+    codec.options, codec.thread_count, codec.thread_type = {"err_detect": "crccheck+explode"}, threads, "AUTO"
+    return codec
+
+# %% ../../nbs/data/01_video.ipynb #cb1cd2c9
 def _pass(path: Path, look: _Look,
           places: dict | None = None,       # frame -> positions in `out`; None: decode and count, convert nothing
           out: np.ndarray | None = None,    # (T,H,W,3) uint8, filled here
           threads: int = 0                  # 0: as many as the machine has
          ) -> tuple[int, int]:              # frames shown, frames that could not be decoded
     "Decodes the file once, in order from the start, strictly, and keeps only what was asked for."
-    places, rgb, size, shown, bad, keys, first_key = places or {}, VideoReformatter(), None, 0, 0, 0, None
-    with _open(path, strict=True) as (container, stream):
-        stream.codec_context.thread_count, stream.thread_type = threads, "AUTO"
+    places, rgb, shown, bad, keys, first_key = places or {}, VideoReformatter(), 0, 0, 0, None
+    with _open(path) as (container, stream):
+        codec = _decoder(stream, threads)
         try:
             for packet in container.demux(stream):
+                if packet.is_corrupt: continue               # the look has counted it
                 if packet.is_keyframe and packet.size:
                     keys += 1
                     if first_key is None: first_key = packet.pts if packet.pts is not None else -2**63
-                try: frames = packet.decode()
+                try: frames = codec.decode(packet if packet.size else None)
                 except av.FFmpegError:
                     bad += not (_before(first_key, packet.pts) or (keys < 2 and not look.clean))
                     continue
@@ -326,14 +367,14 @@ def _pass(path: Path, look: _Look,
                     if frame.is_corrupt:
                         bad += not _before(first_key, frame.pts)
                         continue
-                    if (size := size or (frame.width, frame.height)) != (frame.width, frame.height):
+                    if (frame.width, frame.height) != look.size:
                         raise VideoError(path, f"the picture changes its size at frame {shown}", "Encode it again at one size.")
-                    for at in places.get(shown, ()): out[at] = _upright(rgb, frame, look.rotation)
+                    for at in places.get(shown, ()): out[at] = _upright(rgb, frame, look.turn)
                     shown += 1
-        except av.FFmpegError: bad += look.lost == 0        # the container breaks off; the look has counted that if it could
+        except av.FFmpegError: bad += not look.damaged       # the container breaks off: the look has seen that
     return shown, bad
 
-# %% ../../nbs/data/01_video.ipynb #25439831
+# %% ../../nbs/data/01_video.ipynb #71916b6e
 def _count(path: Path, look: _Look) -> tuple[int, int | None]:  # frames that can be shown, frames lost (None: some, nobody can tell how many)
     "What a strict decode of the whole file finds; the same on any number of threads."
     shown, bad = _pass(path, look)
@@ -343,14 +384,14 @@ def _count(path: Path, look: _Look) -> tuple[int, int | None]:  # frames that ca
 
 def _damage(path: Path, look: _Look, shown: int, lost: int | None, damaged: str):
     "Raises what is wrong with the file, or warns of it, or finds it whole."
-    if lost == 0: return
+    if lost == 0 and not look.cause: return
     cause = look.cause or "some of its frames cannot be decoded"
     cause += ": frames are lost, nobody can tell how many" if lost is None else f": {lost} of {shown + lost} frames are lost"
     if damaged == "warn" and shown: return warnings.warn(VideoWarning(path, cause, lost), stacklevel=4)
     remedy = 'Copy or download it again' + (', or read what is left with damaged="warn".' if shown else '.')
     raise (TruncatedVideo if look.cut else CorruptVideo)(path, cause, remedy)
 
-# %% ../../nbs/data/01_video.ipynb #4a7ceeab
+# %% ../../nbs/data/01_video.ipynb #386d1c21
 def _resolve(path: Path, indices, frames: int) -> np.ndarray:  # (T,) int64
     "The frame numbers that were asked for, checked."
     wanted = np.asarray(indices(frames) if callable(indices) else indices)
@@ -368,38 +409,42 @@ def _by_pyav(path: Path, look: _Look, indices, damaged: str) -> np.ndarray:  # (
         for at, k in enumerate(wanted.tolist()): places.setdefault(k, []).append(at)
         out = np.empty((len(wanted), look.info.height, look.info.width, 3), np.uint8)
         return out, _pass(path, look, places, out, threads)
-    if look.lost == 0 and not look.by_decoding:
+    if not look.damaged and not look.by_decoding:
         out, found = take(look.info.frames)
         if found == (look.info.frames, 0): return out
     shown, lost = _count(path, look)
     _damage(path, look, shown, lost, damaged)
     return take(shown, threads=1)[0]
 
-# %% ../../nbs/data/01_video.ipynb #3fef65bb
+# %% ../../nbs/data/01_video.ipynb #271f39e8
 def _decord():
     "The decord module, or None where it has no wheel."
     try: import decord
     except (ImportError, OSError): return None
     return decord
 
-def _by_decord(path: Path, indices, gpu: bool = False) -> np.ndarray:  # (T,H,W,3) uint8 RGB
-    "What decord returns, unchecked."
+def _by_decord(path: Path, indices, gpu: bool = False,
+               frames: int | None = None   # how many there should be; None: whatever decord counts
+              ) -> np.ndarray:             # (T,H,W,3) uint8 RGB
+    "What decord returns, unchecked but for the number of frames."
     decord = _decord()
     if decord is None: raise ReaderUnavailable(path, "decord is not installed", 'Use reader="auto" or "pyav", or `pip install decord` on x86-64.')
     decord.logging.set_level(decord.logging.QUIET)
     try:
         video = decord.VideoReader(os.path.abspath(path), ctx=decord.gpu(0) if gpu else decord.cpu(0))
+        if frames not in (None, len(video)):
+            raise CorruptVideo(path, f"decord counts {len(video)} frames and its packets are {frames}", 'Use reader="pyav".')
         wanted = _resolve(path, indices, len(video))
         if not len(wanted): return np.empty((0, *video[0].shape), np.uint8)
         once, where = np.unique(wanted, return_inverse=True)
         batch = video.get_batch(once.tolist())
     except (decord.DECORDError, RuntimeError) as e:
-        if "CUDA not enabled" in str(e): 
+        if "CUDA not enabled" in str(e):
             raise ReaderUnavailable(path, "this build of decord cannot decode on the GPU", 'Use reader="auto", or build decord with CUDA.') from e
         raise CorruptVideo(path, f"decord cannot read it ({str(e).splitlines()[0][:120]})", 'Use reader="pyav".') from e
     return (batch.asnumpy() if hasattr(batch, "asnumpy") else batch.numpy())[where]
 
-# %% ../../nbs/data/01_video.ipynb #09149ac8
+# %% ../../nbs/data/01_video.ipynb #5857630f
 READERS = ("auto", "decord", "pyav", "decord-gpu")
 
 def _file(path) -> Path:
@@ -415,10 +460,10 @@ def probe(path: str | os.PathLike,  # a video file
     "What is in a video file. Raises the `VideoError` that `read_frames` would raise for what can be seen without decoding it all."
     path = _file(path)
     look = _look(path)
-    if look.lost != 0: _damage(path, look, look.info.frames, look.lost, "error")
+    _damage(path, look, look.info.frames, look.lost, "error")
     return replace(look.info, frames=_count(path, look)[0]) if look.by_decoding else look.info
 
-# %% ../../nbs/data/01_video.ipynb #c1903530
+# %% ../../nbs/data/01_video.ipynb #b0bf72f5
 def read_frames(path: str | os.PathLike,  # a video file
                 indices,                  # frame numbers in order of display, 0 is the first; or a function: number of frames -> frame numbers
                 reader: str = "auto",     # auto | decord | pyav | decord-gpu
@@ -435,7 +480,10 @@ def read_frames(path: str | os.PathLike,  # a video file
         return _by_decord(path, indices, gpu=reader == "decord-gpu")
     if reader == "pyav" or look.info.reader == "pyav" or _count(path, look) != (look.info.frames, 0):
         return _by_pyav(path, look, indices, damaged)
-    return _by_decord(path, indices)
+    try: return _by_decord(path, indices, frames=look.info.frames)
+    except CorruptVideo as e:                                  # the strict decode has just found the file whole
+        warnings.warn(VideoWarning(path, f"{e.cause}; PyAV read it instead"), stacklevel=2)
+        return _by_pyav(path, look, indices, damaged)
 
 # %% ../../nbs/data/01_video.ipynb #9f45f720
 def write_video(path: str | os.PathLike,   # where to; the ending chooses the container: .mp4, .mov, .mkv, .webm, .avi, .gif, …
