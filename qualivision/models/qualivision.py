@@ -7,7 +7,7 @@ __all__ = ['ALL_STATISTICS', 'DOCUMENTED', 'PUBLISHED', 'EMBEDDED', 'CONFIGS', '
            'input_channels', 'pool_statistics', 'PooledNorm', 'numbered', 'VideoBranch', 'MosPredictor',
            'working_dtype', 'DoverPlusPlus', 'documented_dover']
 
-# %% ../../nbs/models/14_qualivision.ipynb #02a8391e
+# %% ../../nbs/models/14_qualivision.ipynb #8fdbca5d
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, replace
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from .convnext3d import ConvNeXt3D
 from .fusion import QualityAwareFusion, SingleTokenFusion
+from .text import TextEncoder, encoder_of_width
 from .weights import load_strict
 from ..quality import DIMENSIONS, MOS_MAX, MOS_MIN, QualiVisionError
 
@@ -164,7 +165,7 @@ class MosPredictor(nn.Module):
 
     def forward(self, x): return self.predictor(x)
 
-# %% ../../nbs/models/14_qualivision.ipynb #d6cb82b5
+# %% ../../nbs/models/14_qualivision.ipynb #49adf4d6
 def working_dtype(device) -> torch.dtype:
     "float32, or what autocast computes in."
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
@@ -211,8 +212,7 @@ class DoverPlusPlus(nn.Module):
         "Prompts or embeddings → embeddings (B,D)."
         if isinstance(text, Tensor): return text
         if self.text_encoder is None:
-            from qualivision.models.text import TextEncoder, default_encoder
-            self.text_encoder = TextEncoder(default_encoder(self.config.text_dim))
+            self.text_encoder = TextEncoder(encoder_of_width(self.config.text_dim))
         return self.text_encoder.encode(text).to(device)
 
     def extract_features(self, frames: Tensor, text) -> dict[str, Tensor]:
