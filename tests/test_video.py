@@ -1,0 +1,380 @@
+"""Videos that carry their frame numbers, files that are no videos, damaged ones, and machines without decord."""
+import multiprocessing
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from qualivision.data import video as V
+from qualivision.data.video import VideoWarning, probe, read_frames, write_video
+
+sys.path.insert(0, str(Path(__file__).parent))
+from video_zoo import H, N, W, ZOO, build, copy, encode, number, numbers, picture, x264  # noqa: E402
+
+needs_decord = pytest.mark.skipif(V._decord() is None, reason="decord has no wheel here")
+SAFE = [name for name, clip in ZOO.items() if clip.safe]
+WRONG = [name for name, clip in ZOO.items() if clip.wrong]
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory): return build(tmp_path_factory.mktemp("zoo"))
+
+
+def draws(n, count=5): return [np.random.default_rng(seed).integers(0, n, 20) for seed in range(count)]
+
+
+def cut(source: Path, path: Path, share: float) -> Path:
+    data = source.read_bytes()
+    end = int(len(data) * share)
+    path.write_bytes(data[:end // 188 * 188 + 100 if path.suffix == ".ts" else end])   # not between two transport packets: nobody could tell
+    return path
+
+
+def flip(source: Path, path: Path, packet=20, n=8) -> Path:
+    "Damages the middle of one packet."
+    with av.open(str(source)) as c: p = [p for p in c.demux(c.streams.video[0]) if p.size][packet]
+    data = bytearray(source.read_bytes())
+    for k in range(p.pos + p.size // 2, p.pos + p.size // 2 + n): data[k] ^= 0xFF
+    path.write_bytes(data)
+    return path
+
+
+# ---------------------------------------------------------------- the frames that were asked for
+
+@pytest.mark.parametrize("reader", ["auto", "pyav"])
+@pytest.mark.parametrize("name", ZOO)
+def test_every_frame_is_the_one_asked_for(zoo, name, reader):
+    clip = ZOO[name]
+    info, see = probe(zoo / name), lambda frames: numbers(frames[:, :, ::-1] if clip.mirror else frames)
+    assert info.frames == len(clip.shown)
+    everything = read_frames(zoo / name, range, reader)
+    assert everything.shape == (info.frames, info.height, info.width, 3) and everything.dtype == np.uint8
+    assert see(everything) == list(clip.shown)
+    for wanted in draws(info.frames, 2):
+        assert np.array_equal(read_frames(zoo / name, wanted, reader), everything[wanted])
+
+
+@needs_decord
+def test_auto_takes_decord_exactly_for_the_safe_class(zoo):
+    assert [name for name in ZOO if probe(zoo / name).reader == "decord"] == SAFE
+
+
+@needs_decord
+@pytest.mark.parametrize("name", SAFE)
+def test_both_readers_return_equal_pixels(zoo, name):
+    for wanted in draws(len(ZOO[name].shown)):
+        assert np.array_equal(read_frames(zoo / name, wanted, "decord"), read_frames(zoo / name, wanted, "pyav"))
+
+
+@needs_decord
+@pytest.mark.parametrize("name", WRONG)
+def test_decord_alone_would_have_returned_other_frames(zoo, name):
+    "When this fails, decord has been mended for this kind of file, and the safe class can grow."
+    shown, right = ZOO[name].shown, []
+    for wanted in draws(len(shown)):
+        with pytest.warns(VideoWarning, match="decord may return other frames"):
+            got = numbers(read_frames(zoo / name, wanted, "decord"))
+        right.append(got == [shown[k] for k in wanted])
+    with pytest.warns(VideoWarning): right.append(len(read_frames(zoo / name, range, "decord")) == len(shown))
+    assert not all(right)
+
+
+@needs_decord
+@pytest.mark.parametrize("name", ["av1.mp4", "loop.gif"])
+def test_decord_alone_would_have_refused(zoo, name):
+    with pytest.warns(VideoWarning), pytest.raises(V.CorruptVideo, match="decord cannot read it"): read_frames(zoo / name, [0], "decord")
+
+
+@needs_decord
+def test_ten_bits_differ_in_decord(zoo):
+    ours = read_frames(zoo / "h264_10bit.mp4", range)
+    with pytest.warns(VideoWarning): theirs = read_frames(zoo / "h264_10bit.mp4", range, "decord")
+    assert probe(zoo / "h264_10bit.mp4").bit_depth == 10
+    assert numbers(theirs) == numbers(ours) and 0.1 < np.abs(ours.astype(int) - theirs).mean() < 3
+
+
+@pytest.mark.parametrize(("name", "expected"), {
+    "h264.mp4": (48, 24.0, W, H, 2.0, "h264", "yuv420p", 8), "hevc_10bit.mkv": (48, 24.0, W, H, 2.0, "hevc", "yuv420p10le", 10),
+    "av1.webm": (48, 24.0, W, H, 2.0, "av1", "yuv420p", 8), "trim_both.mp4": (10, 24.0, W, H, 10 / 24, "h264", "yuv420p", 8),
+    "loop.gif": (48, 24.0, W, H, 2.0, "gif", "bgra", 8), "odd.webm": (48, 24.0, 129, 97, 2.0, "vp9", "yuv420p", 8),
+    "uneven.mp4": (48, 48 / 2.8, W, H, 2.8, "h264", "yuv420p", 8), "cut_mpeg2.ts": (36, 24.0, W, H, 1.5, "mpeg2video", "yuv420p", 8)}.items())
+def test_probe(zoo, name, expected):
+    i = probe(zoo / name)
+    assert (i.frames, i.width, i.height, i.codec, i.pix_fmt, i.bit_depth) == (expected[0], *expected[2:4], *expected[5:])
+    assert i.fps == pytest.approx(expected[1], rel=2e-3) and i.duration == pytest.approx(expected[4], abs=2e-3)
+
+
+@pytest.mark.parametrize("turn", [90, 180, 270, "mirrored"])
+def test_pictures_come_upright(tmp_path, turn):
+    "A red corner, stored top left, ends where the display matrix sends it."
+    s = 1 << 16
+    matrix, corner = {90: ([0, -s, 0, s, 0, 0, 0, 0, 1 << 30], (-1, 0)), 180: ([-s, 0, 0, 0, -s, 0, 0, 0, 1 << 30], (-1, -1)),
+                      270: ([0, s, 0, -s, 0, 0, 0, 0, 1 << 30], (0, -1)), "mirrored": ([-s, 0, 0, 0, s, 0, 0, 0, 1 << 30], (0, -1))}[turn]
+    stored = np.zeros((64, 96, 3), np.uint8)
+    stored[:16, :16, 0] = 255
+    with av.open(str(tmp_path / "a.mp4"), "w") as c:
+        stream = c.add_stream("libx264", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.set_display_matrix(matrix)
+        c.mux(stream.encode(av.VideoFrame.from_ndarray(stored, format="rgb24")))
+        c.mux(stream.encode())
+    frame, info = read_frames(tmp_path / "a.mp4", [0])[0], probe(tmp_path / "a.mp4")
+    assert frame.shape[:2] == (info.height, info.width) == ((96, 64) if turn in (90, 270) else (64, 96))
+    assert frame[corner][0] > 150 and (frame[..., 0] > 150).sum() == 256
+    assert info.reader == "pyav"
+
+
+@pytest.mark.parametrize("name", ["clip:12.mp4", "http:a.mp4", "-i.mp4", "a b%03d?.mp4", "видео.mp4", "clip.txt"])
+def test_names_are_only_names(zoo, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).write_bytes((zoo / ("open.mp4" if ":" in name else "h264.mp4")).read_bytes())
+    assert numbers(read_frames(name, [40, 3])) == [40, 3]
+
+
+def test_indices(zoo):
+    seen = []
+    frames = read_frames(zoo / "h264.mp4", lambda n: seen.append(n) or [n - 1, 0, 0])
+    assert set(seen) == {N} and numbers(frames) == [N - 1, 0, 0]
+    for reader in ("auto", "pyav"): assert read_frames(zoo / "h264.mp4", [], reader).shape == (0, H, W, 3)
+    for wrong in ([N], [-1], [0.5], [[0]], 3, [True]):
+        for reader in ("auto", "pyav"):
+            with pytest.raises(V.VideoError): read_frames(zoo / "h264.mp4", wrong, reader)
+
+
+def test_a_picture_that_changes_its_size_is_refused(tmp_path):
+    a = encode(tmp_path / "a.h264", "libx264", n=12, container="h264", options=x264())
+    b = encode(tmp_path / "b.h264", "libx264", n=12, container="h264", size=(160, 96), options=x264())
+    (tmp_path / "c.h264").write_bytes(a.read_bytes() + b.read_bytes())
+    with pytest.raises(V.VideoError, match="changes its size at frame 12"): read_frames(tmp_path / "c.h264", [0])
+
+
+# ---------------------------------------------------------------- what is no video
+
+def sound(path):
+    with av.open(str(path), "w") as c:
+        s = c.add_stream({".mp4": "aac", ".wav": "pcm_s16le"}[path.suffix], rate=44100, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32 if path.suffix == ".mp4" else np.int16),
+                                           format="fltp" if path.suffix == ".mp4" else "s16", layout="mono")
+        frame.sample_rate = 44100
+        c.mux(s.encode(frame))
+        c.mux(s.encode())
+
+
+def still(path): av.VideoFrame.from_ndarray(picture(3), format="rgb24").save(path)
+def noise(path): path.write_bytes(np.random.default_rng(0).integers(0, 256, 60000, dtype=np.uint8).tobytes())
+
+
+@pytest.mark.parametrize("reader", ["auto", "pyav", "decord"])
+@pytest.mark.parametrize(("name", "make", "error", "cause"), [
+    ("none.mp4", lambda p: None, "MissingVideo", "no such file"),
+    ("folder.mp4", lambda p: p.mkdir(), "NotAVideo", "a folder"),
+    ("empty.mp4", lambda p: p.touch(), "EmptyVideo", "no bytes"),
+    ("text.mp4", lambda p: p.write_text("A boat on a lake.\n" * 50), "NotAVideo", "text"),
+    ("short.mp4", lambda p: p.write_text("x"), "NotAVideo", "text"),
+    ("page.mp4", lambda p: p.write_text("<!DOCTYPE html><title>404 – página</title>"), "NotAVideo", "text"),
+    ("list.mp4", lambda p: p.write_text("ffconcat version 1.0\nfile h264.mp4\n"), "NotAVideo", "playlist"),
+    ("list.m3u8", lambda p: p.write_text("#EXTM3U\n#EXTINF:2,\nh264.mp4\n#EXT-X-ENDLIST\n"), "NotAVideo", "playlist"),
+    ("noise.mp4", noise, "NotAVideo", "no video format"),
+    ("zeros.mp4", lambda p: p.write_bytes(bytes(9000)), "NotAVideo", "no video format"),
+    ("still.png", still, "NotAVideo", "still picture"),
+    ("still.mp4", still, "NotAVideo", "still picture"),
+    ("sound.mp4", sound, "NoVideoStream", "audio"),
+    ("sound.wav", sound, "NoVideoStream", "audio")])
+def test_typed_errors(zoo, tmp_path, name, make, error, cause, reader):
+    if reader == "decord" and V._decord() is None: pytest.skip("decord has no wheel here")
+    path = tmp_path / name
+    if make is still and name.endswith("mp4"):
+        still(tmp_path / "a.png")
+        (tmp_path / "a.png").rename(path)
+    else: make(path)
+    for act in (lambda: probe(path), lambda: read_frames(path, [0], reader), lambda: read_frames(path, [0], reader, damaged="warn")):
+        with pytest.raises(V.VideoError, match=cause) as e: act()
+        assert type(e.value).__name__ == error and e.value.what == str(path) and e.value.remedy
+
+
+def test_cover_art_is_no_video(tmp_path):
+    still(tmp_path / "cover.png")
+    with av.open(str(tmp_path / "song.mp4"), "w") as c:
+        a, v = c.add_stream("aac", rate=44100, layout="mono"), c.add_stream("png", rate=1)
+        v.width, v.height, v.pix_fmt, v.disposition = W, H, "rgb24", av.stream.Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 44100
+        c.mux(v.encode(av.VideoFrame.from_ndarray(picture(0), format="rgb24")))
+        c.mux(v.encode())
+        c.mux(a.encode(frame))
+        c.mux(a.encode())
+    with av.open(str(tmp_path / "song.mp4")) as c: assert len(c.streams.video) == 1
+    with pytest.raises(V.NoVideoStream): read_frames(tmp_path / "song.mp4", [0])
+
+
+# ---------------------------------------------------------------- damaged files
+
+@pytest.mark.parametrize("name", ["h264.mp4", "h264.mov", "hevc.mp4", "vp9.mp4", "av1.mp4"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+def test_without_its_index_an_mp4_is_gone(zoo, tmp_path, name, share):
+    path = cut(zoo / name, tmp_path / name, share)
+    for damaged in ("error", "warn"):
+        with pytest.raises(V.TruncatedVideo, match="should have at least|index"): read_frames(path, [0], damaged=damaged)
+
+
+@pytest.mark.parametrize("reader", ["auto", "pyav"])
+@pytest.mark.parametrize("share", [0.5, 0.75, 0.97])
+@pytest.mark.parametrize("name", ["faststart.mp4", "fragments.mp4", "h264.mkv", "open.mkv", "vp9.webm", "av1.webm", "mpeg4.avi", "h264.flv", "h264.ts", "loop.gif", "loop.png"])
+def test_a_cut_file_is_an_error_and_on_request_a_warning(zoo, tmp_path, name, share, reader):
+    path = cut(zoo / name, tmp_path / name, share)
+    with pytest.raises(V.TruncatedVideo, match="cut off"): read_frames(path, [0], reader)
+    with pytest.raises(V.TruncatedVideo, match="cut off"): probe(path)
+    with pytest.warns(VideoWarning, match="lost") as seen: frames = read_frames(path, range, reader, damaged="warn")
+    left, lost = len(frames), seen[0].message.lost
+    assert 0 < left <= N and len(seen) == 1
+    if name == "fragments.mp4": assert lost > 0                   # whole fragments that are gone are not promised anywhere
+    elif name in ("h264.ts", "loop.gif", "loop.png"): assert lost is None
+    else: assert left + lost == N
+    if name not in ("fragments.mp4", "h264.flv", "h264.ts"): assert numbers(frames[:-4]) == list(range(left - 4))   # B frames may miss at the end
+
+
+@pytest.mark.parametrize("reader", ["auto", "pyav"])
+@pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "h264_444.mp4", "open.mp4", "vp9.webm", "vp9.mp4", "av1.mp4", "mpeg4.mp4", "h264.ts"])
+def test_a_damaged_packet_is_an_error_and_on_request_a_warning(zoo, tmp_path, name, reader):
+    path = flip(zoo / name, tmp_path / name) if name != "h264.ts" else tmp_path / name
+    if name == "h264.ts":
+        data = bytearray((zoo / name).read_bytes())
+        for k in range(40 * 188 + 20, 44 * 188 + 20): data[k] ^= 0xFF
+        path.write_bytes(data)
+    with pytest.raises(V.CorruptVideo, match="frames are lost"): read_frames(path, [0], reader)
+    with pytest.warns(VideoWarning) as seen: frames = read_frames(path, range, reader, damaged="warn")
+    lost = seen[0].message.lost
+    assert 1 <= lost < N and (name == "h264.ts" or len(frames) + lost >= N) and number(frames[0]) == 0
+    with pytest.warns(VideoWarning): again = read_frames(path, range, reader, damaged="warn")
+    assert np.array_equal(frames, again)
+
+
+@needs_decord
+def test_decord_alone_says_nothing_about_damage(zoo, tmp_path):
+    path = flip(zoo / "vp9.webm", tmp_path / "a.webm")
+    assert probe(path).reader == "decord"
+    frames = read_frames(path, range, "decord")
+    assert len(frames) == N and not np.array_equal(frames, read_frames(zoo / "vp9.webm", range))
+    with pytest.raises(V.CorruptVideo): read_frames(path, range)
+
+
+def test_a_cut_in_front_is_no_damage_but_a_hole_is(zoo, tmp_path):
+    "Leading pictures of a stream that starts inside a group are not lost; a missing packet later is."
+    path = copy(zoo / "open.mkv", tmp_path / "a.mkv", key=1)
+    assert read_frames(path, range).shape[0] == N - 12
+    with pytest.raises(V.CorruptVideo): read_frames(flip(path, tmp_path / "b.mkv", packet=20), [0])
+
+
+# ---------------------------------------------------------------- readers
+
+BLOCKED = """
+import sys; sys.modules["decord"] = None
+from qualivision.data import video as V
+path = sys.argv[1]
+info = V.probe(path)
+assert (info.reader, info.why) == ("pyav", "decord is not installed"), info
+for reader in ("decord", "decord-gpu"):
+    try: V.read_frames(path, [0], reader)
+    except V.ReaderUnavailable as e: assert "pip install decord" in str(e)
+    else: raise AssertionError("no error")
+print(int(V.read_frames(path, [5, 40]).sum()))
+"""
+
+
+def test_everything_works_without_decord(zoo):
+    out = subprocess.run([sys.executable, "-c", BLOCKED, zoo / "h264.mp4"], capture_output=True, text=True, timeout=60)
+    assert out.returncode == 0, out.stderr
+    assert int(out.stdout) == int(read_frames(zoo / "h264.mp4", [5, 40]).sum())
+
+
+@needs_decord
+def test_gpu_decoding_says_when_it_is_not_built_in(zoo):
+    try: frames = read_frames(zoo / "h264.mp4", [5], "decord-gpu")
+    except V.ReaderUnavailable as e: assert "GPU" in e.cause and e.remedy
+    else: assert number(frames[0]) == 5
+
+
+@needs_decord
+def test_a_decord_that_fails_on_a_whole_file_is_replaced_aloud(zoo, monkeypatch):
+    def fail(*args, **kwargs): raise V.CorruptVideo("x", "decord cannot read it", "")
+    monkeypatch.setattr(V, "_by_decord", fail)
+    with pytest.warns(VideoWarning, match="PyAV read it instead"): assert numbers(read_frames(zoo / "h264.mp4", [7])) == [7]
+
+
+def test_wrong_options_are_named(zoo):
+    with pytest.raises(V.VideoError, match="no reader 'opencv'"): read_frames(zoo / "h264.mp4", [0], "opencv")
+    with pytest.raises(V.VideoError, match="damaged='ignore'"): read_frames(zoo / "h264.mp4", [0], damaged="ignore")
+
+
+def _in_worker(path): return numbers(read_frames(path, [30, 2]))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_readers_work_in_worker_processes(zoo, method):
+    if method not in multiprocessing.get_all_start_methods(): pytest.skip(f"no {method} here")
+    read_frames(zoo / "h264.mp4", [0])                             # decord has been used in the parent
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)        # forking a process that has threads
+        with multiprocessing.get_context(method).Pool(2) as pool:
+            assert pool.map_async(_in_worker, [zoo / "h264.mp4", zoo / "hevc.mp4"]).get(60) == [[30, 2]] * 2
+
+
+HEADERS = """
+import sys, warnings
+from pathlib import Path
+import numpy as np
+from qualivision.data.video import VideoError, read_frames
+warnings.simplefilter("ignore")
+folder = Path(sys.argv[1])
+for k in range(140):
+    r, name = np.random.default_rng(k), ("h264.mp4", "h264.mkv", "vp9.webm", "faststart.mp4")[k % 4]
+    data = bytearray((folder / name).read_bytes())
+    start = max(0, data.find(b"moov"))
+    for _ in range(1 + k // 4 % 3):
+        at = start + int(r.integers(0, 1200 if start else 600))
+        data[at:at + 4] = [b"\\xff\\xff\\xff\\xff", b"\\x7f\\xff\\xff\\xff", r.bytes(4)][int(r.integers(3))]
+    path = folder / f"header_{name}"
+    path.write_bytes(data)
+    try: read_frames(path, lambda n: range(0, min(n, 100), 9))
+    except VideoError: pass
+print("alive")
+"""
+
+
+def test_absurd_headers_end_in_typed_errors(zoo):
+    "In a process of its own: one that aborts or hangs cannot take the others along."
+    out = subprocess.run([sys.executable, "-c", HEADERS, zoo], capture_output=True, text=True, timeout=100)
+    assert out.returncode == 0 and "alive" in out.stdout, out.stderr[-2000:]
+
+
+# ---------------------------------------------------------------- the writer
+
+@pytest.mark.parametrize("name", ["a.mp4", "b.mkv", "c.webm", "d.gif", "e.avi", "f:g.mp4"])
+def test_the_writer_is_deterministic_and_readable(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    frames = np.stack([picture(k) for k in range(30)])
+    codec = {"c.webm": "libvpx-vp9", "d.gif": "gif"}.get(name, "libx264")
+    fmt = {"d.gif": "rgb8"}.get(name, "yuv420p")
+    write_video(name, frames, fps=12.5, codec=codec, pix_fmt=fmt)
+    first = Path(name).read_bytes()
+    assert write_video(name, frames, fps=12.5, codec=codec, pix_fmt=fmt) == Path(name) and Path(name).read_bytes() == first
+    assert numbers(read_frames(name, range)) == list(range(30)) and probe(name).fps == pytest.approx(12.5, rel=1e-2)
+
+
+def test_the_writer_keeps_colours(tmp_path):
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [128, 128, 128], [255, 255, 0]], np.uint8)
+    frames = np.broadcast_to(colours[:, None, None], (7, 64, 64, 3))
+    for fmt in ("yuv420p", "yuv444p"):
+        got = read_frames(write_video(tmp_path / "a.mp4", frames, crf=1, g=1, pix_fmt=fmt), range)
+        assert np.abs(got.astype(int) - frames).max() <= 3
+
+
+@pytest.mark.parametrize("frames", [np.zeros((0, 16, 16, 3), np.uint8), np.zeros((2, 15, 16, 3), np.uint8), np.zeros((2, 16, 16, 3)), np.zeros((16, 16, 3), np.uint8)])
+def test_the_writer_refuses_what_it_cannot_write(tmp_path, frames):
+    with pytest.raises(V.VideoError): write_video(tmp_path / "a.mp4", frames)
+    assert not os.listdir(tmp_path)
