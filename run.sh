@@ -85,6 +85,7 @@ stamped() {         # is the environment complete, with at least these extras?
 
 make_env() {        # .venv, unless it is there and whole
     if "$PY" -m pip --version >/dev/null 2>&1 && grep -qF "$ENV" "$ENV/bin/activate" 2>/dev/null; then return; fi
+    [ -w "$ROOT" ] || die "cannot write in $ROOT, where .venv belongs. Clone it where you can, or activate an environment of your own."
     find_python
     see=
     if "$BASE" -c 'import torch' >/dev/null 2>&1; then see=--system-site-packages; fi
