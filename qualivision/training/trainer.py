@@ -10,7 +10,7 @@ __all__ = ['TRACKERS', 'TrainError', 'TrainConfig', 'seed_all', 'kept_rng', 'epo
            'validate', 'save_run', 'restore_run', 'end_epoch', 'fit', 'source_hash', 'dover_config', 'publish',
            'Prepared', 'prepare_data', 'train_dover']
 
-# %% ../../nbs/training/31_trainer.ipynb #25414e21
+# %% ../../nbs/training/31_trainer.ipynb #678496bc
 import contextlib
 import csv
 import hashlib
@@ -21,7 +21,7 @@ import random
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ from ..data.dataset import ClipCache, EpochSampler, VideoQualityDataset, collate
 from ..data.sampling import Sampling
 from ..evaluation.metrics import MetricError, plcc, srocc
 from ..models.qualivision import CONFIGS, DoverConfig, DoverPlusPlus
-from ..models.text import TextEncoder, default_encoder
+from ..models.text import TextEncoder, encoder_of_width
 from ..models.weights import load_checkpoint, load_strict, save_checkpoint
 from ..quality import DIMENSIONS, QualiVisionError
 from .losses import HybridLoss, LossError
@@ -490,7 +490,7 @@ def _state(run: Run) -> dict:
             "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
             "averaged": run.averaged.state_dict() if run.averaged is not None else None}
 
-# %% ../../nbs/training/31_trainer.ipynb #b1d8e1bb
+# %% ../../nbs/training/31_trainer.ipynb #96db3ad1
 def restore_run(run: Run) -> bool:  # whether there was something to go on from
     "Puts a run where its folder says that it was; raises TrainError where that run had other settings."
     name = read_pointer(run.folder)["last"]
@@ -510,10 +510,17 @@ def restore_run(run: Run) -> bool:  # whether there was something to go on from
     for key in _PROGRESS: setattr(run, key, state[key])
     return True
 
+def _same_buffers(run: Run):
+    "Running statistics (of batch normalisation) become those of the first process, which are the ones that are saved."
+    if run.accelerator.num_processes == 1: return
+    for part in (run.module, run.averaged):
+        for b in part.buffers() if part is not None else (): torch.distributed.broadcast(b, src=0)
+
 def end_epoch(run: Run) -> dict:  # the row of the history
     "Validates, writes the epoch's row, and saves; the best weights too where the score is a new best."
     sums = run.sums; videos = sums.pop("videos")
     row = {"epoch": run.epoch + 1, "step": run.step, "lr": sums.pop("lr"), **{k: v / videos for k, v in sums.items()}, "skipped": run.skipped}
+    _same_buffers(run)
     if run.val_set is not None: row |= validate(run)
     run.epoch, run.sums = run.epoch + 1, {}
     run.history.append(row)
@@ -523,7 +530,7 @@ def end_epoch(run: Run) -> dict:  # the row of the history
     save_run(run, best=new_best)
     return row
 
-# %% ../../nbs/training/31_trainer.ipynb #65961f17
+# %% ../../nbs/training/31_trainer.ipynb #ff526880
 def _groups(run: Run):
     "The steps that are left of this epoch, each a list of this process's batches."
     P, acc = run.accelerator.num_processes, run.config.accumulation
@@ -579,7 +586,8 @@ def fit(model: nn.Module,            # forward(frames, text) -> dict with mos, a
         return _summary(run)
     finally:
         bar.close(); tracker.close()
-        run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)   # the model is the caller's again
+        run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
+        vars(model).pop("forward", None)        # what mixed precision had put before the class's own: the model is the caller's again
 
 def _summary(run: Run) -> dict:
     pointer = read_pointer(run.folder)
@@ -630,7 +638,7 @@ def publish(source: str | Path,   # folder of the best weights, in a run
     if target.exists(): target.rename(old)
     part.rename(target); shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/training/31_trainer.ipynb #2a8a014f
+# %% ../../nbs/training/31_trainer.ipynb #1187cd4b
 @dataclass
 class Prepared:
     "A data set made ready for training: all clips decoded, all prompts encoded."
@@ -665,18 +673,19 @@ def train_dover(data: str | Path,                     # root of the data set
                 augment: bool = True, resume: bool = True, stop_after: int | None = None, progress: bool = True,
                 ) -> dict:                            # that of `fit`, with checkpoint, run, data_hash, params_hash, note
     "Trains the DOVER++ five-MOS model on a data set and publishes its best weights. Raises TrainError, DatasetError, VideoError."
-    sampling, encoder = Sampling(config.frames, config.size), TextEncoder(text or default_encoder(config.text_dim))
+    sampling, encoder = Sampling(config.frames, config.size), TextEncoder(text or encoder_of_width(config.text_dim), cache=Path(cache) / "text")
     if encoder.dim != config.text_dim:
         raise TrainError(f"text encoder {encoder.name}", f"it is {encoder.dim} wide and the model's text_dim {config.text_dim}", "Make them equal.")
     sets = prepare_data(data, sampling, encoder, cache, augment, train.seed, progress)
     params = {"config": asdict(config), "train": train.deciding(), "text": encoder.name, "augment": augment}
-    meta = {"model": "dover++", "config": asdict(config), "sampling": asdict(sampling), "text_encoder": encoder.name,
+    meta = {"model": "dover++", "config": asdict(config), "sampling": asdict(sampling), "text_encoder": encoder.name, "text_encoder_key": encoder.key,
             "trained_on": f"{trained_on or 'labels of ' + Path(data).resolve().name}, data {sets.hash[:12]}", "licence": licence,
             "data_hash": sets.hash, "params_hash": _hash(params), "source_hash": source_hash(), "splits": sets.note}
     folder = Path(runs) / _hash(meta)[:12]
     with kept_rng():
         seed_all(train.seed)
-        result = fit(DoverPlusPlus(config), sets.train, sets.val, train, folder, resume and (folder / "run.json").exists(), stop_after, meta, progress)
+        result = fit(DoverPlusPlus(config), sets.train, sets.val, train, folder, resume=resume and (folder / "run.json").exists(),
+                     stop_after=stop_after, meta=meta, progress=progress)
     result |= {"run": str(folder), "note": sets.note, **{k: meta[k] for k in ("data_hash", "params_hash", "trained_on")}}
     if result["finished"]: result["checkpoint"] = _publish_once(result, checkpoint, folder)
     return result

@@ -1,0 +1,326 @@
+"What crosses processes and modules in training: resume after a kill, determinism, a tiny overfit, trackers, errors."
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from qualivision.data.sampling import Sampling
+from qualivision.models.qualivision import DoverPlusPlus
+from qualivision.models.text import TextEncoder
+from qualivision.models.weights import load_checkpoint
+from qualivision.training import trainer
+from qualivision.training.trainer import (TrainConfig, TrainError, fit, make_accelerator, prepare_data, read_pointer, seed_all, start_run,
+                                          steps_per_epoch, take_step, training_loss, validate, warmup_cosine)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory): return tiny.data_set(tmp_path_factory.mktemp("data")/"set")
+
+
+@pytest.fixture(scope="module")
+def sets(root): return prepare_data(root, Sampling(tiny.CONFIG.frames, tiny.CONFIG.size), TextEncoder("minilm"), root.parent/"cache", progress=False)
+
+
+@pytest.fixture(scope="module")
+def whole(root, tmp_path_factory):
+    "An undisturbed run: 3 epochs of 3 steps."
+    folder = tmp_path_factory.mktemp("whole")
+    return tiny.train(root, folder), folder/"out"
+
+
+def model(seed=0):
+    torch.manual_seed(seed)
+    return DoverPlusPlus(tiny.CONFIG)
+
+
+def same_files(a: Path, b: Path):
+    assert sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
+    for p in sorted(a.iterdir()): assert p.read_bytes() == (b/p.name).read_bytes(), f"{p.name} differs"
+
+
+def state(m): return {k: v.clone() for k, v in m.state_dict().items()}
+
+
+def assert_equal(a, b): assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), [k for k in a if not torch.equal(a[k], b[k])]
+
+
+# --- the same run twice, in pieces, and killed ---
+
+def test_the_same_run_twice_is_byte_equal(root, whole, tmp_path):
+    again = tiny.train(root, tmp_path)
+    same_files(whole[1], tmp_path/"out")
+    assert again["history"] == whole[0]["history"]
+
+
+def test_another_seed_is_another_run(root, whole, tmp_path):
+    assert tiny.train(root, tmp_path, seed=1)["history"] != whole[0]["history"]
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "adaptive": True, "accumulation": 2, "batch_size": 3}], ids=["plain", "ema-adaptive-accumulated"])
+def test_stopped_after_every_step_and_resumed(sets, tmp_path, options):
+    config = tiny.settings(epochs=2, **options)
+    undisturbed = model()
+    want = fit(undisturbed, sets.train, sets.val, config, tmp_path/"whole", progress=False)
+    for k in range(1, want["steps"] + 1):
+        first = fit(model(), sets.train, sets.val, config, tmp_path/str(k), stop_after=k, progress=False)
+        assert (first["step"], first["finished"]) == (k, False)
+        resumed = model(seed=99)
+        got = fit(resumed, sets.train, sets.val, config, tmp_path/str(k), progress=False)
+        assert_equal(state(resumed), state(undisturbed))
+        assert got["history"] == want["history"] and got["best"] == want["best"]
+        same_files(Path(got["checkpoint"]), Path(want["checkpoint"]))
+
+
+def forked(work) -> int:
+    "The exit status of a process that does `work`; a copy of this one, so that nothing has to be imported again."
+    pid = os.fork()
+    if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try: work(); os._exit(0)
+    finally: os._exit(1)
+
+
+def test_killed_inside_any_save(sets, tmp_path, monkeypatch):
+    "The process dies between any two writes of its saves; what is left is always a whole one to go on from."
+    config, counted = tiny.settings(epochs=2, batch_size=12, warmup_steps=1), ("save_checkpoint", "_fresh", "_sync", "_replace_text", "switch_pointer", "write_history")
+    want = model()
+    fit(want, sets.train, sets.val, config, tmp_path/"whole", progress=False)
+
+    def dying(limit, folder):
+        left = [limit]
+        def wrapped(real):
+            def call(*a, **kw):
+                left[0] -= 1
+                if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)
+                return real(*a, **kw)
+            return call
+        for name in counted: setattr(trainer, name, wrapped(getattr(trainer, name)))
+        fit(model(), sets.train, sets.val, config, folder, progress=False)
+
+    for moment in range(1, 500):
+        folder = tmp_path/str(moment)
+        status = forked(lambda: dying(moment, folder))
+        if status == 0: break                                            # it ended before that moment came
+        assert status == -signal.SIGKILL
+        for name in read_pointer(folder).values(): assert name is None or load_checkpoint(folder/name)
+        resumed = model(seed=99) if read_pointer(folder)["last"] else model()
+        fit(resumed, sets.train, sets.val, config, folder, progress=False)
+        assert_equal(state(resumed), state(want))
+        assert (folder/"history.csv").read_bytes() == (tmp_path/"whole"/"history.csv").read_bytes()
+        shutil.rmtree(folder)
+    assert moment > 15, "a run has many such moments"
+
+
+KILLED = """
+import sys; sys.path.insert(0, {tests!r})
+from pathlib import Path
+import torch; torch.set_num_threads(1)
+import tiny
+print("started", flush=True)
+tiny.train(Path({root!r}), Path({folder!r}), epochs=12, save_every=1)
+"""
+
+
+def test_killed_at_a_random_moment_and_resumed(root, tmp_path):
+    "Another interpreter, killed at a moment nobody chose, taken up by this one: the checkpoint of an undisturbed run, byte for byte."
+    code = KILLED.format(tests=str(ROOT/"tests"), root=str(root), folder=str(tmp_path/"killed"))
+    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert p.stdout.readline() == "started\n"
+    until = time.monotonic() + 60
+    while not list((tmp_path/"killed").glob("runs/*/run.json")) and time.monotonic() < until: time.sleep(0.01)
+    time.sleep(random.Random(time.time_ns()).uniform(0, 0.5))
+    p.send_signal(signal.SIGKILL); p.wait()
+    assert not (tmp_path/"killed"/"out").exists(), "it was killed before its end"
+    result = tiny.train(root, tmp_path/"killed", epochs=12, save_every=1)
+    assert result["finished"] and not list((tmp_path/"killed").glob("runs/*/last-*"))
+    tiny.train(root, tmp_path/"whole", epochs=12, save_every=1)
+    same_files(tmp_path/"whole"/"out", tmp_path/"killed"/"out")
+
+
+def test_a_run_with_other_settings_is_not_taken_up(sets, tmp_path):
+    config = tiny.settings()
+    fit(model(), sets.train, sets.val, config, tmp_path, stop_after=2, progress=False)
+    with pytest.raises(TrainError, match="lr 0.001 → 0.01"): fit(model(), sets.train, sets.val, replace(config, lr=1e-2), tmp_path, progress=False)
+    assert fit(model(), sets.train, sets.val, replace(config, lr=1e-2), tmp_path, resume=False, progress=False)["finished"]
+
+
+# --- it learns, and what it reports is right ---
+
+def test_overfits_a_tiny_batch(sets, tmp_path):
+    config = tiny.settings(epochs=40, batch_size=12, lr=5e-3, warmup_steps=5)
+    history = fit(model(), sets.train, None, config, tmp_path, progress=False)["history"]
+    assert history[-1]["loss"] < 0.3 * history[0]["loss"], (history[0]["loss"], history[-1]["loss"])
+    assert history[-1]["aux_loss"] < 0.5 * history[0]["aux_loss"]
+
+
+def test_the_rate_follows_its_schedule_over_the_steps_taken(whole, sets):
+    result = whole[0]
+    assert result["step"] == result["steps"] == 3 * steps_per_epoch(len(sets.train), 4, 1) == 9
+    want = [1e-3 * warmup_cosine(3 * e + 2, 2, 9) for e in range(3)]
+    assert np.allclose([row["lr"] for row in result["history"]], want, rtol=1e-12)
+
+
+def test_both_extra_heads_get_a_gradient(sets):
+    m = model().train()
+    batch = sets.train[0], sets.train[1]
+    out = m(torch.stack([b["frames"] for b in batch]), torch.stack([b["text"] for b in batch]))
+    loss, parts = training_loss(out, torch.stack([b["mos"] for b in batch]), start_run(model(), sets.train, None, tiny.settings(), Path("none")).loss, 0.1)
+    loss.backward()
+    for head in (m.dover_model.aesthetic_head, m.dover_model.technical_head):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
+    assert parts["aux_loss"] > 0
+
+
+def test_every_trained_parameter_moves(sets, tmp_path):
+    m = model(); before = state(m)
+    fit(m, sets.train, None, tiny.settings(epochs=2, weight_decay=0.0), tmp_path, progress=False)
+    still = [n for n, p in m.named_parameters() if torch.equal(p, before[n])]
+    assert not still, still
+
+
+def test_validation_changes_nothing(sets, tmp_path):
+    run = start_run(model(), sets.train, sets.val, tiny.settings(adaptive=True), tmp_path)
+    run.module.dover_model.backbone.eval()                      # a part that its owner froze
+    seed_all(0)
+    before = state(run.module), str(run.loss.state_dict()), [m.training for m in run.module.modules()], torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    validate(run)
+    after = state(run.module), str(run.loss.state_dict()), [m.training for m in run.module.modules()], torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    assert_equal(before[0], after[0])
+    assert before[1:3] == after[1:3] and torch.equal(before[3], after[3]) and before[4:] == after[4:]
+
+
+def test_constant_scores_have_no_validation_score(sets, tmp_path):
+    class Constant(DoverPlusPlus):
+        def forward(self, frames, text): out = super().forward(frames, text); return {**out, "mos": out["mos"] * 0 + 3}
+    result = fit(Constant(tiny.CONFIG), sets.train, sets.val, tiny.settings(epochs=1), tmp_path, progress=False)
+    assert result["best"] is None and result["history"][0]["val_score"] is None and "last-" in result["checkpoint"]
+    names, values = [line.split(",") for line in (tmp_path/"history.csv").read_text().splitlines()]
+    assert dict(zip(names, values))["val_score"] == ""
+
+
+# --- errors ---
+
+def test_a_bad_label_names_its_video(sets, tmp_path):
+    class Bad(torch.utils.data.Dataset):
+        def __len__(self): return len(sets.train)
+        def set_epoch(self, e): pass
+        def __getitem__(self, i): item = sets.train[i]; return {**item, "mos": item["mos"] * (float("nan") if i == 5 else 1)}
+    for adaptive in (False, True):
+        with pytest.raises(TrainError, match=sets.train.names[5]): fit(model(), Bad(), None, tiny.settings(adaptive=adaptive), tmp_path, resume=False, progress=False)
+
+
+def test_an_infinite_gradient_stops_the_run(sets, tmp_path):
+    run = start_run(model(), sets.train, None, tiny.settings(), tmp_path)
+    run.module.mos_predictor.predictor[-1].weight.register_hook(lambda g: g * float("inf"))
+    from qualivision.data.dataset import collate
+    with pytest.raises(TrainError, match="the gradient is (nan|inf)"): take_step(run, [collate([sets.train[i] for i in range(4)])])
+
+
+def test_out_of_memory_says_what_to_do(sets, tmp_path):
+    class Hungry(DoverPlusPlus):
+        def forward(self, frames, text): raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(TrainError, match="out of memory. Halve train.batch_size"): fit(Hungry(tiny.CONFIG), sets.train, None, tiny.settings(), tmp_path, progress=False)
+
+
+def test_an_absent_device_is_an_error():
+    if torch.cuda.is_available(): pytest.skip("this machine has a CUDA device")
+    with pytest.raises(TrainError, match="offers cpu"): make_accelerator("cuda")
+
+
+# --- precision, processes, workers ---
+
+def test_bfloat16_on_the_cpu_trains(sets, tmp_path):
+    m = model()
+    result = fit(m, sets.train, sets.val, tiny.settings(epochs=1, precision="bf16"), tmp_path, progress=False)
+    assert result["finished"] and all(p.dtype == torch.float32 for p in m.parameters())
+    assert "forward" not in vars(m), "the model is left as it was"
+
+
+def test_loader_workers_change_nothing(sets, tmp_path):
+    runs = [fit(model(), sets.train, sets.val, tiny.settings(epochs=1, workers=w), tmp_path/str(w), progress=False)["history"] for w in (0, 2)]
+    assert runs[0] == runs[1]
+
+
+def test_two_processes_resume_to_the_same_weights(sets, tmp_path):
+    "Two processes on this machine, stopped after each step and resumed, or not: the same weights and history."
+    def launch(folder, stop):
+        with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+        def work(rank):
+            os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            fit(model(), sets.train, sets.val, tiny.settings(epochs=2, batch_size=2, ema=0.9), folder, stop_after=stop, progress=False)
+        pids = []
+        for rank in range(2):
+            if not (pid := os.fork()):
+                try: work(rank); os._exit(0)
+                finally: os._exit(1)
+            pids.append(pid)
+        assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0]
+    launch(tmp_path/"whole", None)
+    for stop in (1, 3, 5):
+        launch(tmp_path/str(stop), stop); launch(tmp_path/str(stop), None)
+        for a in (tmp_path/"whole").glob("*-*"):
+            for file in ("model.safetensors", "model.json"): assert (a/file).read_bytes() == (tmp_path/str(stop)/a.name/file).read_bytes()
+        assert (tmp_path/"whole"/"history.csv").read_bytes() == (tmp_path/str(stop)/"history.csv").read_bytes()
+
+
+# --- trackers ---
+
+def test_dvclive_writes_the_history(sets, tmp_path, monkeypatch):
+    pytest.importorskip("dvclive")
+    monkeypatch.chdir(tmp_path)
+    config = tiny.settings(tracker="dvclive")
+    fit(model(), sets.train, sets.val, config, tmp_path/"run", stop_after=4, progress=False)
+    result = fit(model(), sets.train, sets.val, config, tmp_path/"run", progress=False)
+    lines = (tmp_path/"run"/"dvclive"/"plots"/"metrics"/"loss.tsv").read_text().splitlines()
+    assert len(lines) == 4, "one row for each epoch, also after an interruption"
+    assert float(lines[-1].split("\t")[1]) == result["history"][-1]["loss"]
+
+
+def test_dvclive_without_a_commit_says_so(sets, tmp_path, monkeypatch):
+    pytest.importorskip("dvclive")
+    dvc = [sys.executable, "-m", "dvc"]
+    for command in (["git", "init", "-q"], [*dvc, "init", "-q"]): subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TrainError, match="no commit"): fit(model(), sets.train, sets.val, tiny.settings(tracker="dvclive"), tmp_path/"run", progress=False)
+
+
+def test_tensorboard_writes_events(sets, tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    fit(model(), sets.train, sets.val, tiny.settings(tracker="tensorboard", epochs=1), tmp_path, progress=False)
+    assert list((tmp_path/"tensorboard").glob("events.*"))
+
+
+def test_wandb_works_offline(sets, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline"); monkeypatch.setenv("WANDB_SILENT", "true")
+    fit(model(), sets.train, sets.val, tiny.settings(tracker="wandb", epochs=1), tmp_path, progress=False)
+    assert list((tmp_path/"wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_missing_tracker_is_named(sets, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(TrainError, match="pip install wandb"): fit(model(), sets.train, sets.val, tiny.settings(tracker="wandb"), tmp_path, progress=False)
+
+
+def test_the_default_is_the_published_batch(): assert (lambda c: c.batch_size * c.accumulation)(TrainConfig()) == 32
