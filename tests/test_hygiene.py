@@ -7,10 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+from configparser import ConfigParser
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 from chapters import PACKAGE, ROOT, modules
 
@@ -180,6 +183,16 @@ def test_torch_is_not_pinned():
     assert not [p for p in pins if p in ("torch", "triton", PACKAGE) or p.startswith(("nvidia", "-e"))]
     assert all("==" in line for line in (ROOT/"constraints.txt").read_text().splitlines() if line[:1] not in ("", "#")), "a pin names one version"
     assert pins == sorted(pins) and len(set(pins)) == len(pins)
+
+
+def test_pins_run_on_the_oldest_python():
+    "No pin asks for a later Python than settings.ini does: 3.11 means 3.11.0, not this machine's."
+    settings = ConfigParser(delimiters=["="], interpolation=None)
+    settings.read(ROOT/"settings.ini", encoding="utf-8")
+    oldest, pins = settings["DEFAULT"]["min_python"] + ".0", set((ROOT/"constraints.txt").read_text().splitlines())
+    newer = [f"{d.name}: {asked}" for d in distributions() if f"{d.name}=={d.version}" in pins
+             and (asked := d.metadata["Requires-Python"]) and oldest not in SpecifierSet(asked)]
+    assert not newer, newer
 
 
 def objects(out: dict) -> set[str]:
