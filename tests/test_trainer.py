@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from qualivision.models.qualivision import DoverPlusPlus
 from qualivision.models.text import TextEncoder
 from qualivision.models.weights import load_checkpoint
 from qualivision.training import trainer
+from qualivision.training.losses import HybridLoss
 from qualivision.training.trainer import (TrainConfig, TrainError, fit, make_accelerator, prepare_data, read_pointer, seed_all, start_run,
                                           steps_per_epoch, take_step, training_loss, validate, warmup_cosine)
 
@@ -77,7 +79,8 @@ def test_another_seed_is_another_run(root, whole, tmp_path):
     assert tiny.train(root, tmp_path, seed=1)["history"] != whole[0]["history"]
 
 
-@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "adaptive": True, "accumulation": 2, "batch_size": 3}], ids=["plain", "ema-adaptive-accumulated"])
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "adaptive": True, "accumulation": 2, "batch_size": 3}],
+                         ids=["plain", "ema-adaptive-accumulated"])
 def test_stopped_after_every_step_and_resumed(sets, tmp_path, options):
     config = tiny.settings(epochs=2, **options)
     undisturbed = model()
@@ -102,7 +105,8 @@ def forked(work) -> int:
 
 def test_killed_inside_any_save(sets, tmp_path, monkeypatch):
     "The process dies between any two writes of its saves; what is left is always a whole one to go on from."
-    config, counted = tiny.settings(epochs=2, batch_size=12, warmup_steps=1), ("save_checkpoint", "_fresh", "_sync", "_replace_text", "switch_pointer", "write_history")
+    config = tiny.settings(epochs=2, batch_size=12, warmup_steps=1)
+    counted = ("save_checkpoint", "_fresh", "_sync", "_replace_text", "switch_pointer", "write_history")
     want = model()
     fit(want, sets.train, sets.val, config, tmp_path/"whole", progress=False)
 
@@ -119,7 +123,7 @@ def test_killed_inside_any_save(sets, tmp_path, monkeypatch):
 
     for moment in range(1, 500):
         folder = tmp_path/str(moment)
-        status = forked(lambda: dying(moment, folder))
+        status = forked(partial(dying, moment, folder))
         if status == 0: break                                            # it ended before that moment came
         assert status == -signal.SIGKILL
         for name in read_pointer(folder).values(): assert name is None or load_checkpoint(folder/name)
@@ -185,7 +189,7 @@ def test_both_extra_heads_get_a_gradient(sets):
     m = model().train()
     batch = sets.train[0], sets.train[1]
     out = m(torch.stack([b["frames"] for b in batch]), torch.stack([b["text"] for b in batch]))
-    loss, parts = training_loss(out, torch.stack([b["mos"] for b in batch]), start_run(model(), sets.train, None, tiny.settings(), Path("none")).loss, 0.1)
+    loss, parts = training_loss(out, torch.stack([b["mos"] for b in batch]), HybridLoss(), 0.1)
     loss.backward()
     for head in (m.dover_model.aesthetic_head, m.dover_model.technical_head):
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
@@ -203,11 +207,15 @@ def test_validation_changes_nothing(sets, tmp_path):
     run = start_run(model(), sets.train, sets.val, tiny.settings(adaptive=True), tmp_path)
     run.module.dover_model.backbone.eval()                      # a part that its owner froze
     seed_all(0)
-    before = state(run.module), str(run.loss.state_dict()), [m.training for m in run.module.modules()], torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    def everything():
+        modes = [m.training for m in run.module.modules()]
+        generators = torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+        return state(run.module), str(run.loss.state_dict()), modes, generators
+    before = everything()
     validate(run)
-    after = state(run.module), str(run.loss.state_dict()), [m.training for m in run.module.modules()], torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    after = everything()
     assert_equal(before[0], after[0])
-    assert before[1:3] == after[1:3] and torch.equal(before[3], after[3]) and before[4:] == after[4:]
+    assert before[1:] == after[1:]
 
 
 def test_constant_scores_have_no_validation_score(sets, tmp_path):
@@ -227,7 +235,8 @@ def test_a_bad_label_names_its_video(sets, tmp_path):
         def set_epoch(self, e): pass
         def __getitem__(self, i): item = sets.train[i]; return {**item, "mos": item["mos"] * (float("nan") if i == 5 else 1)}
     for adaptive in (False, True):
-        with pytest.raises(TrainError, match=sets.train.names[5]): fit(model(), Bad(), None, tiny.settings(adaptive=adaptive), tmp_path, resume=False, progress=False)
+        with pytest.raises(TrainError, match=sets.train.names[5]):
+            fit(model(), Bad(), None, tiny.settings(adaptive=adaptive), tmp_path, resume=False, progress=False)
 
 
 def test_an_infinite_gradient_stops_the_run(sets, tmp_path):
@@ -240,7 +249,8 @@ def test_an_infinite_gradient_stops_the_run(sets, tmp_path):
 def test_out_of_memory_says_what_to_do(sets, tmp_path):
     class Hungry(DoverPlusPlus):
         def forward(self, frames, text): raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(TrainError, match="out of memory. Halve train.batch_size"): fit(Hungry(tiny.CONFIG), sets.train, None, tiny.settings(), tmp_path, progress=False)
+    with pytest.raises(TrainError, match="out of memory. Halve train.batch_size"):
+        fit(Hungry(tiny.CONFIG), sets.train, None, tiny.settings(), tmp_path, progress=False)
 
 
 def test_an_absent_device_is_an_error():
@@ -302,7 +312,8 @@ def test_dvclive_without_a_commit_says_so(sets, tmp_path, monkeypatch):
     dvc = [sys.executable, "-m", "dvc"]
     for command in (["git", "init", "-q"], [*dvc, "init", "-q"]): subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(TrainError, match="no commit"): fit(model(), sets.train, sets.val, tiny.settings(tracker="dvclive"), tmp_path/"run", progress=False)
+    with pytest.raises(TrainError, match="no commit"):
+        fit(model(), sets.train, sets.val, tiny.settings(tracker="dvclive"), tmp_path/"run", progress=False)
 
 
 def test_tensorboard_writes_events(sets, tmp_path):
@@ -320,7 +331,8 @@ def test_wandb_works_offline(sets, tmp_path, monkeypatch):
 
 def test_a_missing_tracker_is_named(sets, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(TrainError, match="pip install wandb"): fit(model(), sets.train, sets.val, tiny.settings(tracker="wandb"), tmp_path, progress=False)
+    with pytest.raises(TrainError, match="pip install wandb"):
+        fit(model(), sets.train, sets.val, tiny.settings(tracker="wandb"), tmp_path, progress=False)
 
 
 def test_the_default_is_the_published_batch(): assert (lambda c: c.batch_size * c.accumulation)(TrainConfig()) == 32

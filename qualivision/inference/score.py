@@ -21,7 +21,7 @@ from ..models.weights import load_checkpoint, load_strict
 from ..quality import DIMENSIONS, QualiVisionError, ScoreRecord
 from ..training.trainer import pick_device
 
-# %% ../../nbs/inference/42_score.ipynb #d5d45801
+# %% ../../nbs/inference/42_score.ipynb #4f8bc156
 CHECKPOINT = "checkpoints/dover"   # where the pipeline puts what it trained, and where scoring looks first
 
 class ScoreError(QualiVisionError): "A video cannot be scored, or there is nothing to score it with."
@@ -49,9 +49,13 @@ class Scorer:
         absent = [k for k in ("model", "config", "sampling", "text_encoder", "trained_on") if k not in meta]
         if absent: raise ScoreError(folder, f"its model.json lacks {', '.join(absent)}", "Take a checkpoint that `qualivision train` wrote.")
         if meta["model"] != "dover++": raise ScoreError(folder, f"it holds the model {meta['model']}", "This version scores with dover++.")
+        encoder = TextEncoder(meta["text_encoder"])
+        if meta.get("text_encoder_key", encoder.key) != encoder.key:
+            raise ScoreError(folder, f"it was trained with the text encoder {meta['text_encoder_key']}, and {encoder.name} is {encoder.key} here",
+                             "Install the version that it was trained with: other embeddings mean other scores.")
         model = DoverPlusPlus(DoverConfig.of(meta["config"]))
         load_strict(model, state)
-        return cls(model, Sampling(**meta["sampling"]), TextEncoder(meta["text_encoder"]), meta["model"], str(folder),
+        return cls(model, Sampling(**meta["sampling"]), encoder, meta["model"], str(folder),
                    meta["trained_on"], meta.get("licence", ""), pick_device(device))
 
     @torch.no_grad()

@@ -1,0 +1,108 @@
+"What crosses modules in scoring: a checkpoint describes itself, scores match training's, bad videos become rows."
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from qualivision.data.dataset import ClipCache, VideoQualityDataset, collate, load_labels
+from qualivision.data.sampling import Sampling
+from qualivision.inference.score import ScoreError, Scorer, predict
+from qualivision.models.weights import WeightsError
+from qualivision.quality import COLUMNS, DIMENSIONS, MOS_MAX, MOS_MIN
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory): return Scorer.from_checkpoint(tiny.checkpoint(tmp_path_factory.mktemp("weights")/"dover"), "cpu")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory): return tiny.data_set(tmp_path_factory.mktemp("data")/"set", train=2, val=2, test=2)
+
+
+def test_a_score_is_five_mos_and_always_the_same(scorer, root):
+    video = root/"train"/"videos"/"A_000.mp4"
+    a, b = scorer.score(video, "a red boat"), scorer.score(video, "a red boat")
+    assert a == b and all(MOS_MIN <= getattr(a, d) <= MOS_MAX for d in DIMENSIONS)
+    assert (a.video, a.model, a.trained_on) == (str(video), "dover++", "simulated labels (tiny)")
+
+
+def test_scores_are_those_of_the_training_path(scorer, root):
+    "One video at a time from the file, or a batch through cache, data set and collate: the same scores."
+    frame = load_labels(root, "train")
+    text = dict(zip(frame["Prompt"], scorer.encoder.encode(frame["Prompt"].tolist())))
+    items = VideoQualityDataset(frame, ClipCache(root.parent/"cache", Sampling(4, 32)), text)
+    batch = collate([items[i] for i in range(len(items))])
+    with torch.no_grad(): want = scorer.model(batch["frames"], batch["text"])["mos"]
+    got = torch.tensor([[getattr(r, d) for d in DIMENSIONS] for r in scorer.score_many(zip(frame["path"], frame["Prompt"]))])
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_bad_videos_become_rows_and_the_rest_go_on(scorer, root, tmp_path):
+    good = root/"train"/"videos"/"A_000.mp4"
+    (tmp_path/"empty.mp4").touch(); (tmp_path/"text.mp4").write_text("not a video")
+    (tmp_path/"cut.mp4").write_bytes(good.read_bytes()[:len(good.read_bytes()) // 2])
+    videos = [good, tmp_path/"empty.mp4", tmp_path/"text.mp4", tmp_path/"cut.mp4", tmp_path/"gone.mp4", tmp_path, good]
+    records = list(scorer.score_many((v, "a red boat") for v in videos))
+    assert [r.error is None for r in records] == [True, False, False, False, False, False, True]
+    for r, v in zip(records[1:-1], videos[1:-1]):
+        assert str(v) in r.error and all(getattr(r, d) is None for d in DIMENSIONS) and r.trained_on == "simulated labels (tiny)"
+    for prompt in ("", " ", None): assert "no prompt" in next(scorer.score_many([(good, prompt)])).error
+
+
+def test_score_many_is_lazy(scorer, root):
+    "An endless stream of pairs is scored as it comes."
+    def endless():
+        while True: yield root/"train"/"videos"/"A_000.mp4", "a boat"
+    records = scorer.score_many(endless())
+    assert next(records) == next(records)
+
+
+def test_no_checkpoint_says_which_command_makes_one(tmp_path):
+    with pytest.raises(ScoreError, match="run.sh.*qualivision train"): Scorer.from_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    def changed(name, **values):
+        folder = tiny.checkpoint(tmp_path/name)
+        return folder, json.loads((folder/"model.json").read_text())
+    folder, _ = changed("damaged")
+    with open(folder/"model.safetensors", "r+b") as f: f.truncate(1000)
+    with pytest.raises(WeightsError): Scorer.from_checkpoint(folder, "cpu")
+    other = tiny.checkpoint(tmp_path/"other")
+    from dataclasses import asdict, replace
+
+    from qualivision.models.qualivision import DoverPlusPlus
+    from qualivision.models.weights import load_checkpoint, save_checkpoint
+    _, meta = load_checkpoint(other)
+    save_checkpoint(other, DoverPlusPlus(replace(tiny.CONFIG, feature_dim=24)), {**meta, "config": asdict(tiny.CONFIG)})
+    with pytest.raises(WeightsError, match="do not fit"): Scorer.from_checkpoint(other, "cpu")
+    save_checkpoint(other, DoverPlusPlus(tiny.CONFIG), {k: v for k, v in meta.items() if k != "sampling"})
+    with pytest.raises(ScoreError, match="lacks sampling"): Scorer.from_checkpoint(other, "cpu")
+    save_checkpoint(other, DoverPlusPlus(tiny.CONFIG), {**meta, "text_encoder_key": "minilm-000000000000"})
+    with pytest.raises(ScoreError, match="text encoder"): Scorer.from_checkpoint(other, "cpu")
+
+
+def test_predict_writes_the_challenge_csv(scorer, root, tmp_path):
+    copy = shutil.copytree(root, tmp_path/"set")
+    lost = sorted((copy/"test"/"videos").iterdir())[1]
+    lost.write_bytes(b"")
+    records = predict(copy, "test", scorer, tmp_path/"out.csv")
+    with open(tmp_path/"out.csv", newline="") as f: rows = list(csv.DictReader(f))
+    assert tuple(rows[0]) == COLUMNS and [r["video_name"] for r in rows] == [Path(r.video).name for r in records]
+    for row, r in zip(rows, records):
+        values = [row[c] for c in COLUMNS[2:]]
+        if Path(r.video) == lost: assert r.error and values == [""] * 5
+        else: assert all(math.isclose(float(v), getattr(r, d), abs_tol=1e-5) for v, d in zip(values, DIMENSIONS))
+    assert sum(r.error is not None for r in records) == 1
+
+
+def test_a_trained_checkpoint_scores(root, tmp_path):
+    "From training to a score, nothing given by hand but the folder."
+    result = tiny.train(root, tmp_path, epochs=1, warmup_steps=0)
+    record = Scorer.from_checkpoint(result["checkpoint"], "cpu").score(root/"val"/"videos"/"A_004.mp4", "a red boat")
+    assert record.error is None and record.trained_on == f"simulated labels (tiny), data {result['data_hash'][:12]}"
