@@ -35,11 +35,11 @@ def cut(source: Path, path: Path, share: float) -> Path:
     return path
 
 
-def flip(source: Path, path: Path, packet=20, n=8) -> Path:
-    "Damages the middle of one packet."
+def flip(source: Path, path: Path, packet=20, n=8, mask=0xFF) -> Path:
+    "Damages n bytes in the middle of one packet."
     with av.open(str(source)) as c: p = [p for p in c.demux(c.streams.video[0]) if p.size][packet]
     data = bytearray(source.read_bytes())
-    for k in range(p.pos + p.size // 2, p.pos + p.size // 2 + n): data[k] ^= 0xFF
+    for k in range(p.pos + p.size // 2, p.pos + p.size // 2 + n): data[k] ^= mask
     path.write_bytes(data)
     return path
 
@@ -62,6 +62,13 @@ def test_every_frame_is_the_one_asked_for(zoo, name, reader):
 @needs_decord
 def test_auto_takes_decord_exactly_for_the_safe_class(zoo):
     assert [name for name in ZOO if probe(zoo / name).reader == "decord"] == SAFE
+
+
+@pytest.mark.parametrize(("name", "why"), {
+    "h264.avi": "avi", "h264.flv": "flv", "h264.ts": "mpegts", "hevc_closed.mp4": "hevc", "av1.mp4": "av1", "h264_10bit.mp4": "yuv420p10le",
+    "odd.webm": "odd height", "mirrored.mp4": "turned", "interlaced.mp4": "interlaced", "trim_end.mp4": "edit list", "late.mkv": "not zero",
+    "uneven.webm": "variable", "open.mkv": "no clean start", "refresh.mp4": "no clean start"}.items())
+def test_the_reason_for_pyav_is_given(zoo, name, why): assert why in probe(zoo / name).why
 
 
 @needs_decord
@@ -165,6 +172,7 @@ def sound(path):
         c.mux(s.encode())
 
 
+def pixmap(path): path.write_bytes(b"P6 96 64 255\n" + bytes(96 * 64 * 3))
 def still(path): av.VideoFrame.from_ndarray(picture(3), format="rgb24").save(path)
 def noise(path): path.write_bytes(np.random.default_rng(0).integers(0, 256, 60000, dtype=np.uint8).tobytes())
 
@@ -183,6 +191,7 @@ def noise(path): path.write_bytes(np.random.default_rng(0).integers(0, 256, 6000
     ("zeros.mp4", lambda p: p.write_bytes(bytes(9000)), "NotAVideo", "no video format"),
     ("still.png", still, "NotAVideo", "still picture"),
     ("still.mp4", still, "NotAVideo", "still picture"),
+    ("still.ppm", pixmap, "NotAVideo", "no video format"),
     ("sound.mp4", sound, "NoVideoStream", "audio"),
     ("sound.wav", sound, "NoVideoStream", "audio")])
 def test_typed_errors(zoo, tmp_path, name, make, error, cause, reader):
@@ -239,7 +248,7 @@ def test_a_cut_file_is_an_error_and_on_request_a_warning(zoo, tmp_path, name, sh
 
 
 @pytest.mark.parametrize("reader", ["auto", "pyav"])
-@pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "h264_444.mp4", "open.mp4", "vp9.webm", "vp9.mp4", "av1.mp4", "mpeg4.mp4", "h264.ts"])
+@pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "h264_444.mp4", "open.mp4", "vp9.webm", "vp9.mp4", "av1.mp4", "mpeg4.mp4", "hevc_hash.mp4", "loop.png", "h264.ts"])
 def test_a_damaged_packet_is_an_error_and_on_request_a_warning(zoo, tmp_path, name, reader):
     path = flip(zoo / name, tmp_path / name) if name != "h264.ts" else tmp_path / name
     if name == "h264.ts":
@@ -252,6 +261,16 @@ def test_a_damaged_packet_is_an_error_and_on_request_a_warning(zoo, tmp_path, na
     assert 1 <= lost < N and (name == "h264.ts" or len(frames) + lost >= N) and number(frames[0]) == 0
     with pytest.warns(VideoWarning): again = read_frames(path, range, reader, damaged="warn")
     assert np.array_equal(frames, again)
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "open.mkv", "hevc_hash.mp4", "loop.png"])
+def test_one_flipped_bit_never_changes_a_frame_unseen(zoo, tmp_path, name):
+    "Where the format lets a decoder notice: H.264 by its entropy code, HEVC by hashes if the encoder wrote them, PNG by checksums."
+    whole, noticed = read_frames(zoo / name, range), 0
+    for packet in range(1, N, 5):
+        try: assert np.array_equal(read_frames(flip(zoo / name, tmp_path / name, packet, 1, 1 << packet % 8), range), whole)
+        except V.CorruptVideo: noticed += 1
+    assert noticed >= 5
 
 
 @needs_decord

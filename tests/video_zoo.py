@@ -79,6 +79,24 @@ def edit(source, path, first: int, count: int):
     return Path(path)
 
 
+def skips(source, path):
+    "Adds a packet that shows nothing after every tenth: MPEG-4 has pictures that are coded as absent."
+    with av.open(str(source)) as a, av.open(str(path), "w") as b:
+        s, extra = a.streams.video[0], 0
+        t = b.add_stream_from_template(s)
+        for k, p in enumerate(p for p in a.demux(s) if p.size):
+            p.pts, p.dts, p.stream = k + extra, k + extra, t
+            b.mux(p)
+            if k % 10 < 9: continue
+            extra += 1
+            bits = "01" "0" "1" + format((k + extra) % 24, "05b") + "1" "0" "01111"   # P, no full second, time, absent, stuffing
+            absent = av.Packet(b"\0\0\1\xb6" + int(bits, 2).to_bytes(2))
+            absent.pts = absent.dts = k + extra
+            absent.time_base, absent.stream = p.time_base, t
+            b.mux(absent)
+    return Path(path)
+
+
 def x264(params="", **more):
     return {"preset": "veryfast", "crf": 18, "x264-params": "threads=1:keyint=12:min-keyint=12:scenecut=0:bframes=3" + params, **more}
 
@@ -133,6 +151,7 @@ ZOO = {
     "hevc.mp4": Clip(lambda p: encode(p, "libx265", options=x265()), wrong=True),
     "hevc.mkv": Clip(lambda p: encode(p, "libx265", options=x265()), wrong=True),
     "hevc_closed.mp4": Clip(lambda p: encode(p, "libx265", options=x265(":open-gop=0"))),
+    "hevc_hash.mp4": Clip(lambda p: encode(p, "libx265", options=x265(":hash=1")), wrong=True),
     "hevc_10bit.mkv": Clip(lambda p: encode(p, "libx265", fmt="yuv420p10le", options=x265()), wrong=True),
     "h264_10bit.mp4": Clip(lambda p: _h264(p, fmt="yuv420p10le")),
     "av1.mp4": Clip(lambda p: encode(p, "libsvtav1", options=AV1)),
@@ -147,6 +166,8 @@ ZOO = {
     "loop.gif": Clip(lambda p: encode(p, "gif", fmt="rgb8")),
     "loop.png": Clip(lambda p: encode(p, "apng", fmt="rgb24", container="apng")),
     "mpeg4.avi": Clip(lambda p: encode(p, "mpeg4", options=MPEG), wrong=True),
+    "mpeg4_no_b.avi": Clip(lambda p: encode(p, "mpeg4", options={"g": 12})),
+    "skips.avi": Clip(lambda p: skips(p.parent / "mpeg4_no_b.avi", p), wrong=True),
     "h264.avi": Clip(lambda p: encode(p, "libx264", options=x264(":bframes=0")), wrong=True),
     "mjpeg.avi": Clip(lambda p: encode(p, "mjpeg", fmt="yuvj420p")),
     "gaps.avi": Clip(lambda p: encode(p, "mpeg4", pts=[25 * k + 50 * (k > 9) for k in range(N)], options={"g": 12})),
