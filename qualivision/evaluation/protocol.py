@@ -69,7 +69,7 @@ class GeneratorLookup:
             raise MetricError("generator lookup", f"no training clip is by {', '.join(unknown)}", "Leave this row out of the table.")
         return np.stack([self.means[g] for g in clips.generators])
 
-# %% ../../nbs/evaluation/21_protocol.ipynb #49554626
+# %% ../../nbs/evaluation/21_protocol.ipynb #de5a0562
 def _text(clips: Clips) -> np.ndarray: return clips.known("text")
 def _low_level(clips: Clips) -> np.ndarray: return clips.known("features")[:, [HAND_CRAFTED.index(f) for f in LOW_LEVEL]]
 
@@ -89,36 +89,44 @@ class GroupedRidge:
         return np.concatenate([x, 10.0 * (clips.generators[:, None] == self.known)], 1)
 
     def fit(self, train: Clips):
-        from sklearn.linear_model import Ridge
         from sklearn.model_selection import GroupKFold
-        x, y = self.inputs(train), train.mos
+        x, y, alphas = self.inputs(train), train.mos, np.asarray(self.alphas)
         self.mean, self.scale, self.known = x.mean(0), np.where(x.std(0) > 1e-9, x.std(0), 1.0), np.unique(train.generators)
         x = self._matrix(train)
-        errors = np.zeros((len(self.alphas), y.shape[1]))                # (A,5) summed squared error on held-out prompts
+        errors = np.zeros((len(alphas), y.shape[1]))                     # (A,5) summed squared error on held-out prompts
         for fit, held in GroupKFold(self.folds).split(x, y, train.groups):
-            for k, alpha in enumerate(self.alphas):
-                errors[k] += ((Ridge(alpha=alpha).fit(x[fit], y[fit]).predict(x[held]) - y[held]) ** 2).sum(0)
-        self.alpha = np.asarray(self.alphas)[errors.argmin(0)]           # (5,)
-        self.model = Ridge(alpha=self.alpha).fit(x, y)
+            solve = _ridge(x[fit], y[fit])
+            for k, alpha in enumerate(alphas): errors[k] += ((solve(alpha)(x[held]) - y[held]) ** 2).sum(0)
+        self.alpha = alphas[errors.argmin(0)]                            # (5,)
+        self.model = _ridge(x, y)(self.alpha)
         return self
 
-    def predict(self, clips: Clips) -> np.ndarray: return self.model.predict(self._matrix(clips)).round(6)   # (N,5)
+    def predict(self, clips: Clips) -> np.ndarray: return self.model(self._matrix(clips)).round(6)   # (N,5)
 
-# %% ../../nbs/evaluation/21_protocol.ipynb #3df0ea56
+def _ridge(x: np.ndarray, y: np.ndarray):  # (N,D), (N,K) → alpha, a number or (K,) → (M,D) → (M,K)
+    "Ridge regression for any number of strengths from one singular value decomposition (Hastie et al. 2009, eq. 3.47)."
+    u, s, vt = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    uty = u.T @ (y - y.mean(0))                                          # (min(N,D),K)
+    def solve(alpha):
+        weights = vt.T @ (s[:, None] / (s[:, None] ** 2 + alpha) * uty)  # (D,K)
+        return lambda new: (new - x.mean(0)) @ weights + y.mean(0)
+    return solve
+
+# %% ../../nbs/evaluation/21_protocol.ipynb #acf47d62
 class HandCrafted:
     "Extremely randomised trees (Geurts, Ernst & Wehenkel 2006) on all hand-crafted features, one forest for each dimension."
-    def __init__(self, trees: int = 500, leaf: int = 2, share: float = 0.5, seed: int = 0,
-                 jobs: int = -1):  # processor cores; the result does not depend on it
-        self.trees, self.leaf, self.share, self.seed, self.jobs = trees, leaf, share, seed, jobs
+    def __init__(self,
+                 trees: int = 500,     # in each forest
+                 leaf: int = 2,        # fewest clips in a leaf
+                 share: float = 0.5,   # of the features that each split chooses from
+                 seed: int = 0):
+        self.trees, self.leaf, self.share, self.seed = trees, leaf, share, seed
 
     def fit(self, train: Clips):
         from sklearn.ensemble import ExtraTreesRegressor
         x, y = train.known("features"), train.mos
-        self.forests = []
-        for d in range(y.shape[1]):
-            forest = ExtraTreesRegressor(self.trees, min_samples_leaf=self.leaf, max_features=self.share,
-                                         random_state=self.seed + d, n_jobs=self.jobs).fit(x, y[:, d])
-            self.forests.append(forest.set_params(n_jobs=1))
+        self.forests = [ExtraTreesRegressor(self.trees, min_samples_leaf=self.leaf, max_features=self.share, random_state=self.seed + d)
+                        .fit(x, y[:, d]) for d in range(y.shape[1])]
         return self
 
     def predict(self, clips: Clips) -> np.ndarray:  # (N,5)
