@@ -191,7 +191,7 @@ def doctor(checkpoint: Checkpoint = CHECKPOINT, as_json: Json = False):
     missing = [k for k in ("torch", "av", "safetensors") if report["packages"][k] is None]
     if missing: say(f"missing: {', '.join(missing)}. pip install -e . brings them."); raise typer.Exit(1)
 
-# %% ../nbs/70_cli.ipynb #7f4d4b6c
+# %% ../nbs/70_cli.ipynb #d52537df
 def main():
     "The console script."
-    app()
+    app(prog_name="qualivision")

@@ -77,7 +77,7 @@ class Scorer:
             try: yield self.score(video, prompt)
             except QualiVisionError as e: yield ScoreRecord.failed(str(video), prompt, e, **self.about)
 
-# %% ../../nbs/inference/42_score.ipynb #2158c287
+# %% ../../nbs/inference/42_score.ipynb #09f8ba38
 def predict(data: str | Path,                     # root of a data set in the TaobaoVD-GC layout
             split: str,                           # train | val | test; labels are not needed
             checkpoint: str | Path,               # folder, or a Scorer
@@ -85,8 +85,8 @@ def predict(data: str | Path,                     # root of a data set in the Ta
             device: str = "auto",                 # auto | cpu | cuda | mps
             ) -> list[ScoreRecord]:               # one per row of the label file
     "Scores a split and writes the challenge's CSV; rows that failed have empty cells."
-    scorer = checkpoint if isinstance(checkpoint, Scorer) else Scorer.from_checkpoint(checkpoint, device)
     frame = load_labels(data, split)
+    scorer = checkpoint if isinstance(checkpoint, Scorer) else Scorer.from_checkpoint(checkpoint, device)
     records = list(scorer.score_many(zip(frame["path"], frame["Prompt"])))
     scores = np.array([[np.nan if r.error else getattr(r, d) for d in DIMENSIONS] for r in records])
     write_predictions(frame, scores, out, missing="empty")
