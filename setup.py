@@ -4,15 +4,22 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-cfg = ConfigParser(delimiters=["="], interpolation=None)
-cfg.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
-cfg = cfg["DEFAULT"]
+here = Path(__file__).parent
+parser = ConfigParser(delimiters=["="], interpolation=None)
+parser.read(here/"settings.ini", encoding="utf-8")
+cfg = parser["DEFAULT"]
+readme = here/"README.md"
 
 setup(
     name=cfg["lib_name"],
     version=cfg["version"],
     description=cfg["description"],
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else cfg["description"],
+    long_description_content_type="text/markdown",
+    keywords=cfg["keywords"].split(),
+    author=cfg["author"],
     license="MIT",
+    license_files=["LICENSE"],
     url=cfg["git_url"],
     packages=find_packages(include=["qualivision", "qualivision.*"]),
     python_requires=">=" + cfg["min_python"],
