@@ -56,12 +56,14 @@ def is_package(name: str) -> bool: return name in modules() and modules()[name].
 
 
 def imports_in(source: str, inside: str | None = None) -> list[Import]:
-    "What some code imports from the package, at the top or within a function; `inside` is the module that relative imports start from."
+    """What some code imports from the package, at the top or within a function; `inside` is the module that relative imports start from.
+
+    `import qualivision` for its version or its folder takes no chapter's names and does not count."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             for name in (a.name for a in node.names):
-                if name.split(".")[0] == PACKAGE: found.append(Import(name, node.lineno, whole=is_package(name)))
+                if name.split(".")[0] == PACKAGE and name != PACKAGE: found.append(Import(name, node.lineno, whole=is_package(name)))
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
@@ -70,9 +72,10 @@ def imports_in(source: str, inside: str | None = None) -> list[Import]:
                 base = ".".join([*above, *([node.module] if node.module else [])])
             if base.split(".")[0] != PACKAGE: continue
             for a in node.names:
+                if base == PACKAGE and a.name == "__version__": continue
                 deeper = f"{base}.{a.name}"
                 reached = deeper if deeper in modules() else base
-                found.append(Import(reached, node.lineno, star=a.name == "*", whole=is_package(reached) and a.name != "__version__"))
+                found.append(Import(reached, node.lineno, star=a.name == "*", whole=is_package(reached)))
     return found
 
 
