@@ -7,7 +7,8 @@ __all__ = ['MEAN', 'STD', 'GAIN', 'STATISTICS', 'DOCUMENTED', 'PUBLISHED', 'EMBE
            'pool_statistics', 'RunningNorm', 'pooled_norm', 'DoverConfig', 'numbered', 'VideoBranch', 'MosPredictor',
            'DoverPlusPlus', 'working_dtype', 'documented_dover']
 
-# %% ../../nbs/models/14_qualivision.ipynb #5cc24517
+# %% ../../nbs/models/14_qualivision.ipynb #9432dc0b
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, fields
 
@@ -21,7 +22,7 @@ from .text import TextEncoder, encoder_of_width
 from .weights import load_strict
 from ..quality import DIMENSIONS, MOS_MAX, MOS_MIN, QualiVisionError
 
-# %% ../../nbs/models/14_qualivision.ipynb #6eff34f4
+# %% ../../nbs/models/14_qualivision.ipynb #1da2fb28
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # of ImageNet, RGB in [0,1]
 GAIN = 10.                                                      # brings the two extra channels to about unit size
 
@@ -37,7 +38,7 @@ def input_channels(frames: Tensor,        # (B,3,T,H,W) uint8, or float in [0,1]
         raise QualiVisionError(f"frames {tuple(frames.shape)}", "this is not (B,3,T,H,W)", "Put the colours second and add a batch axis.")
     white, (B, _, *thw) = 255. if frames.dtype == torch.uint8 else 1., frames.shape
     x = torch.empty(B, 3 + difference + highpass, *thw, dtype=dtype, device=frames.device)
-    for c in range(3):                                                      # one channel at a time, in place: several times faster on a CPU
+    for c in range(3):                                                      # one at a time, in place: several times faster on a CPU
         mean, std = (MEAN[c], STD[c]) if normalise else (0., 1.)
         x[:, c].copy_(frames[:, c]).mul_(1 / (white * std)).sub_(mean / std)
     if difference or highpass:
@@ -55,7 +56,7 @@ def input_channels(frames: Tensor,        # (B,3,T,H,W) uint8, or float in [0,1]
         x[:, -1].copy_(edges).mul_(GAIN / (16 * white))
     return x
 
-# %% ../../nbs/models/14_qualivision.ipynb #a78af8b3
+# %% ../../nbs/models/14_qualivision.ipynb #8cbf8b7f
 STATISTICS = ("mean", "spatial", "temporal", "change", "stillness")
 
 
@@ -69,7 +70,8 @@ def pool_statistics(x: Tensor,               # (B,C,T,H,W)
     x = x.permute(0, 2, 3, 4, 1).flatten(2, 3)                              # (B,T,HW,C)
     mean = x.mean(2, dtype=torch.float32)                                   # (B,T,C)    of each frame
     values = {"mean": mean.mean(1)}                                         # (B,C)
-    if "spatial" in statistics: values["spatial"] = _root((x.square().mean(2, dtype=torch.float32) - mean * mean).mean(1))
+    if "spatial" in statistics:
+        values["spatial"] = _root((x.square().mean(2, dtype=torch.float32) - mean * mean).mean(1))
     if "temporal" in statistics: values["temporal"] = _root(mean.var(1, correction=0))
     if "change" in statistics or "stillness" in statistics:
         change = (x[:, 1:] - x[:, :-1]).abs().mean(2, dtype=torch.float32)  # (B,T-1,C)
@@ -80,7 +82,7 @@ def pool_statistics(x: Tensor,               # (B,C,T,H,W)
 
 def _root(variance): return (variance.clamp_min(0) + 1e-6).sqrt()           # with a finite slope at zero
 
-# %% ../../nbs/models/14_qualivision.ipynb #c8ece540
+# %% ../../nbs/models/14_qualivision.ipynb #ebeb2fb7
 class RunningNorm(nn.Module):
     "Each feature minus its running mean, divided by its running deviation."
     def __init__(self,
@@ -104,11 +106,12 @@ class RunningNorm(nn.Module):
 
 def pooled_norm(kind: str, width: int):   # "none" | "layer" | "batch" | "running"
     "The normalisation of the pooled features."
-    kinds = {"none": nn.Identity, "layer": lambda: nn.LayerNorm(width), "batch": lambda: nn.BatchNorm1d(width), "running": lambda: RunningNorm(width)}
-    if kind not in kinds: raise QualiVisionError(f"pooled_norm={kind!r}", "there is no such normalisation", f"Use one of {', '.join(kinds)}.")
-    return kinds[kind]()
+    kinds = {"none": lambda width: nn.Identity(), "layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "running": RunningNorm}
+    if kind not in kinds:
+        raise QualiVisionError(f"pooled_norm={kind!r}", "there is no such normalisation", f"Use one of {', '.join(kinds)}.")
+    return kinds[kind](width)
 
-# %% ../../nbs/models/14_qualivision.ipynb #ba578334
+# %% ../../nbs/models/14_qualivision.ipynb #c5da2631
 @dataclass(frozen=True)
 class DoverConfig:
     "Every size and choice of a DOVER++ five-MOS model."
@@ -153,8 +156,9 @@ class DoverConfig:
     @classmethod
     def of(cls, values: dict):   # as from JSON or YAML: lists become tuples
         "A configuration from a dict; unknown names are an error."
-        if unknown := set(values) - {f.name for f in fields(cls)}:
-            raise QualiVisionError(f"model setting {min(unknown)!r}", "there is no such setting", f"Use one of {', '.join(f.name for f in fields(cls))}.")
+        names = [f.name for f in fields(cls)]
+        if unknown := set(values) - set(names):
+            raise QualiVisionError(f"model setting {min(unknown)!r}", "there is no such setting", f"Use one of {', '.join(names)}.")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
@@ -165,7 +169,7 @@ EMBEDDED = DoverConfig(frames=16, size=144, difference=True, highpass=True, dims
                        stages=(0, 1, 2, 3), pooled_norm="running", text_dim=384, fusion_width=256)
 CONFIGS = {"published": PUBLISHED, "embedded": EMBEDDED}
 
-# %% ../../nbs/models/14_qualivision.ipynb #eaf889cc
+# %% ../../nbs/models/14_qualivision.ipynb #78d4aea8
 def numbered(layers: dict[int, nn.Module]) -> nn.Sequential:
     "A sequence whose layers have the given numbers."
     return nn.Sequential(OrderedDict((str(i), layer) for i, layer in layers.items()))
@@ -176,8 +180,8 @@ class VideoBranch(nn.Module):
     def __init__(self, c: DoverConfig):
         super().__init__()
         channels = 3 + c.difference + c.highpass
-        self.backbone = ConvNeXt3D(channels, c.dims, c.depths, c.stem, c.kernel, c.form, c.norm, c.stem_norm, c.final_norm, c.scale,
-                                   c.drop_path, c.expand, c.checkpointing, c.channels_last)
+        self.backbone = ConvNeXt3D(channels, c.dims, c.depths, c.stem, c.kernel, c.form, c.norm, c.stem_norm, c.final_norm,
+                                   c.scale, c.drop_path, c.expand, c.checkpointing, c.channels_last)
         width = len(c.statistics) * sum(channels if s == -1 else c.dims[s] for s in c.stages)        # P
         self.pooled_norm = pooled_norm(c.pooled_norm, width)
         head = lambda: numbered({2: nn.Linear(width, 256), 3: nn.ReLU(), 4: nn.Dropout(c.dropout), 5: nn.Linear(256, 1)})
@@ -194,7 +198,7 @@ class MosPredictor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.predictor(x)     # (B,256) → (B,5)
 
-# %% ../../nbs/models/14_qualivision.ipynb #4decef87
+# %% ../../nbs/models/14_qualivision.ipynb #b8970618
 class DoverPlusPlus(nn.Module):
     "The DOVER++ five-MOS model."
     def __init__(self,
@@ -207,7 +211,8 @@ class DoverPlusPlus(nn.Module):
         shared = dict(text_dim=c.text_dim, width=c.fusion_width, heads=c.heads, dropout=c.dropout, out=c.fused_dim)
         if c.fusion == "single": self.fusion = SingleTokenFusion(c.feature_dim, **shared)
         elif c.fusion == "quality":
-            self.fusion = QualityAwareFusion(c.dims[-1], **shared, pooled_dim=c.feature_dim, places=c.places * c.grid[0] * c.grid[1] * c.grid[2])
+            places = math.prod(c.grid) if c.places else 0
+            self.fusion = QualityAwareFusion(c.dims[-1], **shared, pooled_dim=c.feature_dim, places=places)
         else: raise QualiVisionError(f"fusion={c.fusion!r}", "there is no such fusion", "Use quality or single.")
         self.mos_predictor = MosPredictor(c.fused_dim, c.head_dropout)
 
@@ -231,7 +236,7 @@ class DoverPlusPlus(nn.Module):
                     technical_score=self.score(video.technical_head(pooled)))                        # (B,1)
 
     def extract_features(self, frames: Tensor, text) -> dict[str, Tensor]:   # arguments as forward
-        "dover_features (B,1024), text_features (B,D), fused_features (B,256), quality_weights (B,4), aesthetic_score and technical_score (B,1)."
+        "The published six: dover_features, text_features, fused_features, quality_weights, aesthetic_score, technical_score."
         return {name: value for name, value in self(frames, text).items() if name != "mos"}
 
     def score(self, raw: Tensor) -> Tensor:   # any real number → 1–5
@@ -244,8 +249,8 @@ class DoverPlusPlus(nn.Module):
             if self.text_encoder is None: self.text_encoder = TextEncoder(encoder_of_width(self.config.text_dim))
             text = self.text_encoder.encode(text).to(frames.device)
         if text.shape != (len(frames), self.config.text_dim):
-            raise QualiVisionError(f"text {tuple(text.shape)}", f"{len(frames)} clips and a model of text width {self.config.text_dim} need "
-                                   f"{(len(frames), self.config.text_dim)}", "Give one prompt per clip, from the encoder that the model was trained with.")
+            raise QualiVisionError(f"text {tuple(text.shape)}", f"this model and {len(frames)} clips need {(len(frames), self.config.text_dim)}",
+                                   "Give one prompt per clip, from the encoder that the model was trained with.")
         return text
 
 

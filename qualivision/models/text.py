@@ -34,7 +34,7 @@ def encoder_of_width(width: int) -> str:  # `MINILM` for 384, `BGE_LARGE` for 10
         if d == width: return name
     raise TextError(f"text width {width}", "no encoder that has a name here is that wide", "Give the model a TextEncoder of your own.")
 
-# %% ../../nbs/models/12_text.ipynb #66587aa9
+# %% ../../nbs/models/12_text.ipynb #3fb72ad1
 def encoder_folder(name: str            # "minilm", a Hugging Face name, or a folder
                   ) -> Path:            # the folder that holds the model
     "Find the files of an encoder, download them if they can be had, or raise `TextError` at once."
@@ -47,7 +47,8 @@ def encoder_folder(name: str            # "minilm", a Hugging Face name, or a fo
     wanted = dict(repo_id=name, allow_patterns=["*.json", "*.txt", "*.safetensors"])         # no pickles, no ONNX copies
     try: return Path(snapshot_download(**wanted, local_files_only=True))
     except LocalEntryNotFoundError: pass
-    except HFValidationError: raise TextError(name, "this is neither a folder nor a name on the Hugging Face hub", f"Use {MINILM}, {BGE_LARGE} or a folder.") from None
+    except HFValidationError:
+        raise TextError(name, "this is neither a folder nor a name on the Hugging Face hub", f"Use {MINILM}, {BGE_LARGE} or a folder.") from None
     if not hub_answers():
         raise TextError(name, "it is not in the local cache and the Hugging Face hub cannot be reached",
                         f"Run `hf download {name}` where there is a network, give the folder of a copy, or use {MINILM}.")
@@ -66,7 +67,7 @@ def hub_answers(seconds=3.   # how long to wait
     except OSError: return False
     return True
 
-# %% ../../nbs/models/12_text.ipynb #e8e22f51
+# %% ../../nbs/models/12_text.ipynb #d8c4a835
 class TextEncoder:
     "A frozen sentence encoder that never encodes the same prompt twice."
     def __init__(self,
@@ -93,9 +94,10 @@ class TextEncoder:
             from sentence_transformers import SentenceTransformer
             from transformers.utils import logging
             logging.disable_progress_bar()
-            try: self._model = SentenceTransformer(str(self.folder), device=self.device, local_files_only=True).eval().requires_grad_(False)
+            try: model = SentenceTransformer(str(self.folder), device=self.device, local_files_only=True)
             except (OSError, ValueError, KeyError) as e:
                 raise TextError(self.name, f"this is not a sentence-transformers model ({e})", "Give the folder that holds modules.json.") from e
+            self._model = model.eval().requires_grad_(False)
         return self._model
 
     @property
@@ -122,7 +124,8 @@ class TextEncoder:
     def _compute(self, prompt, file):
         "Run the network on one prompt, and keep the result."
         tokens, limit = len(self.model.tokenizer(prompt, verbose=False)["input_ids"]), self.model.max_seq_length
-        if tokens > limit: warnings.warn(f"{self.name} reads {limit} tokens; the rest of a prompt of {tokens} is not seen: {prompt[:60]!r} …", stacklevel=4)
+        if tokens > limit:
+            warnings.warn(f"{self.name} reads {limit} tokens; the rest of a prompt of {tokens} is not seen: {prompt[:60]!r} …", stacklevel=4)
         self.calls += 1
         vector = self.model.encode([prompt], normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)[0].float().cpu()
         if file:

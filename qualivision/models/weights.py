@@ -27,7 +27,7 @@ from ..quality import QualiVisionError
 class WeightsError(QualiVisionError):
     "A weight file that cannot be read, is not what it says, or does not fit the model."
 
-# %% ../../nbs/models/09_weights.ipynb #a3cde962
+# %% ../../nbs/models/09_weights.ipynb #2c8e0a27
 def read_state(path     # .safetensors, .pth, .pt or .bin
               ) -> dict[str, Tensor]:   # on the CPU
     "Read a state dict without running anything that the file may contain. Raises `WeightsError`."
@@ -37,12 +37,13 @@ def read_state(path     # .safetensors, .pth, .pt or .bin
         try: return load_file(path)
         except SafetensorError as e: raise WeightsError(path, f"this is not a whole safetensors file ({e})", "Fetch or write it again.") from e
     if path.suffix not in (".pth", ".pt", ".bin"):
-        raise WeightsError(path, f"weights do not come as {path.suffix or 'a file without an ending'}", "Use .safetensors or .pth.")
+        raise WeightsError(path, "this is no format of weights that is read here", "Use .safetensors or .pth.")
     state = _read_pickle(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict): state = state["state_dict"]
-    if not isinstance(state, dict) or not state: raise WeightsError(path, "it does not hold a state dict", "Save `model.state_dict()`.")
+    save = "Save `model.state_dict()` alone."
+    if not isinstance(state, dict) or not state: raise WeightsError(path, "it does not hold a state dict", save)
     other = [k for k, v in state.items() if not isinstance(v, Tensor)]
-    if other: raise WeightsError(path, f"{len(other)} of its {len(state)} entries are not tensors, such as {other[0]!r}", "Save `model.state_dict()` alone.")
+    if other: raise WeightsError(path, f"{len(other)} of its {len(state)} entries are not tensors, such as {other[0]!r}", save)
     return state
 
 
@@ -51,12 +52,13 @@ def _read_pickle(path):
     try: return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         if found := re.search(r"GLOBAL (\S+)", str(e)):
-            raise WeightsError(path, f"it wants to call {found[1]} while it is read; weights need no such thing", "Do not open it. Ask for a safetensors file.") from e
+            raise WeightsError(path, f"it wants to call {found[1]} while it is read; weights need no such thing",
+                               "Do not open it. Ask for a safetensors file.") from e
         raise WeightsError(path, "this is not a file of PyTorch weights, or not a whole one", "Fetch it again.") from e
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError, OSError) as e:   # what damaged files raise
+    except (RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, OSError) as e:   # what damaged files raise
         raise WeightsError(path, "this is not a file of PyTorch weights, or not a whole one", "Fetch it again.") from e
 
-# %% ../../nbs/models/09_weights.ipynb #11eec327
+# %% ../../nbs/models/09_weights.ipynb #825d1382
 @dataclass(frozen=True)
 class LoadReport:
     "What became of every tensor, of the file and of the model."
@@ -78,11 +80,11 @@ def compare(module: nn.Module, state: dict[str, Tensor]) -> LoadReport:
     "What would happen if this state were loaded into this module."
     own = module.state_dict()
     same = tuple(k for k in own if k in state and state[k].shape == own[k].shape)
-    other = tuple((k, tuple(state[k].shape), tuple(own[k].shape)) for k in own if k in state and state[k].shape != own[k].shape)
+    other = tuple((k, tuple(state[k].shape), tuple(own[k].shape)) for k in own if k in state and k not in same)
     coverage = sum(own[k].numel() for k in same) / max(sum(v.numel() for v in own.values()), 1)
     return LoadReport(same, tuple(k for k in own if k not in state), tuple(k for k in state if k not in own), other, coverage)
 
-# %% ../../nbs/models/09_weights.ipynb #867bf6ff
+# %% ../../nbs/models/09_weights.ipynb #e9ede120
 def load_strict(module: nn.Module,
                 state: dict[str, Tensor],  # as from read_state
                 may_miss=()                # patterns (`head.*`) of names that the state need not have
@@ -91,7 +93,8 @@ def load_strict(module: nn.Module,
     report = compare(module, state)
     absent = [k for k in report.missing if not any(fnmatch(k, pattern) for pattern in may_miss)]
     if absent or report.unexpected or report.mismatched:
-        raise WeightsError(type(module).__name__, f"these weights do not fit ({report})", "Use weights of this model, or name in may_miss what is new.")
+        raise WeightsError(type(module).__name__, f"these weights do not fit ({report})",
+                           "Use weights of this model, or name in may_miss what is new.")
     bad = [k for k in report.matched if state[k].is_floating_point() and not state[k].isfinite().all()]
     if bad: raise WeightsError(type(module).__name__, f"{len(bad)} tensors hold NaN or infinity, such as {bad[0]}", "Use an earlier checkpoint.")
     module.load_state_dict({**module.state_dict(), **state})
@@ -102,7 +105,7 @@ def file_sha256(path) -> str:
     "SHA-256 of a file's bytes, 64 hexadecimal digits."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../../nbs/models/09_weights.ipynb #51a51a8a
+# %% ../../nbs/models/09_weights.ipynb #fb818a2b
 NUMBERS, STAGED, ABOUT = "model.safetensors", "model.new.safetensors", "model.json"
 
 
@@ -114,10 +117,11 @@ def save_checkpoint(folder,                # made if it is not there
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     numbers, staged, about = folder / NUMBERS, folder / STAGED, folder / f"{ABOUT}.new"
-    if staged.exists() and about_file(folder).get("sha256") == file_sha256(staged): os.replace(staged, numbers)   # finish what was interrupted
+    if staged.exists() and about_file(folder).get("sha256") == file_sha256(staged): os.replace(staged, numbers)   # step 3, left undone
     save_file({k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}, staged)
     try: text = json.dumps({**meta, "sha256": file_sha256(staged)}, indent=1, sort_keys=True, allow_nan=False)
-    except (TypeError, ValueError) as e: raise WeightsError(folder, f"JSON cannot hold what it should say about itself ({e})", "Use numbers, strings, lists, dicts.") from e
+    except (TypeError, ValueError) as e:
+        raise WeightsError(folder, f"JSON cannot hold what it should say about itself ({e})", "Use numbers, strings, lists, dicts.") from e
     about.write_text(text + "\n", encoding="utf-8")
     for path in (staged, about): _to_disk(path)
     os.replace(about, folder / ABOUT)
@@ -141,13 +145,15 @@ def _to_disk(path):
     try: os.fsync(handle)
     finally: os.close(handle)
 
-# %% ../../nbs/models/09_weights.ipynb #61ec8f06
+# %% ../../nbs/models/09_weights.ipynb #1559477a
 def load_checkpoint(folder) -> tuple[dict[str, Tensor], dict]:   # state dict, meta
     "Read a checkpoint whose two files belong together. Raises `WeightsError`."
     folder = Path(folder)
     meta = about_file(folder)
     files = [f for f in (folder / NUMBERS, folder / STAGED) if f.exists()]
-    if not meta or not files: raise WeightsError(folder, f"a checkpoint is {NUMBERS} and {ABOUT}, and not both are here", "Give the folder that training wrote.")
+    if not meta or not files:
+        raise WeightsError(folder, f"a checkpoint is {NUMBERS} and {ABOUT}, and not both are here", "Give the folder that training wrote.")
     for file in files:
         if file_sha256(file) == meta.get("sha256"): return read_state(file), meta
-    raise WeightsError(folder, f"{NUMBERS} is not the file that {ABOUT} describes (SHA-256 differs)", "Copy both files of one checkpoint, whole.")
+    raise WeightsError(folder, f"{NUMBERS} is not the file that {ABOUT} describes (SHA-256 differs)",
+                       "Copy both files of one checkpoint, whole.")
