@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'CACHE_FORMAT', 'SIDES', 'Problem', 'DatasetError', 'Datase
            'resolve_splits', 'FileHashes', 'data_hash', 'BuildReport', 'ClipCache', 'DecodeEachTime', 'may_flip',
            'augmentation', 'VideoQualityDataset', 'collate', 'EpochSampler', 'write_predictions']
 
-# %% ../../nbs/data/04_dataset.ipynb #be5c0263
+# %% ../../nbs/data/04_dataset.ipynb #b47f8c93
 import csv
 import hashlib
 import json
@@ -21,6 +21,7 @@ import time
 import unicodedata
 import uuid
 import warnings
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -81,7 +82,7 @@ def generator_of(video_name: str) -> str:  # for example "A"; "unknown" where th
     found = re.match(r"([A-E])(?=[\d_.-])|([A-Za-z][A-Za-z0-9.-]*)_", Path(video_name).name)
     return (found[1] or found[2]) if found else "unknown"
 
-# %% ../../nbs/data/04_dataset.ipynb #6002519b
+# %% ../../nbs/data/04_dataset.ipynb #8f49df4e
 def _label_file(root, split):
     "The label file of a split, or None."
     places = [Path(root)/split/"labels"/f"{split}_labels.csv", Path(root)/split/f"{split}_labels.csv"]
@@ -100,7 +101,7 @@ def _read_csv(file):
                 if row: rows.append(row); lines.append(last + 1)
                 last = reader.line_num
     except (csv.Error, UnicodeDecodeError) as e:
-        raise DatasetError(file, f"it is not a CSV file in UTF-8 ({e})", "Save it again as CSV, UTF-8, prompts in double quotes.") from e
+        raise DatasetError(file, f"it is not a CSV file in UTF-8 ({e})", "Save it again, with prompts in double quotes.") from e
     absent = [c for c in COLUMNS if c not in header]
     if absent and absent != list(MOS_COLUMNS):
         raise DatasetError(file, f"it lacks the columns {', '.join(absent)} (it has: {', '.join(header) or 'none'})",
@@ -144,12 +145,13 @@ def load_labels(
                         group=frame["Prompt"].map(prompt_group), generator=frame["video_name"].map(generator_of),
                         labelled=bool(frame[list(MOS_COLUMNS)].notna().any(axis=None)), file=short)
 
-# %% ../../nbs/data/04_dataset.ipynb #57df9e0c
+# %% ../../nbs/data/04_dataset.ipynb #a1f1a782
 def load_dataset(
     root: str | Path,     # folder in the TaobaoVD-GC layout; a split may be missing
 ) -> pd.DataFrame:        # the rows of all splits, see `load_labels`
     "All splits of a data set in one table. Raises `DatasetError` where there is none; `validate` looks at what is in it."
-    if not Path(root).is_dir(): raise DatasetError(root, "there is no such folder", "Name the folder that holds train/, val/ and test/.")
+    if not Path(root).is_dir():
+        raise DatasetError(root, "there is no such folder", "Name the folder that holds train/, val/ and test/.")
     frames = []
     for split in SPLITS:
         if _label_file(root, split): frames.append(load_labels(root, split))
@@ -256,7 +258,7 @@ def split_by_prompt(
                            "The column `group` must not divide the videos of a prompt.")
     return rest, part
 
-# %% ../../nbs/data/04_dataset.ipynb #44a93608
+# %% ../../nbs/data/04_dataset.ipynb #bc5e4d36
 def _is_labelled(part):
     "Whether a split has its labels; DatasetError when it has some of them."
     there = part[list(MOS_COLUMNS)].notna().to_numpy()
@@ -280,7 +282,8 @@ def resolve_splits(
     notes, rest = [], have["train"]
     for split, fraction in (("test", test_fraction), ("val", val_fraction)):
         if labelled[split]: notes.append(f"{split} as given ({len(have[split])} videos)")
-        elif split == "test" and len(have["test"]): notes.append(f"test has no labels ({len(have['test'])} videos): for prediction only")
+        elif split == "test" and len(have[split]):
+            notes.append(f"test has no labels ({len(have[split])} videos): for prediction only")
         else:
             why = "has no labels" if len(have[split]) else "is missing"
             rest, part = split_by_prompt(rest, fraction, f"{split}:{seed}")
@@ -294,15 +297,16 @@ def resolve_splits(
                                "`validate` lists them; keep each in one split.")
     return out | {"note": "; ".join(notes)}
 
-# %% ../../nbs/data/04_dataset.ipynb #17bcca9a
-def _write_atomic(file, write):
-    "Let `write` fill a temporary file, force it to disk, and only then give it its name: a kill leaves the old state or the new one."
+# %% ../../nbs/data/04_dataset.ipynb #97914a99
+def _write_atomic(file, write, sync=True):
+    "Let `write` fill a temporary file, force it to disk if `sync`, and only then give it its name: all of it or nothing."
     file = Path(file)
     temporary = file.with_name(f".{file.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as f:
-            write(f); f.flush(); os.fsync(f.fileno())
+            write(f); f.flush()
+            if sync: os.fsync(f.fileno())
         os.replace(temporary, file)
     except OSError as e:
         raise DatasetError(file, f"it cannot be written ({e.strerror or e})", "Free some space, or choose another folder.") from e
@@ -359,16 +363,22 @@ def data_hash(
     hashes.save()
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-# %% ../../nbs/data/04_dataset.ipynb #82ec077b
+# %% ../../nbs/data/04_dataset.ipynb #13df1b03
 CACHE_FORMAT = 1     # raise it when the files below change their meaning
 
-def _open_clip(file):
-    "The memory-mapped clip (3,T,H,W) in `file`, or None when there is none or it is not whole."
+def _write_clip(file, clip):
+    "A .npy file with the frames' CRC-32 behind it."
+    _write_atomic(file, lambda f: (np.save(f, clip), f.write(zlib.crc32(clip).to_bytes(4, "little"))), sync=False)
+
+def _open_clip(file, check=False):
+    "The memory-mapped clip (3,T,H,W) in `file`, or None when there is none or it is not whole; `check` compares every byte."
     try: clip = np.lib.format.open_memmap(file, mode="c")     # pages are shared; a write stays in this process
     except FileNotFoundError: return None
     except (ValueError, OSError): return None                 # cut off, empty or not ours: it will be written again
-    whole = clip.dtype == np.uint8 and clip.ndim == 4 and clip.shape[0] == 3
-    return torch.from_numpy(clip) if whole and os.path.getsize(file) == clip.offset + clip.nbytes else None
+    end = clip.offset + clip.nbytes
+    if clip.dtype != np.uint8 or clip.ndim != 4 or len(clip) != 3 or os.path.getsize(file) != end + 4: return None
+    if check and zlib.crc32(clip) != int.from_bytes(np.fromfile(file, np.uint8, 4, offset=end).tobytes(), "little"): return None
+    return torch.from_numpy(clip)
 
 @dataclass
 class BuildReport:
@@ -416,7 +426,7 @@ def _progress(items, total, on):
     from rich.progress import track
     return track(items, "decoding", total=total, console=Console(stderr=True))
 
-# %% ../../nbs/data/04_dataset.ipynb #0b5ee610
+# %% ../../nbs/data/04_dataset.ipynb #1b40d204
 def _check_room(folder, count, size, progress):
     "DatasetError when `count` clips of `size` bytes do not fit on the disk."
     existing = next(p for p in [Path(folder).absolute(), *Path(folder).absolute().parents] if p.exists())
@@ -441,13 +451,13 @@ def _missing(cache, paths, report):
         try: file = cache.file(path)
         except QualiVisionError as e: report.errors.append({"video": path, "error": str(e)}); continue
         if file in todo or file in there: continue
-        clip = _open_clip(file)
+        clip = _open_clip(file, check=True)
         if clip is None: todo[file] = path
         else: there.add(file); report.bytes += clip.nbytes
     report.clips = len(there)
     return list(todo.values())
 
-# %% ../../nbs/data/04_dataset.ipynb #2988ca49
+# %% ../../nbs/data/04_dataset.ipynb #72d3c90a
 def _fill(cache, paths, workers, progress, report):
     "Store one clip after the other; the first one, decoded here, tells the size of all."
     todo = _missing(cache, paths, report)
@@ -462,7 +472,7 @@ def _fill(cache, paths, workers, progress, report):
         if clip is not None:
             _check_room(cache.folder, len(todo) + 1, clip.nbytes, progress)
             size = clip.nbytes
-            _write_atomic(file, lambda f, clip=clip: np.save(f, clip))
+            _write_clip(file, clip)
         done(path, error, size)
     if todo:
         for path, error in _progress(_decode_all(cache, todo, workers), len(todo), progress): done(path, error, size)
@@ -493,7 +503,7 @@ class ClipCache:
               progress: bool = True,      # say on stderr how much room is needed, and show a bar
               on_error: str = "raise",    # bad videos: "raise" one error at the end, or "collect" them in the report
     ) -> BuildReport:
-        "Decode and store what is not there yet. Raises `DatasetError` for bad videos, a full disk or a worker that died."
+        "Decode and store what is missing or damaged. Raises `DatasetError` for bad videos, a full disk or a worker that died."
         if on_error not in ("raise", "collect"): raise DatasetError("on_error", f"it is {on_error!r}", 'Give "raise" or "collect".')
         report = BuildReport()
         _drop_leftovers(self.folder)
@@ -514,7 +524,7 @@ class ClipCache:
     def _make(self, path):
         "Decode and store; the clip as it was stored."
         file, clip = self._decode(path)
-        _write_atomic(file, lambda f: np.save(f, clip))
+        _write_clip(file, clip)
         return torch.from_numpy(clip)
 
 # %% ../../nbs/data/04_dataset.ipynb #66bf5a79
@@ -540,7 +550,7 @@ def augmentation(
     "How an item is varied: a pure function of its arguments."
     return {"flip": bool(np.random.default_rng((seed, epoch, index)).random() < 0.5)}
 
-# %% ../../nbs/data/04_dataset.ipynb #3ad92555
+# %% ../../nbs/data/04_dataset.ipynb #55cb89b6
 class VideoQualityDataset(Dataset):
     "Clips with the embedding of their prompt and their five MOS."
     def __init__(self,
@@ -561,7 +571,8 @@ class VideoQualityDataset(Dataset):
         if isinstance(text, dict):
             absent = sorted(set(self.prompts) - set(text))
             if absent:
-                raise DatasetError("text", f"{len(absent)} prompts have no embedding, first {absent[0]!r}", "Encode all prompts of the table.")
+                raise DatasetError("text", f"{len(absent)} prompts have no embedding, first {absent[0]!r}",
+                                   "Encode all prompts of the table.")
             return [text[p] for p in self.prompts]
         if len(text) != len(self.prompts):
             raise DatasetError("text", f"{len(text)} embeddings for {len(self.prompts)} rows", "Give one for each row.")
