@@ -253,6 +253,20 @@ def test_out_of_memory_says_what_to_do(sets, tmp_path):
         fit(Hungry(tiny.CONFIG), sets.train, None, tiny.settings(), tmp_path, progress=False)
 
 
+def test_steps_that_float16_leaves_out_are_counted_and_bounded(sets, tmp_path):
+    "Gradient scaling needs a GPU; what the loop does with its verdict does not."
+    run = start_run(model(), sets.train, None, tiny.settings(), tmp_path)
+    group = [{"video_name": ["a.mp4"]}]
+    for verdicts, in_a_row in (([True, True, False], 0), ([True] * 19, 19)):
+        for skipped in verdicts:
+            run.accelerator = type("Fake", (), {"optimizer_step_was_skipped": skipped})()
+            trainer._count_skipped(run, group)
+        assert run.skipped_in_a_row == in_a_row
+    assert run.skipped == 21
+    run.accelerator = type("Fake", (), {"optimizer_step_was_skipped": True})()
+    with pytest.raises(TrainError, match="20 steps in a row.*a.mp4"): trainer._count_skipped(run, group)
+
+
 def test_an_absent_device_is_an_error():
     if torch.cuda.is_available(): pytest.skip("this machine has a CUDA device")
     with pytest.raises(TrainError, match="offers cpu"): make_accelerator("cuda")

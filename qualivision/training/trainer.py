@@ -250,7 +250,7 @@ def open_tracker(name: str, folder: Path, config: dict, history: list[dict]) -> 
     for row in history: tracker.log(row)
     return tracker
 
-# %% ../../nbs/training/31_trainer.ipynb #a345df4b
+# %% ../../nbs/training/31_trainer.ipynb #b564992d
 class Progress:
     "The progress of a run on stderr."
     def __init__(self, total: int, done: int, epochs: int, shown: bool = True):
@@ -276,8 +276,8 @@ class Progress:
         if not self.shown: return
         score = "undefined" if row.get("val_score") is None else f"{row['val_score']:.4f}"
         left = (time.perf_counter() - self.start) / max(1, self.done - self.first) * (self.total - self.done)
-        line = f"epoch {row['epoch']}/{self.epochs}  loss {row['loss']:.4f}  validation {score}  {self.rate:.1f} videos/s  {left:.0f} s left"
-        if self.bar: self.bar.console.print(line)
+        line = f"epoch {row['epoch']}/{self.epochs}  loss {row['loss']:.4f}  val {score}  {self.rate:.1f} videos/s  {left:.0f} s left"
+        if self.bar: self.bar.console.print(line, highlight=False)
         else: print(line, file=sys.stderr, flush=True)
 
     def close(self):
