@@ -58,9 +58,18 @@ def test_baselines_ignore_the_labels_and_order_of_the_test_set(split, rows):
     order = np.random.default_rng(0).permutation(len(test))
     blind = Clips(test.frame.iloc[order].assign(**dict.fromkeys(MOS_COLUMNS, 1.0)), test.text[order], test.features.iloc[order])
     for name, pred in run_baselines(train, blind, [b for b in BASELINES if b != "hand_crafted"]).items():
-        np.testing.assert_allclose(pred, rows[name][order], atol=1e-6, err_msg=name)
-    forest = HandCrafted(trees=20).fit(train)
+        np.testing.assert_allclose(pred, rows[name][order], atol=2e-6, err_msg=name)
+    forest, again = HandCrafted(trees=20).fit(train), HandCrafted(trees=20).fit(train)
     np.testing.assert_array_equal(forest.predict(blind), forest.predict(test)[order])
+    np.testing.assert_array_equal(forest.predict(test), again.predict(test))
+
+
+def test_clips_of_one_prompt_stay_tied():
+    "A product with 384 columns may differ in the last bit from row to row; ties broken by chance would move SROCC."
+    train, test = clips(40, 1, dims=384), clips(40, 2, dims=384)
+    for n in (200, 199, 123):
+        some = Clips(test.frame[:n], test.text[:n])
+        assert len(np.unique(run_baselines(train, some, ["text"])["text"][:, 0])) == -(-n // 5)
 
 
 def test_the_ridge_chooses_its_strength(split):

@@ -69,7 +69,7 @@ class GeneratorLookup:
             raise MetricError("generator lookup", f"no training clip is by {', '.join(unknown)}", "Leave this row out of the table.")
         return np.stack([self.means[g] for g in clips.generators])
 
-# %% ../../nbs/evaluation/21_protocol.ipynb #de5a0562
+# %% ../../nbs/evaluation/21_protocol.ipynb #7a28ac32
 def _text(clips: Clips) -> np.ndarray: return clips.known("text")
 def _low_level(clips: Clips) -> np.ndarray: return clips.known("features")[:, [HAND_CRAFTED.index(f) for f in LOW_LEVEL]]
 
@@ -78,7 +78,7 @@ class GroupedRidge:
     def __init__(self,
                  inputs,                   # Clips → (N,D)
                  generators: bool = False, # add indicators of the generator
-                 alphas=tuple(np.logspace(-1, 5, 13)), folds: int = 5):
+                 alphas=tuple(np.logspace(-1, 6, 15)), folds: int = 5):
         self.inputs, self.with_generators, self.alphas, self.folds = inputs, generators, alphas, folds
 
     def _matrix(self, clips: Clips) -> np.ndarray:  # (N,D) or (N,D+G)
@@ -86,7 +86,7 @@ class GroupedRidge:
         if not self.with_generators: return x
         if unknown := sorted(set(clips.generators) - set(self.known)):
             raise MetricError("text + generator", f"no training clip is by {', '.join(unknown)}", "Leave this row out of the table.")
-        return np.concatenate([x, 10.0 * (clips.generators[:, None] == self.known)], 1)
+        return np.concatenate([x, 1000.0 * (clips.generators[:, None] == self.known)], 1)
 
     def fit(self, train: Clips):
         from sklearn.model_selection import GroupKFold
@@ -112,13 +112,13 @@ def _ridge(x: np.ndarray, y: np.ndarray):  # (N,D), (N,K) → alpha, a number or
         return lambda new: (new - x.mean(0)) @ weights + y.mean(0)
     return solve
 
-# %% ../../nbs/evaluation/21_protocol.ipynb #acf47d62
+# %% ../../nbs/evaluation/21_protocol.ipynb #7ac86ec2
 class HandCrafted:
     "Extremely randomised trees (Geurts, Ernst & Wehenkel 2006) on all hand-crafted features, one forest for each dimension."
     def __init__(self,
                  trees: int = 500,     # in each forest
                  leaf: int = 2,        # fewest clips in a leaf
-                 share: float = 0.5,   # of the features that each split chooses from
+                 share: float = 1.0,   # of the features that each split chooses from
                  seed: int = 0):
         self.trees, self.leaf, self.share, self.seed = trees, leaf, share, seed
 
