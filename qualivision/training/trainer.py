@@ -650,10 +650,12 @@ class Prepared:
 def prepare_data(root: str | Path,                # in the TaobaoVD-GC layout
                  sampling: Sampling, encoder,     # TextEncoder
                  cache: str | Path = "cache",     # folder of decoded clips
-                 augment: bool = True, seed: int = 0, progress: bool = True) -> Prepared:
+                 augment: bool = True, seed: int = 0, progress: bool = True,
+                 split: dict | None = None,       # arguments of `resolve_splits`; None: the seed alone
+                 ) -> Prepared:
     "The training and validation sets of a folder. Raises DatasetError, VideoError."
     frame = load_dataset(root)
-    splits, clips = resolve_splits(frame, seed), ClipCache(cache, sampling)
+    splits, clips = resolve_splits(frame, **(split or {"seed": seed})), ClipCache(cache, sampling)
     used = [splits["train"], splits["val"]]
     clips.build([p for part in used for p in part["path"]], progress=progress)
     prompts = list(dict.fromkeys(p for part in used for p in part["Prompt"]))
@@ -670,14 +672,15 @@ def train_dover(data: str | Path,                     # root of the data set
                 text: str | None = None,              # text encoder; None: the one whose width the model has
                 trained_on: str = "",                 # what the labels are, e.g. "simulated labels (embedded data set)"
                 licence: str = "",                    # of the weights
+                split: dict | None = None,            # arguments of `resolve_splits`; None: the seed of the training alone
                 augment: bool = True, resume: bool = True, stop_after: int | None = None, progress: bool = True,
                 ) -> dict:                            # that of `fit`, with checkpoint, run, data_hash, params_hash, note
     "Trains the DOVER++ five-MOS model on a data set and publishes its best weights. Raises TrainError, DatasetError, VideoError."
     sampling, encoder = Sampling(config.frames, config.size), TextEncoder(text or encoder_of_width(config.text_dim), cache=Path(cache) / "text")
     if encoder.dim != config.text_dim:
         raise TrainError(f"text encoder {encoder.name}", f"it is {encoder.dim} wide and the model's text_dim {config.text_dim}", "Make them equal.")
-    sets = prepare_data(data, sampling, encoder, cache, augment, train.seed, progress)
-    params = {"config": asdict(config), "train": train.deciding(), "text": encoder.name, "augment": augment}
+    sets = prepare_data(data, sampling, encoder, cache, augment, train.seed, progress, split)
+    params = {"config": asdict(config), "train": train.deciding(), "text": encoder.name, "augment": augment, "split": split}
     meta = {"model": "dover++", "config": asdict(config), "sampling": asdict(sampling), "text_encoder": encoder.name, "text_encoder_key": encoder.key,
             "trained_on": f"{trained_on or 'labels of ' + Path(data).resolve().name}, data {sets.hash[:12]}", "licence": licence,
             "data_hash": sets.hash, "params_hash": _hash(params), "source_hash": source_hash(), "splits": sets.note}
