@@ -50,7 +50,7 @@ class SingleTokenFusion(nn.Module):
         both = torch.cat([self.attend(pooled, text), self.text_proj(text)], 1)                  # (B,2W)
         return self.fusion_layer(both), self.quality_classifier(text).softmax(1)                # (B,out), (B,4)
 
-# %% ../../nbs/models/13_fusion.ipynb #4ad0cbe7
+# %% ../../nbs/models/13_fusion.ipynb #f26a8a3a
 class QualityAwareFusion(nn.Module):
     "Prompt and video → fused features, with four aspect weights that gate what attention found."
     def __init__(self,
@@ -61,7 +61,8 @@ class QualityAwareFusion(nn.Module):
                  dropout=0.1,           # in training
                  out=256,               # width of the fused features
                  pooled_dim=None,       # width Dp of the pooled video features; None: Dv
-                 places=0):             # tokens N of the grid, to learn a vector for each place; 0: none
+                 places=0,              # tokens N of the grid, to learn a vector for each place; 0: none
+                 prompt_dropout=0.):    # of the prompt's own features, in training: high where few prompts invite to learn them by heart
         super().__init__()
         A = len(ASPECTS)
         if width % A or width % heads:
@@ -75,6 +76,8 @@ class QualityAwareFusion(nn.Module):
         self.cross_attention = nn.MultiheadAttention(width, heads, dropout, batch_first=True)
         self.answer_norm = nn.LayerNorm(width)
         self.slots = nn.Parameter(torch.randn(A, width, width // A) * width ** -0.5)
+        self.part_norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(4))
+        self.prompt_dropout = nn.Dropout(prompt_dropout)
         self.fusion_layer = fusion_layers(4 * width, width, dropout, out)
 
     def forward(self,
@@ -90,7 +93,9 @@ class QualityAwareFusion(nn.Module):
         slots = torch.einsum("baw,aws->bas", answer, self.slots)                         # (B,4,W/4)
         gated = (len(ASPECTS) * weights.unsqueeze(2) * slots).flatten(1)                 # (B,W)   here the weights act
         match = answer.mean(1) * prompt                                                  # (B,W)
-        return self.fusion_layer(torch.cat([gated, match, prompt, video], 1)), weights   # (B,out), (B,4)
+        parts = [norm(part) for norm, part in zip(self.part_norms, (gated, match, prompt, video))]
+        parts[2] = self.prompt_dropout(parts[2])
+        return self.fusion_layer(torch.cat(parts, 1)), weights                           # (B,out), (B,4)
 
     def attend(self, tokens: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:           # (B,N,Dv), (B,W)
         "Each aspect's answer (B,4,W), and where it looked (B,4,N)."

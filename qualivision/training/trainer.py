@@ -10,7 +10,7 @@ __all__ = ['TRACKERS', 'TrainError', 'TrainConfig', 'seed_all', 'kept_rng', 'epo
            'validate', 'save_run', 'restore_run', 'end_epoch', 'fit', 'source_hash', 'dover_config', 'publish',
            'Prepared', 'prepare_data', 'train_dover']
 
-# %% ../../nbs/training/31_trainer.ipynb #678496bc
+# %% ../../nbs/training/31_trainer.ipynb #01d00c7d
 import contextlib
 import csv
 import hashlib
@@ -36,9 +36,10 @@ from ..models.qualivision import CONFIGS, DoverConfig, DoverPlusPlus
 from ..models.text import TextEncoder, encoder_of_width
 from ..models.weights import load_checkpoint, load_strict, save_checkpoint
 from ..quality import DIMENSIONS, QualiVisionError
+from .contrast import ContrastPrompts, contrast_loss
 from .losses import HybridLoss, LossError
 
-# %% ../../nbs/training/31_trainer.ipynb #5052e30a
+# %% ../../nbs/training/31_trainer.ipynb #0c5d8941
 class TrainError(QualiVisionError): "Training cannot start, or cannot go on."
 
 @dataclass(frozen=True)
@@ -52,11 +53,15 @@ class TrainConfig:
     clip: float = 1.0          # longest gradient that is applied as it is; 0: never clipped
     warmup_steps: int = 100    # optimiser steps of linear rise
     aux_weight: float = 0.1    # of the aesthetic and technical heads' loss
+    contrast_weight: float = 0. # of telling a clip's own prompt from others, see training.contrast; 0: not done
+    contrast_count: int = 8    # other prompts for each clip
+    contrast_sets: list = field(default_factory=list)  # sets of groups of phrases: groups exclude each other, phrases of a group mean the same
     adaptive: bool = False     # let alpha and beta of the hybrid loss follow its trends
     ema: float = 0.0           # decay of an average of the weights that is evaluated in their place; 0: none
     precision: str = "auto"    # auto | no | bf16 | fp16
     device: str = "auto"       # auto | cpu | cuda | mps
     workers: int = 0           # processes that load clips; from a clip cache none are needed
+    validate_every: int = 1    # epochs between validations; the last epoch always validates
     save_every: int = 0        # optimiser steps between saves within an epoch; the end of an epoch always saves
     seed: int = 0              # of order, augmentation and dropout
     tracker: str = "dvclive"   # dvclive | wandb | tensorboard | none
@@ -64,8 +69,8 @@ class TrainConfig:
     def __post_init__(self):
         def need(ok, name, rule):
             if not ok: raise TrainError(f"train.{name}", f"{getattr(self, name)!r} is not {rule}", "Correct the value.")
-        for name in ("epochs", "batch_size", "accumulation"): need(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("weight_decay", "clip", "warmup_steps", "aux_weight", "workers", "save_every", "seed"):
+        for name in ("epochs", "batch_size", "accumulation", "contrast_count", "validate_every"): need(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("weight_decay", "clip", "warmup_steps", "aux_weight", "contrast_weight", "workers", "save_every", "seed"):
             need(getattr(self, name) >= 0, name, "at least 0")
         need(self.lr > 0, "lr", "above 0")
         need(0 <= self.ema < 1, "ema", "in [0, 1)")
@@ -135,18 +140,22 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [dict(params=[p for n, p in trained if not flat(n, p)], weight_decay=weight_decay),
             dict(params=[p for n, p in trained if flat(n, p)], weight_decay=0.0)]
 
-# %% ../../nbs/training/31_trainer.ipynb #18da0941
+# %% ../../nbs/training/31_trainer.ipynb #61505010
 def training_loss(out: dict,          # of the model: mos (B,5), aesthetic_score (B,1), technical_score (B,1)
                   mos: Tensor,        # (B,5) float32, labels 1–5
                   hybrid: nn.Module,  # HybridLoss
                   aux_weight: float,  # of the two extra heads
+                  contrast_weight: float = 0.,  # of contrast_loss, where the model was shown other prompts
                   ) -> tuple[Tensor, dict]:  # the loss, and its parts as detached scalars
     "The loss of a batch, in float32 whatever the precision of the forward pass."
     total, parts = hybrid(out["mos"].float(), mos)
     aux = sum(F.smooth_l1_loss(out[key].float().flatten(), mos[:, DIMENSIONS.index(d)], beta=0.1)
               for key, d in (("aesthetic_score", "aesthetic"), ("technical_score", "traditional")))
-    total = total + aux_weight * aux
-    return total, {"loss": total.detach(), **parts, "aux_loss": aux.detach()}
+    total, extra = total + aux_weight * aux, {}
+    if "match_logits" in out:
+        contrast = contrast_loss(out["match_logits"], mos[:, DIMENSIONS.index("alignment")])
+        total, extra = total + contrast_weight * contrast, {"contrast_loss": contrast.detach()}
+    return total, {"loss": total.detach(), **parts, "aux_loss": aux.detach(), **extra}
 
 # %% ../../nbs/training/31_trainer.ipynb #046b7e90
 def pick_device(name: str = "auto",  # auto | cpu | cuda | mps
@@ -283,7 +292,7 @@ class Progress:
     def close(self):
         if self.bar: self.bar.stop()
 
-# %% ../../nbs/training/31_trainer.ipynb #438fa83b
+# %% ../../nbs/training/31_trainer.ipynb #3e822a25
 def _sync(path: Path):
     "Has the operating system put a file or a folder on the disk."
     if os.name == "nt" and path.is_dir(): return        # Windows cannot open a folder
@@ -310,10 +319,11 @@ def switch_pointer(folder: Path, last: str, best: str | None):
 def write_history(path: Path, rows: list[dict]):
     "The history as CSV; an undefined value is an empty cell."
     if not rows: return
-    text = [",".join(rows[0])] + [",".join("" if v is None else repr(v) for v in row.values()) for row in rows]
+    columns = list(dict.fromkeys(k for row in rows for k in row))          # an epoch without validation has fewer
+    text = [",".join(columns)] + [",".join("" if row.get(k) is None else repr(row[k]) for k in columns) for row in rows]
     _replace_text(Path(path), "\n".join(text) + "\n")
 
-# %% ../../nbs/training/31_trainer.ipynb #9bc5c9e2
+# %% ../../nbs/training/31_trainer.ipynb #dbb98886
 @dataclass
 class Run:
     "A training run: its parts, and how far it is."
@@ -330,6 +340,7 @@ class Run:
     folder: Path
     meta: dict                         # what the checkpoint says about itself
     steps: int                         # optimiser steps per epoch
+    contrast: object = None            # ContrastPrompts, or None
     step: int = 0                      # optimiser steps taken
     epoch: int = 0                     # epochs finished, validation included
     skipped: int = 0                   # steps that float16's gradient scaling left out
@@ -343,11 +354,13 @@ class Run:
         return {**self.config.deciding(), "videos": len(self.train_set),
                 "processes": self.accelerator.num_processes, "data_hash": self.meta.get("data_hash")}
 
-def start_run(model, train_set, val_set, config: TrainConfig, folder, meta: dict | None = None) -> Run:
+def start_run(model, train_set, val_set, config: TrainConfig, folder, meta: dict | None = None, encode=None) -> Run:
     "A run at its first step; the model moves to its device."
     acc = make_accelerator(config.device, config.precision)
     if config.adaptive and acc.num_processes > 1:
         raise TrainError("train.adaptive", "its weights would follow each process's own batches", "Use one process, or set it to false.")
+    if config.contrast_weight and encode is None:
+        raise TrainError("train.contrast_weight", "there is no text encoder for other prompts", "Give fit its `encode`, or set the weight to 0.")
     steps = steps_per_epoch(len(train_set), config.batch_size, config.accumulation, acc.num_processes)
     total = steps * config.epochs
     if config.warmup_steps >= total:
@@ -364,9 +377,10 @@ def start_run(model, train_set, val_set, config: TrainConfig, folder, meta: dict
     loss = HybridLoss(adaptive=config.adaptive).to(acc.device)
     prepared, optimizer = acc.prepare(model, optimizer)
     prepared.train(); loss.train()
-    return Run(acc, prepared, model, averaged, optimizer, scheduler, loss, train_set, val_set, config, Path(folder), dict(meta or {}), steps)
+    return Run(acc, prepared, model, averaged, optimizer, scheduler, loss, train_set, val_set, config, Path(folder), dict(meta or {}), steps,
+               ContrastPrompts(train_set.prompts, encode, config.contrast_sets) if config.contrast_weight else None)
 
-# %% ../../nbs/training/31_trainer.ipynb #0b894bfa
+# %% ../../nbs/training/31_trainer.ipynb #04a78d89
 def _names(group): return ", ".join(n for batch in group for n in batch["video_name"])
 
 def _out_of_memory(e: BaseException) -> bool:
@@ -379,8 +393,9 @@ def _backward(run: Run, group: list[dict]) -> dict[str, Tensor]:  # sums over vi
         share = len(batch["video_name"]) / count
         frames, text, mos = (batch[k].to(acc.device, non_blocking=True) for k in ("frames", "text", "mos"))
         with contextlib.nullcontext() if i == len(group) - 1 else acc.no_sync(run.model):
-            with acc.autocast(): out = run.model(frames, text)
-            loss, parts = training_loss(out, mos, run.loss, run.config.aux_weight)
+            others = (run.contrast.draw(batch["prompt"], run.config.contrast_count).to(acc.device),) if run.contrast else ()
+            with acc.autocast(): out = run.model(frames, text, *others)
+            loss, parts = training_loss(out, mos, run.loss, run.config.aux_weight, run.config.contrast_weight)
             acc.backward(loss * share)
         for k, v in parts.items():
             sums[k] = sums.get(k, 0) + torch.as_tensor(v, dtype=torch.float32, device=acc.device) * len(batch["video_name"])
@@ -490,7 +505,7 @@ def _state(run: Run) -> dict:
             "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
             "averaged": run.averaged.state_dict() if run.averaged is not None else None}
 
-# %% ../../nbs/training/31_trainer.ipynb #96db3ad1
+# %% ../../nbs/training/31_trainer.ipynb #9bb5399c
 def restore_run(run: Run) -> bool:  # whether there was something to go on from
     "Puts a run where its folder says that it was; raises TrainError where that run had other settings."
     name = read_pointer(run.folder)["last"]
@@ -521,7 +536,8 @@ def end_epoch(run: Run) -> dict:  # the row of the history
     sums = run.sums; videos = sums.pop("videos")
     row = {"epoch": run.epoch + 1, "step": run.step, "lr": sums.pop("lr"), **{k: v / videos for k, v in sums.items()}, "skipped": run.skipped}
     _same_buffers(run)
-    if run.val_set is not None: row |= validate(run)
+    due = (run.epoch + 1) % run.config.validate_every == 0 or run.epoch + 1 == run.config.epochs
+    if run.val_set is not None and due: row |= validate(run)
     run.epoch, run.sums = run.epoch + 1, {}
     run.history.append(row)
     score = row.get("val_score")
@@ -530,7 +546,7 @@ def end_epoch(run: Run) -> dict:  # the row of the history
     save_run(run, best=new_best)
     return row
 
-# %% ../../nbs/training/31_trainer.ipynb #ff526880
+# %% ../../nbs/training/31_trainer.ipynb #fdca1867
 def _groups(run: Run):
     "The steps that are left of this epoch, each a list of this process's batches."
     P, acc = run.accelerator.num_processes, run.config.accumulation
@@ -559,11 +575,12 @@ def fit(model: nn.Module,            # forward(frames, text) -> dict with mos, a
         stop_after: int | None = None,  # end after this many optimiser steps of the run
         meta: dict | None = None,    # what the checkpoint shall say about itself
         progress: bool = True,       # on stderr
+        encode=None,                 # prompts -> embeddings (N,D); needed for config.contrast_weight
         ) -> dict:                   # finished, step, epoch, steps, best, history, skipped, checkpoint
     "Trains a model; afterwards it holds the last weights, and the folder the best and the last. Raises TrainError."
     folder = Path(folder)
     if not resume: shutil.rmtree(folder, ignore_errors=True)
-    run = start_run(model, train_set, val_set, config, folder, meta)
+    run = start_run(model, train_set, val_set, config, folder, meta, encode)
     main, total = run.accelerator.is_main_process, run.steps * config.epochs
     folder.mkdir(parents=True, exist_ok=True)
     if restore_run(run) and main: write_history(folder / "history.csv", run.history)
@@ -638,7 +655,7 @@ def publish(source: str | Path,   # folder of the best weights, in a run
     if target.exists(): target.rename(old)
     part.rename(target); shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/training/31_trainer.ipynb #1187cd4b
+# %% ../../nbs/training/31_trainer.ipynb #57da8ea6
 @dataclass
 class Prepared:
     "A data set made ready for training: all clips decoded, all prompts encoded."
@@ -688,7 +705,7 @@ def train_dover(data: str | Path,                     # root of the data set
     with kept_rng():
         seed_all(train.seed)
         result = fit(DoverPlusPlus(config), sets.train, sets.val, train, folder, resume=resume and (folder / "run.json").exists(),
-                     stop_after=stop_after, meta=meta, progress=progress)
+                     stop_after=stop_after, meta=meta, progress=progress, encode=encoder.encode)
     result |= {"run": str(folder), "note": sets.note, **{k: meta[k] for k in ("data_hash", "params_hash", "trained_on")}}
     if result["finished"]: result["checkpoint"] = _publish_once(result, checkpoint, folder)
     return result
