@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from qualivision.models.convnext3d import ConvNeXt3D, DepthwiseConv3d, PointwiseConv3d
 from qualivision.models.fusion import QualityAwareFusion, SingleTokenFusion
-from qualivision.models.qualivision import CONFIGS, DOCUMENTED, EMBEDDED, STATISTICS, DoverConfig, DoverPlusPlus, documented_dover
+from qualivision.models.qualivision import CONFIGS, EMBEDDED, STATISTICS, DoverConfig, DoverPlusPlus, documented_dover
 from qualivision.models.weights import WeightsError
 from qualivision.quality import QualiVisionError
 from weights_formula import clip, weight
@@ -42,7 +42,8 @@ def small():
 
 def batch(config=SMALL, n=2, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (n, 3, config.frames, config.size, config.size), dtype=torch.uint8, generator=g), torch.randn(n, config.text_dim, generator=g)
+    frames = torch.randint(0, 256, (n, 3, config.frames, config.size, config.size), dtype=torch.uint8, generator=g)
+    return frames, torch.randn(n, config.text_dim, generator=g)
 
 
 # ---------------------------------------------------------------- the documented form
@@ -160,8 +161,9 @@ def test_published_size_runs_at_its_input():
         shapes = [tuple(m.shape) for m in model.dover_model.backbone(torch.empty(1, 3, 64, 640, 640))]
         out = model(frames, torch.empty(1, 1024))
     assert shapes == [(1, 96, 64, 160, 160), (1, 192, 64, 80, 80), (1, 384, 64, 40, 40), (1, 768, 64, 20, 20)]
-    assert {k: tuple(v.shape) for k, v in out.items()} == dict(mos=(1, 5), dover_features=(1, 1024), text_features=(1, 1024), fused_features=(1, 256),
-                                                               quality_weights=(1, 4), aesthetic_score=(1, 1), technical_score=(1, 1))
+    assert {k: tuple(v.shape) for k, v in out.items()} == dict(
+        mos=(1, 5), dover_features=(1, 1024), text_features=(1, 1024), fused_features=(1, 256), quality_weights=(1, 4),
+        aesthetic_score=(1, 1), technical_score=(1, 1))
 
 
 def test_embedded_interface():
@@ -205,10 +207,11 @@ def test_eight_bit_and_float_frames_agree(small):
     with pytest.raises(QualiVisionError, match="B,3,T,H,W"): small(frames.transpose(1, 2), text)
 
 
-@pytest.mark.parametrize("change", [dict(pooled_norm="none"), dict(pooled_norm="layer"), dict(pooled_norm="batch"), dict(log_statistics=True),
-                                    dict(stages=(-1, 3)), dict(statistics=("mean",)), dict(difference=False), dict(highpass=False), dict(norm="group"),
-                                    dict(stem_norm="layer", final_norm=True), dict(form="documented", norm="group"), dict(fusion="single"), dict(places=False),
-                                    dict(checkpointing=True), dict(channels_last=False), dict(drop_path=0.2), dict(expand=2), dict(stem=(2, 4, 4)), dict(bounded=False)])
+@pytest.mark.parametrize("change", [
+    dict(pooled_norm="none"), dict(pooled_norm="layer"), dict(pooled_norm="batch"), dict(log_statistics=True), dict(stages=(-1, 3)),
+    dict(statistics=("mean",)), dict(difference=False), dict(highpass=False), dict(norm="group"), dict(stem_norm="layer", final_norm=True),
+    dict(form="documented", norm="group"), dict(fusion="single"), dict(places=False), dict(checkpointing=True), dict(channels_last=False),
+    dict(drop_path=0.2), dict(expand=2), dict(stem=(2, 4, 4)), dict(bounded=False)])
 def test_every_option_trains(change):
     torch.manual_seed(0)
     model = DoverPlusPlus(replace(SMALL, **change)).train()

@@ -188,7 +188,8 @@ def test_killed_for_real(tmp_path, root):
     "A process that does nothing but save is killed; what it leaves is one of its checkpoints, whole, and it can go on from there."
     rng = random.Random(0)
     for _ in range(3):
-        with subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(root)}) as process:
+        saver = [sys.executable, "-c", SAVER, str(tmp_path)]
+        with subprocess.Popen(saver, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(root)}) as process:
             assert process.stdout.readline().strip() == b"ready"
             time.sleep(rng.uniform(0, 0.1))
             process.send_signal(signal.SIGKILL)

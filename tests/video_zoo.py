@@ -1,4 +1,4 @@
-"""Small video files of every kind that carry the number of each frame in the picture, so that no reader can return another one unseen."""
+"""Small video files of every kind that carry their frame numbers in the picture, so that no reader can return another unseen."""
 import os
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,7 +13,7 @@ BITS, W, H, N = 8, 128, 96, 48
 
 
 def picture(k: int, w: int = W, h: int = H) -> np.ndarray:
-    "Frame k as (h,w,3) uint8: its number as white and black blocks, below them the inverse, and at the bottom a moving colour ramp."
+    "Frame k as (h,w,3) uint8: its number as white and black blocks, below them the inverse, and then a moving colour ramp."
     out = np.zeros((h, w, 3), np.uint8)
     row = np.repeat((k >> np.arange(BITS)) & 1, w // BITS) * 255
     out[:h // 3, :len(row)], out[h // 3:2 * h // 3, :len(row)] = row[None, :, None], 255 - row[None, :, None]
@@ -35,7 +35,8 @@ def number(frame: np.ndarray) -> int:
 def numbers(frames) -> list[int]: return [number(f) for f in frames]
 
 
-def encode(path, codec, n=N, fmt="yuv420p", pts=None, container=None, size=(W, H), rate=24, options=None, mux=None, matrix=None, sar=None):
+def encode(path, codec, n=N, fmt="yuv420p", pts=None, container=None, size=(W, H), rate=24, options=None, mux=None, matrix=None,
+           sar=None):
     "Writes pictures 0…n−1; `pts` in 1/600 s for uneven timing."
     base = Fraction(1, 600) if pts is not None else Fraction(1, rate)
     with av.open(f"file:{path}", "w", format=container, options=mux or {}) as c:
@@ -53,7 +54,7 @@ def encode(path, codec, n=N, fmt="yuv420p", pts=None, container=None, size=(W, H
 
 
 def copy(source, path, key=0, drop=0, zero=None, mux=None):
-    "Copies packets from the given key frame on (or `drop` packets after it) without decoding; what is before time `zero`, in frames, gets a negative one."
+    "Copies packets from a key frame on (or `drop` packets after it), undecoded; what is before frame `zero` gets a negative time."
     with av.open(f"file:{source}") as a, av.open(f"file:{path}", "w", options=mux or {}) as b:
         s = a.streams.video[0]
         t = b.add_stream_from_template(s)
@@ -98,11 +99,13 @@ def skips(source, path):
 
 
 def x264(params="", **more):
-    return {"preset": "veryfast", "crf": 18, "x264-params": "threads=1:keyint=12:min-keyint=12:scenecut=0:bframes=3" + params, **more}
+    return {"preset": "veryfast", "crf": 18, **more,
+            "x264-params": "threads=1:keyint=12:min-keyint=12:scenecut=0:bframes=3" + params}
 
 
 def x265(params=""):
-    return {"preset": "ultrafast", "crf": 18, "x265-params": "log-level=none:pools=1:frame-threads=1:keyint=12:min-keyint=12:bframes=3" + params}
+    return {"preset": "ultrafast", "crf": 18,
+            "x265-params": "log-level=none:pools=none:frame-threads=1:keyint=12:min-keyint=12:bframes=3" + params}
 
 
 VP9 = {"deadline": "realtime", "cpu-used": 8, "crf": 20, "b": 0, "g": 16}

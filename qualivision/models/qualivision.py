@@ -143,7 +143,7 @@ def grid_tokens(maps: list[Tensor],    # each (B,C,T,H,W)
         if spread: tokens.append(torch.stack([(p.var(1, correction=0) + 1e-4).log() / 2 for p in parts], 1))
     return torch.cat(tokens, -1).flatten(1, 3)
 
-# %% ../../nbs/models/14_qualivision.ipynb #946eb576
+# %% ../../nbs/models/14_qualivision.ipynb #a6c1d271
 @dataclass(frozen=True)
 class DoverConfig:
     "Every size and choice of a DOVER++ five-MOS model."
@@ -207,7 +207,7 @@ PUBLISHED = DoverConfig(statistics=("mean", "spatial", "temporal", "change"))
 EMBEDDED = DoverConfig(frames=16, size=144, dims=(40, 64, 128, 192), depths=(1, 1, 2, 1), stem=(1, 9, 9), stem_init="dct", kernel=(3, 7, 7),
                        final_norm=False, scale=0.5, grid=(4, 4, 4), token_stages=(0, 1, 2, 3), token_spread=True, statistics=STATISTICS,
                        log_statistics=True, stages=(0, 1, 2, 3), pooled_norm="batch", pooled_dropout=0.5, wide=True, feature_dim=1024,
-                       text_dim=384, fusion_width=256, prompt_dropout=0.9, head_dropout=0.3)
+                       text_dim=384, fusion_width=256, prompt_dropout=0.5, head_dropout=0.3)
 CONFIGS = {"published": PUBLISHED, "embedded": EMBEDDED}
 
 # %% ../../nbs/models/14_qualivision.ipynb #5a15a324

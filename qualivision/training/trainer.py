@@ -259,7 +259,7 @@ def open_tracker(name: str, folder: Path, config: dict, history: list[dict]) -> 
     for row in history: tracker.log(row)
     return tracker
 
-# %% ../../nbs/training/31_trainer.ipynb #b564992d
+# %% ../../nbs/training/31_trainer.ipynb #109856a1
 class Progress:
     "The progress of a run on stderr."
     def __init__(self, total: int, done: int, epochs: int, shown: bool = True):
@@ -283,7 +283,7 @@ class Progress:
 
     def epoch(self, row: dict):
         if not self.shown: return
-        score = "undefined" if row.get("val_score") is None else f"{row['val_score']:.4f}"
+        score = "not due" if "val_score" not in row else "undefined" if row["val_score"] is None else f"{row['val_score']:.4f}"
         left = (time.perf_counter() - self.start) / max(1, self.done - self.first) * (self.total - self.done)
         line = f"epoch {row['epoch']}/{self.epochs}  loss {row['loss']:.4f}  val {score}  {self.rate:.1f} videos/s  {left:.0f} s left"
         if self.bar: self.bar.console.print(line, highlight=False)
