@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'GAIN', 'STATISTICS', 'DOCUMENTED', 'PUBLISHED', 'EMBEDDED', 'CONFIGS', 'TRADITIONAL', 'ALIGNMENT',
-           'AESTHETIC', 'input_channels', 'pool_statistics', 'RunningNorm', 'pooled_norm', 'filter_statistics',
-           'grid_tokens', 'DoverConfig', 'numbered', 'VideoBranch', 'MosPredictor', 'DoverPlusPlus', 'working_dtype',
-           'documented_dover']
+           'AESTHETIC', 'input_channels', 'pool_statistics', 'RunningNorm', 'PooledBatchNorm', 'pooled_norm',
+           'filter_statistics', 'grid_tokens', 'DoverConfig', 'numbered', 'VideoBranch', 'MosPredictor',
+           'DoverPlusPlus', 'in_column', 'working_dtype', 'documented_dover']
 
 # %% ../../nbs/models/14_qualivision.ipynb #9432dc0b
 import math
@@ -83,7 +83,7 @@ def pool_statistics(x: Tensor,               # (B,C,T,H,W)
 
 def _root(variance): return (variance.clamp_min(0) + 1e-6).sqrt()           # with a finite slope at zero
 
-# %% ../../nbs/models/14_qualivision.ipynb #ebeb2fb7
+# %% ../../nbs/models/14_qualivision.ipynb #7f41e385
 class RunningNorm(nn.Module):
     "Each feature minus its running mean, divided by its running deviation."
     def __init__(self,
@@ -105,9 +105,16 @@ class RunningNorm(nn.Module):
         return (x - self.mean) / (self.variance + 1e-6).sqrt()
 
 
+class PooledBatchNorm(nn.BatchNorm1d):
+    "Batch normalisation that takes its running averages for a batch of one."
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1 or not self.training: return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+
+
 def pooled_norm(kind: str, width: int):   # "none" | "layer" | "batch" | "running"
     "The normalisation of the pooled features."
-    kinds = {"none": lambda width: nn.Identity(), "layer": nn.LayerNorm, "batch": nn.BatchNorm1d, "running": RunningNorm}
+    kinds = {"none": lambda width: nn.Identity(), "layer": nn.LayerNorm, "batch": PooledBatchNorm, "running": RunningNorm}
     if kind not in kinds:
         raise QualiVisionError(f"pooled_norm={kind!r}", "there is no such normalisation", f"Use one of {', '.join(kinds)}.")
     return kinds[kind](width)
@@ -125,7 +132,7 @@ def filter_statistics(x: Tensor) -> Tensor:                                 # (B
                       log(size).mean((1, 2)), log(change).mean((1, 2)),                      # typical places, where noise shows best
                       log(size.amax(2)).mean(1)], 1)                                         # and the sharpest, where blur does
 
-# %% ../../nbs/models/14_qualivision.ipynb #a617dba0
+# %% ../../nbs/models/14_qualivision.ipynb #cde6d22b
 def grid_tokens(maps: list[Tensor],    # each (B,C,T,H,W)
                 grid: tuple,           # (t,h,w) cells
                 spread=False           # the spread over the time of a cell as well as the mean
@@ -140,7 +147,7 @@ def grid_tokens(maps: list[Tensor],    # each (B,C,T,H,W)
         else: cells = F.adaptive_avg_pool3d(x.float(), (x.shape[2], h, w)).permute(0, 2, 3, 4, 1)
         parts = cells.tensor_split(t, 1)                                    # t × (B,T/t,h,w,C)
         tokens.append(torch.stack([p.mean(1) for p in parts], 1))           # (B,t,h,w,C)
-        if spread: tokens.append(torch.stack([(p.var(1, correction=0) + 1e-4).log() / 2 for p in parts], 1))
+        if spread: tokens.append(torch.stack([((p - p.mean(1, keepdim=True)).square().mean(1) + 1e-4).log() / 2 for p in parts], 1))
     return torch.cat(tokens, -1).flatten(1, 3)
 
 # %% ../../nbs/models/14_qualivision.ipynb #a6c1d271
@@ -243,7 +250,7 @@ class MosPredictor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.predictor(x)     # (B,256) → (B,5)
 
-# %% ../../nbs/models/14_qualivision.ipynb #f88970ee
+# %% ../../nbs/models/14_qualivision.ipynb #d51a14e6
 TRADITIONAL, ALIGNMENT, AESTHETIC = (DIMENSIONS.index(d) for d in ("traditional", "alignment", "aesthetic"))
 
 
@@ -283,28 +290,27 @@ class DoverPlusPlus(nn.Module):
         return out
 
     def encode_video(self, frames: Tensor) -> dict[str, Tensor]:
-        "What is known of the video before the prompt comes: features (B,1024), tokens (B,N,·), raw scores of the two heads and the wide path."
+        "What is known of the video before the prompt comes: features, tokens, the two heads' scores, and a first guess at all five."
         c, video = self.config, self.dover_model
         x = input_channels(frames, c.normalise, c.difference, c.highpass, working_dtype(frames))     # (B,3–5,T,H,W)
         stem, *maps = video.backbone(x, stem=True)                                                   # 4 × (B,dim,T',h,w)
         pooled = [pool_statistics(x if s == -1 else maps[s], c.statistics, c.log_statistics) for s in c.stages]
         if c.wide: pooled = [filter_statistics(stem), *pooled]
         pooled = video.pooled_norm(torch.cat(pooled, 1))                                             # (B,P)
-        wide = video.wide(pooled[:, :9 * c.dims[0]]).float() if c.wide else pooled.new_zeros(len(pooled), len(DIMENSIONS))   # (B,5)
+        base = video.wide(pooled[:, :9 * c.dims[0]]).float() if c.wide else pooled.new_zeros(len(pooled), 5)       # (B,5)
         pooled = video.pooled_dropout(pooled)
+        one = c.fusion == "single"                                                                   # as published: the video is one token
+        tokens = pooled.unsqueeze(1) if one else grid_tokens([maps[s] for s in c.token_stages], c.grid, c.token_spread)
+        heads = {TRADITIONAL: video.technical_head(pooled).float(), AESTHETIC: video.aesthetic_head(pooled).float()}   # (B,1) each
+        scores = {d: head + base[:, d, None] for d, head in heads.items()}                           # (B,1) each
+        if c.heads_add: base = base + sum(in_column(d, head) for d, head in heads.items())           # (B,5)
         return dict(features=video.feature_extractor(pooled),                                        # (B,1024)
-                    tokens=grid_tokens([maps[s] for s in c.token_stages], c.grid, c.token_spread),   # (B,N,·)
-                    aesthetic=video.aesthetic_head(pooled).float() + wide[:, AESTHETIC, None],       # (B,1)
-                    technical=video.technical_head(pooled).float() + wide[:, TRADITIONAL, None], wide=wide)
+                    tokens=tokens, base=base, technical=scores[TRADITIONAL], aesthetic=scores[AESTHETIC])
 
     def judge(self, video: dict[str, Tensor], text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Five raw scores (B,5), fused features (B,256) and quality weights (B,4) of encoded videos under prompts (B,D)."
         fused, weights = self.fusion(video["tokens"], video["features"], text)
-        raw = self.mos_predictor(fused).float() + video["wide"]
-        if self.config.heads_add:
-            heads = {TRADITIONAL: video["technical"], AESTHETIC: video["aesthetic"]}
-            raw = raw + torch.cat([heads[d] - video["wide"][:, d, None] if d in heads else torch.zeros_like(raw[:, :1]) for d in range(raw.shape[1])], 1)
-        return raw, fused, weights
+        return self.mos_predictor(fused).float() + video["base"], fused, weights
 
     def extract_features(self, frames: Tensor, text) -> dict[str, Tensor]:   # arguments as forward
         "The published six: dover_features, text_features, fused_features, quality_weights, aesthetic_score, technical_score."
@@ -323,6 +329,11 @@ class DoverPlusPlus(nn.Module):
             raise QualiVisionError(f"text {tuple(text.shape)}", f"this model and {len(frames)} clips need {(len(frames), self.config.text_dim)}",
                                    "Give one prompt per clip, from the encoder that the model was trained with.")
         return text
+
+
+def in_column(d: int, x: Tensor) -> Tensor:
+    "x (B,1) as column d of (B,5), zeros elsewhere."
+    return F.pad(x, (d, len(DIMENSIONS) - 1 - d))
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

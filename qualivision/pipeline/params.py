@@ -6,9 +6,8 @@
 __all__ = ['PACKAGE', 'ParamsError', 'read_params', 'split_rule', 'read_splits', 'label_source', 'imported', 'code_hash',
            'value_hash', 'write_json', 'read_json', 'note_machine', 'run_stage', 'keep_memory']
 
-# %% ../../nbs/pipeline/59_params.ipynb #79b490d9
+# %% ../../nbs/pipeline/59_params.ipynb #fce74061
 import ast
-import contextlib
 import ctypes
 import hashlib
 import json
@@ -22,7 +21,7 @@ import yaml
 from ..data.dataset import load_dataset, resolve_splits
 from ..quality import QualiVisionError
 
-# %% ../../nbs/pipeline/59_params.ipynb #5b31feab
+# %% ../../nbs/pipeline/59_params.ipynb #2c063b52
 class ParamsError(QualiVisionError): "A file of parameters that lacks something, or cannot be read."
 
 def read_params(
@@ -31,18 +30,19 @@ def read_params(
     profile: str | None = None,           # None: the one that the file names
 ) -> dict:                                # section → its values
     "These sections, from the profile or from outside of the profiles; `ParamsError` where one is missing."
-    try: everything = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError as e: raise ParamsError(file, "there is no such file", "Run in the folder that holds it, or name another.") from e
+    try: everything = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError as e:
+        raise ParamsError(file, "there is no such file", "Run in the folder that holds it, or name another.") from e
     except yaml.YAMLError as e: raise ParamsError(file, f"it is not YAML ({e})", "Correct it.") from e
-    chosen = profile or (everything or {}).get("profile")
-    if not isinstance((everything or {}).get(chosen), dict):
+    chosen = profile or everything.get("profile")
+    if not isinstance(everything.get(chosen), dict):
         raise ParamsError(file, f"it has no profile {chosen}", "Set `profile` to one of the sections that hold train and model.")
     found = {**everything, **everything[chosen]}
     if absent := [s for s in sections if not isinstance(found.get(s), dict)]:
         raise ParamsError(file, f"the profile {chosen} has no section {', '.join(absent)}", "Add it; both profiles have the same sections.")
     return {s: dict(found[s]) for s in sections}
 
-# %% ../../nbs/pipeline/59_params.ipynb #424e37dd
+# %% ../../nbs/pipeline/59_params.ipynb #c2b312d7
 def split_rule(data: dict) -> dict:    # the section `data`
     "The arguments of `resolve_splits` in it."
     return {"seed": data["seed"], "val_fraction": data["val_fraction"], "test_fraction": data["test_fraction"]}
@@ -58,10 +58,9 @@ def label_source(
     root: str | Path,  # of a data set
 ) -> str:              # for people; says so where labels are simulated
     "Whose opinion the labels are. A simulated data set is known by the file of its causes, which no real one has."
-    name = Path(root).resolve().name
-    return f"simulated labels ({name})" if (Path(root)/"simulation"/"causes.csv").is_file() else f"labels of {name}"
+    return "simulated labels" if (Path(root)/"simulation"/"causes.csv").is_file() else f"labels of {Path(root).resolve().name}"
 
-# %% ../../nbs/pipeline/59_params.ipynb #6f7eb655
+# %% ../../nbs/pipeline/59_params.ipynb #0a455bc3
 PACKAGE = Path(__file__).resolve().parents[1] if "__file__" in globals() else None   # a notebook has no file
 
 def imported(
@@ -89,14 +88,14 @@ def code_hash(
     package: Path | None = PACKAGE,
 ) -> str:                  # 64 hex digits
     "One hash over the source of a module and of all that it imports from this package."
-    files = {name: hashlib.sha256((package/(name.replace(".", "/") + ".py")).read_bytes()).hexdigest() for name in imported(module, package)}
-    return value_hash(files)
+    def source(name): return (package/(name.replace(".", "/") + ".py")).read_bytes()
+    return value_hash({name: hashlib.sha256(source(name)).hexdigest() for name in imported(module, package)})
 
 def value_hash(value) -> str:  # 64 hex digits
     "The hash of what JSON can hold, whatever the order of its keys."
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
-# %% ../../nbs/pipeline/59_params.ipynb #89b064a7
+# %% ../../nbs/pipeline/59_params.ipynb #2bbf5b91
 def write_json(path: str | Path, value):
     "JSON for git: keys in their order, one value on a line, a line end at the end; NaN is an error."
     path = Path(path)
@@ -111,9 +110,9 @@ def read_json(path: str | Path):
 def note_machine(stage: str, seconds: float, folder: str | Path = "work"):
     "A line about this run of a stage, in the file that holds times and machines."
     import torch
-    about = {"stage": stage, "seconds": round(seconds, 1), "ended": time.strftime("%Y-%m-%d %H:%M:%S"), "machine": platform.machine(),
-             "system": platform.system(), "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    about = {"stage": stage, "seconds": round(seconds, 1), "ended": time.strftime("%Y-%m-%d %H:%M:%S"), "system": platform.system(),
+             "machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__,
+             "threads": torch.get_num_threads(), "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
     Path(folder).mkdir(exist_ok=True)
     with open(Path(folder)/"machine.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(about) + "\n")
 

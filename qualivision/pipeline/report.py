@@ -4,30 +4,33 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'PLAIN_TITLES', 'SHORT', 'HEADS', 'SIMULATED', 'SECTIONS', 'CURVES', 'provenance', 'stamp', 'mark', 'number',
-           'text_block', 'text_table', 'short_markdown', 'report', 'settings_table', 'main']
+           'text_block', 'asked', 'text_table', 'short_markdown', 'report', 'settings_table', 'main']
 
-# %% ../../nbs/pipeline/63_report.ipynb #8b695823
+# %% ../../nbs/pipeline/63_report.ipynb #1b266a9a
 import textwrap
 from pathlib import Path
 
 import pandas as pd
 
 from ..evaluation.metrics import MetricError
-from ..evaluation.protocol import NAMES, TITLES, plot_curves, plot_rows, plot_scatter, results_markdown, save_figure, wins
+from ..evaluation.protocol import (NAMES, TITLES, plot_curves, plot_rows, plot_scatter, results_markdown,
+                                             save_figure, wins)
 from .params import read_json, run_stage, value_hash
 from ..quality import DIMENSIONS
 
-# %% ../../nbs/pipeline/63_report.ipynb #1c1a8b1d
+# %% ../../nbs/pipeline/63_report.ipynb #3e246f0d
 def provenance(
     folder: str | Path = "results",
 ) -> dict:               # data, code, parameters: 64 hex digits; weights; seed; and the facts of each stage
     "What made the results in this folder. Raises ParamsError where a stage has not run, MetricError where the stages used different data."
-    stages, splits = {s: read_json(Path(folder)/f"{s}.json") for s in ("prepare", "train", "evaluate")}, read_json(Path(folder)/"splits.json")
+    stages = {s: read_json(Path(folder)/f"{s}.json") for s in ("prepare", "train", "evaluate")}
+    splits = read_json(Path(folder)/"splits.json")
     if splits["data_hash"] != stages["train"]["data_hash"]:
         raise MetricError("results", "training used other data than were prepared", "Run `dvc repro`.")
-    parameters = {s: about["parameters"] for s, about in stages.items()}
-    return {"data": splits["data_hash"], "code": value_hash({s: about["code_hash"] for s, about in stages.items()}), "parameters": value_hash(parameters),
-            "weights": stages["train"]["weights"], "seed": stages["train"]["seed"], "settings": parameters, "splits": splits, **stages}
+    settings = {s: about["parameters"] for s, about in stages.items()}
+    code = {s: about["code_hash"] for s, about in stages.items()}
+    return {"data": splits["data_hash"], "code": value_hash(code), "parameters": value_hash(settings), "settings": settings,
+            "weights": stages["train"]["weights"], "seed": stages["train"]["seed"], "splits": splits, **stages}
 
 def stamp(about: dict) -> str:  # of `provenance`
     "The hashes in one line."
@@ -44,7 +47,7 @@ def mark(results: dict, row: str, dimension: str, metric: str, model: str = MODE
     if cell["value"] is None: return ""
     return "▼" if wins(cell, metric) else "▲" if wins({"value": -cell["value"], "low": -cell["high"], "high": -cell["low"]}, metric) else ""
 
-# %% ../../nbs/pipeline/63_report.ipynb #31b82127
+# %% ../../nbs/pipeline/63_report.ipynb #addee0f8
 SHORT = {"constant": "constant", "generator": "generator", "text": "text", "text_generator": "text+generator", "low_level": "low-level",
          "hand_crafted": "hand-crafted", "ceiling": "noise ceiling", "raters": "raters only", MODEL: "DOVER++"}
 
@@ -65,11 +68,15 @@ def text_block(results: dict, metric: str, intervals: bool) -> list[str]:
             lines.append((" " * 14 + "".join(f"{s:>9}" for s in spans)).rstrip())
     return lines
 
+def asked(about: dict) -> str:
+    "What the numbers are about, in a sentence."
+    e = about["evaluate"]
+    kind = "test" if e["split"] == "test" else "validation"
+    return f"DOVER++ five-MOS model on {e['videos']} {kind} videos of {e['prompts']} prompts that it was not trained on; {e['labels']}."
+
 def text_table(results: dict, about: dict) -> str:
     "The table that ./run.sh prints; at most 60 columns."
-    e = about["evaluate"]
-    head = (f"DOVER++ five-MOS model on {e['videos']} {'test' if e['split'] == 'test' else 'validation'} videos "
-            f"of {e['prompts']} prompts that it never saw; {e['labels']}.")
+    e, head = about["evaluate"], asked(about)
     foot = "▼ the model is better, ▲ the row is: 95 % interval of the paired difference excludes zero, resampled by prompt. "
     lines = textwrap.wrap(head, 60) + (textwrap.wrap(f"Note: {e['note']}.", 60) if e["note"] else []) + [""]
     for metric in ("srocc", "plcc", "mae"): lines += text_block(results, metric, metric == "srocc") + [""]
@@ -77,42 +84,52 @@ def text_table(results: dict, about: dict) -> str:
     for row, why in e["omitted"].items(): lines += textwrap.wrap(f"No row {SHORT.get(row, row)}: {why}", 60)
     return "\n".join([*lines, "", *textwrap.wrap(stamp(about).replace("`", ""), 60)]) + "\n"
 
-# %% ../../nbs/pipeline/63_report.ipynb #79c66f03
+# %% ../../nbs/pipeline/63_report.ipynb #503e90f3
 def short_markdown(results: dict, about: dict, metric: str = "srocc") -> str:
     "One metric with its intervals and marks, as a Markdown table, and the hashes under it."
     def shown(row, d):
         c = results[row][d][metric]
-        return "–" if c["value"] is None else f"{c['value']:.2f} <sub>[{c['low']:.2f}, {c['high']:.2f}]</sub> {mark(results, row, d, metric)}".strip()
-    lines = [f"| {NAMES[metric]} | " + " | ".join(d.capitalize() for d in DIMENSIONS) + " |", "|---|" + "---|" * len(DIMENSIONS)]
-    lines += [f"| {'**DOVER++**' if r == MODEL else PLAIN_TITLES.get(r, r)} | " + " | ".join(shown(r, d) for d in DIMENSIONS) + " |" for r in results if r != "differences"]
-    e = about["evaluate"]
-    what = f"{e['videos']} {'test' if e['split'] == 'test' else 'validation'} videos, {e['prompts']} prompts that training never saw, {e['labels']}"
-    return "\n".join(lines) + (f"\n\n{what}. In brackets: 95 % intervals, resampled by prompt. ▼ the model is better, ▲ the row is better, "
-                               f"with a paired 95 % interval that excludes zero.\n\n{stamp(about)}\n")
+        if c["value"] is None: return "–"
+        return f"{c['value']:.2f} <sub>[{c['low']:.2f}, {c['high']:.2f}]</sub> {mark(results, row, d, metric)}".strip()
+    def line(row):
+        title = "**DOVER++**" if row == MODEL else PLAIN_TITLES.get(row, row)
+        return f"| {title} | " + " | ".join(shown(row, d) for d in DIMENSIONS) + " |"
+    head = [f"| {NAMES[metric]} | " + " | ".join(d.capitalize() for d in DIMENSIONS) + " |", "|---|" + "---|" * len(DIMENSIONS)]
+    return "\n".join(head + [line(r) for r in results if r != "differences"]) + f"""
 
-# %% ../../nbs/pipeline/63_report.ipynb #3759cf4d
+{asked(about)} In brackets: 95 % intervals, resampled by prompt. ▼ the model is better, ▲ the row is better, with a paired 95 % interval
+that excludes zero.
+
+{stamp(about)}
+"""
+
+# %% ../../nbs/pipeline/63_report.ipynb #2fec57f8
 def report(results: dict, about: dict) -> str:
     "results/README.md."
-    e, p, t = about["evaluate"], about["splits"], about["train"]
-    best = t["best"] and f"epoch {t['best']['epoch']} (mean of SROCC and PLCC on validation {t['best']['score']:.4f})"
-    facts = {"labels": e["labels"], "splits": p["note"], "videos": ", ".join(f"{k} {v}" for k, v in p["videos"].items()),
-             "prompts": ", ".join(f"{k} {v}" for k, v in p["prompts"].items()), "judged on": f"{e['split']}: {e['videos']} videos of {e['prompts']} prompts",
-             "best weights": f"{best or 'the last'} of {t['parameters']['train']['epochs']} epochs, {t['step']} steps", "seed": str(t["seed"]),
-             "data": f"`{about['data']}`", "code": f"`{about['code']}`", "parameters": f"`{about['parameters']}`", "weights": f"`{about['weights']}`"}
-    parts = ["# Results", "Written by `dvc repro`; see `nbs/pipeline/63_report.ipynb`. Numbers: `metrics.json`; every row's scores: `rows.csv`.",
+    e, splits, t = about["evaluate"], about["splits"], about["train"]
+    chosen = "the last epoch"
+    if t["best"]: chosen = f"epoch {t['best']['epoch']}, whose mean of SROCC and PLCC on validation is {t['best']['score']:.4f}"
+    facts = {"labels": e["labels"], "splits": splits["note"], "judged on": f"{e['split']}: {e['videos']} videos of {e['prompts']} prompts",
+             "videos": ", ".join(f"{k} {v}" for k, v in splits["videos"].items()),
+             "prompts": ", ".join(f"{k} {v}" for k, v in splits["prompts"].items()),
+             "training": f"{t['parameters']['train']['epochs']} epochs, {t['step']} steps, seed {t['seed']}", "weights of": chosen,
+             **{what: f"`{about[what]}`" for what in ("data", "code", "parameters", "weights")}}
+    parts = ["# Results", "Written by `dvc repro`; see `nbs/pipeline/63_report.ipynb`. "
+             "Numbers: `metrics.json`; the scores of every row of the tables: `rows.csv`.",
              "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items())])]
     if "simulated" in e["labels"]: parts.append(SIMULATED)
-    parts += [f"{row}: left out. {why}" for row, why in e["omitted"].items()] + ([f"Note: {e['note']}."] if e["note"] else [])
+    if e["note"]: parts.append(f"Note: {e['note']}.")
+    parts += [f"No row *{PLAIN_TITLES.get(row, row)}*: {why}" for row, why in e["omitted"].items()]
     parts += ["## Rows, and the model's paired differences",
               f"In brackets 95 % intervals from {e['parameters']['resamples']} resamples of whole prompts; "
               "a difference in bold excludes zero in the model's favour.",
-              results_markdown(results, titles=PLAIN_TITLES).rstrip(), "![rows](rows.png)", "![scores](scatter.png)", "![curves](curves.png)",
-              "## Parameters", settings_table(about["settings"])]
+              results_markdown(results, titles=PLAIN_TITLES).rstrip(),
+              "![rows](rows.png)", "![scores](scatter.png)", "![curves](curves.png)", "## Parameters", settings_table(about["settings"])]
     return "\n\n".join(parts) + "\n"
 
-SIMULATED = ("**The labels are simulated.** They follow from faults that a program put into clips that a program drew, judged by three simulated raters. "
-             "The numbers show that the system learns what is in the data and that prompts and generators alone do not explain it. "
-             "They do not say how well it would follow people's opinions of real generated video.")
+SIMULATED = ("**The labels are simulated.** They follow from faults that a program put into clips that a program drew, as three simulated "
+             "raters judge them. So the numbers say whether the system learns what is in its data, beyond what prompt and generator give "
+             "away. They do not say how well it would follow people's opinions of real generated video.")
 
 def settings_table(settings: dict) -> str:  # stage → nested values
     "Every value that decided, one line for each section; long lists by their length and hash."

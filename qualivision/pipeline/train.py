@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'main', 'results_file', 'same_data']
 
-# %% ../../nbs/pipeline/61_train.ipynb #e4f99da2
+# %% ../../nbs/pipeline/61_train.ipynb #7847cff3
 from dataclasses import asdict
 from pathlib import Path
 
 from ..data.dataset import data_hash, load_dataset
 from ..models.weights import about_file
-from .params import ParamsError, code_hash, keep_memory, label_source, read_json, read_params, run_stage, split_rule, write_json
+from .params import (ParamsError, code_hash, keep_memory, label_source, read_json, read_params, run_stage,
+                                         split_rule, write_json)
 from ..training.trainer import TrainConfig, dover_config, train_dover, write_history
 
-# %% ../../nbs/pipeline/61_train.ipynb #76b954c9
+# %% ../../nbs/pipeline/61_train.ipynb #25ec9924
 SECTIONS = ("data", "text", "model", "train")
 
 def main(
@@ -30,8 +31,8 @@ def main(
     same_data(root)
     config = dover_config(model.pop("config"), model)
     augment, settings = train.pop("augment", True), TrainConfig.of(train)
-    result = train_dover(root, config, settings, checkpoint, text=p["text"]["encoder"], augment=augment, split=split_rule(p["data"]),
-                         trained_on=label_source(root), licence=p["data"]["licence"], progress=progress)
+    result = train_dover(root, config, settings, checkpoint, text=p["text"]["encoder"], augment=augment, progress=progress,
+                         split=split_rule(p["data"]), trained_on=label_source(root), licence=p["data"]["licence"])
     write_history(results_file("curves.csv"), result["history"])
     write_json(results_file("train.json"), {
         "trained_on": result["trained_on"], "seed": settings.seed, "step": result["step"], "best": result["best"],

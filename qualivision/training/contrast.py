@@ -60,10 +60,11 @@ class ContrastPrompts:
             out.append(torch.cat([made, self.text[other]]))
         return torch.stack(out)
 
-# %% ../../nbs/training/29_contrast.ipynb #b2d1822c
+# %% ../../nbs/training/29_contrast.ipynb #0753b9de
 def contrast_loss(match_logits: Tensor,   # (B,1+K) alignment before the sigmoid: the clip's own prompt first, then the others
                   alignment: Tensor       # (B,) MOS, 1–5
                  ) -> Tensor:             # scalar
     "Cross-entropy of choosing the clip's own prompt; weight 0 at a MOS of 3 and below, 1 at 5."
     weight = ((alignment - 3) / 2).clamp(0, 1)
-    return (weight * F.cross_entropy(match_logits.float(), torch.zeros(len(match_logits), dtype=torch.long, device=match_logits.device), reduction="none")).mean()
+    own = torch.zeros(len(match_logits), dtype=torch.long, device=match_logits.device)
+    return (weight * F.cross_entropy(match_logits.float(), own, reduction="none")).mean()

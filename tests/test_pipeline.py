@@ -1,0 +1,165 @@
+"""The main job in miniature: in a temporary repository, data from dvcstore/, the four stages over some of the real clips, the table, a score.
+
+The repository is the working tree as it is, committed; its parameters are smaller and its label files shorter."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from chapters import ROOT
+from qualivision.quality import DIMENSIONS
+
+PROMPTS = {"train": 6, "val": 2, "test": 4}     # of five clips each
+SMALL = {   # of the profile embedded: a network that is trained in seconds and knows nothing
+    "prepare": {"workers": 0},
+    "model": {"frames": 6, "size": 72, "dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "stem": [1, 6, 6], "kernel": [3, 3, 3], "grid": [2, 2, 2],
+              "fusion_width": 16, "heads": 2},
+    "train": {"epochs": 2, "batch_size": 10, "accumulation": 1, "warmup_steps": 1, "validate_every": 1},
+    "evaluate": {"resamples": 100, "device": "cpu"}}
+STAGES = ["prepare", "train", "evaluate", "report"]
+FILES = {"splits.json", "prepare.json", "train.json", "curves.csv", "metrics.json", "predictions.csv", "rows.csv", "evaluate.json", "summary.json",
+         "README.md", "table.txt", "rows.png", "scatter.png", "curves.png"}
+
+if not (ROOT/".git").exists(): pytest.skip("not a git checkout", allow_module_level=True)
+if not (ROOT/"data.dvc").exists(): pytest.skip("there is no data.dvc yet", allow_module_level=True)
+
+
+class Repository:
+    "A repository of its own in a temporary folder."
+    def __init__(self, at: Path): self.at = at
+
+    def __call__(self, *command: str, status=0) -> str:
+        "Runs a command there and returns its stdout; its status must be this one."
+        own = Path(sys.executable).parent
+        env = {**os.environ, "PATH": f"{own}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1", "MPLBACKEND": "Agg",
+               "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a",
+               "GIT_COMMITTER_EMAIL": "a@b", "PYTHONDONTWRITEBYTECODE": "1"}
+        for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"): env.pop(name, None)     # set where a hook runs the tests
+        done = subprocess.run(command, cwd=self.at, capture_output=True, text=True, env=env)
+        assert done.returncode == status, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        self.said = done.stdout + done.stderr
+        return done.stdout
+
+    def dvc(self, *args: str, **kw) -> str: return self(sys.executable, "-m", "dvc", *args, **kw)
+    def results(self) -> dict[str, bytes]: return {p.name: p.read_bytes() for p in sorted((self.at/"results").iterdir()) if p.is_file()}
+    def json(self, name: str): return json.loads((self.at/"results"/name).read_text(encoding="utf-8"))
+
+    def params(self, change):
+        "Lets `change` alter params.yaml."
+        file = self.at/"params.yaml"
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        change(values)
+        file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def smaller(values: dict):
+    values["profile"] = "embedded"
+    values["data"]["root"] = "data"
+    for section, changes in SMALL.items(): values["embedded"][section] |= changes
+
+
+def cut(data: Path):
+    "Some prompts of each split."
+    for file in data.glob("*/**/*_labels.csv"):
+        table = pd.read_csv(file, dtype=str, keep_default_na=False)
+        split = file.relative_to(data).parts[0]
+        few = table[table["Prompt"].isin(table["Prompt"].drop_duplicates()[:PROMPTS[split]])]
+        file.unlink()
+        few.to_csv(file, index=False)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Repository:
+    "The working tree, committed, with data pulled and cut, after `dvc repro`."
+    at = tmp_path_factory.mktemp("pipeline")/"clone"
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in filter(None, set(listed.stdout.split("\0"))):
+        if not (ROOT/name).is_file() or name.split("/")[0] in ("results", "nbs"): continue
+        (at/name).parent.mkdir(parents=True, exist_ok=True)
+        (at/name).write_bytes((ROOT/name).read_bytes())
+    (at/"dvc.lock").unlink(missing_ok=True)
+    clone = Repository(at)
+    clone.params(smaller)
+    clone("git", "init", "-q")
+    clone("git", "add", "-A")
+    clone("git", "commit", "-q", "-m", "all")
+    clone.dvc("pull", "data.dvc")
+    cut(at/"data")
+    clone.dvc("repro")
+    return clone
+
+
+def test_results(repository):
+    "Every file is there, the table has its rows, and each number its interval or the reason why there is none."
+    assert set(repository.results()) == FILES
+    metrics, about = repository.json("metrics.json"), repository.json("evaluate.json")
+    rows = ["dover", "constant", "generator", "text", "text_generator", "low_level", "hand_crafted", "ceiling", "raters"]
+    assert list(metrics) == [*rows, "differences"] and not about["omitted"]
+    for row in rows:
+        for d in DIMENSIONS:
+            assert metrics[row][d]["n"] == 5 * PROMPTS["test"] == about["videos"]
+            for m in ("srocc", "plcc", "mae", "rmse"):
+                cell = metrics[row][d][m]
+                assert cell["low"] <= cell["high"] if cell["value"] is not None else cell["reason"]
+    assert list(metrics["differences"]["dover"]) == rows[1:-2]
+    assert metrics["ceiling"]["traditional"]["srocc"]["value"] > .8
+    assert repository.json("splits.json")["prompts"] == PROMPTS
+    assert "simulated labels" in about["labels"] and "The labels are simulated." in (repository.at/"results"/"README.md").read_text()
+    table = (repository.at/"results"/"table.txt").read_text()
+    assert max(map(len, table.splitlines())) <= 60 and all(name in table for name in ("DOVER++", "text+generator", "hand-crafted", "noise ceiling"))
+
+
+def test_results_tell_no_time_and_no_machine(repository):
+    words = [str(repository.at), str(Path.home()), os.uname().nodename, sys.executable]
+    for name, content in repository.results().items(): assert not [w for w in words if w.encode() in content], name
+    times = [json.loads(line) for line in (repository.at/"work"/"machine.jsonl").read_text().splitlines()]
+    assert [t["stage"] for t in times] == STAGES
+    ignored = repository("git", "status", "--short", "--ignored")
+    assert all(f"!! {folder}/" in ignored for folder in ("work", "checkpoints", "cache", "runs", "data"))
+
+
+def test_nothing_is_left_to_do(repository):
+    repository.dvc("repro")
+    assert "up to date" in repository.said and "Running stage" not in repository.said
+    repository.dvc("repro", "--dry", "--force", "report")
+    assert [s for s in STAGES if f"Running stage '{s}'" in repository.said] == STAGES
+
+
+def test_dvc_metrics(repository):
+    shown = json.loads(repository.dvc("metrics", "show", "--json"))
+    values = json.dumps(shown)
+    assert "results/summary.json" in values and "share_of_ceiling" in values
+    named = json.dumps(json.loads(repository.dvc("metrics", "show", "--json", "results/metrics.json")))
+    assert "text_generator" in named
+
+
+def test_scores_follow_from_the_files(repository):
+    "`qualivision evaluate` on what was written gives what the table says."
+    cli = (sys.executable, "-c", "from qualivision.cli import main; main()")
+    made = json.loads(repository(*cli, "evaluate", "results/predictions.csv", "data/test/test_labels.csv", "--json"))
+    for d in DIMENSIONS: assert round(made[d]["srocc"], 4) == round(repository.json("metrics.json")["dover"][d]["srocc"]["value"], 4)
+    assert (repository.at/"results"/"predictions.csv").read_text().startswith("video_name,Prompt,Traditional_MOS,")
+
+
+def test_score_one_clip(repository):
+    row = pd.read_csv(repository.at/"data"/"test"/"test_labels.csv").iloc[0]
+    cli = (sys.executable, "-c", "from qualivision.cli import main; main()")
+    record, = json.loads(repository(*cli, "score", f"data/test/videos/{row['video_name']}", "--prompt", row["Prompt"], "--json"))
+    predicted = pd.read_csv(repository.at/"results"/"predictions.csv").set_index("video_name").loc[row["video_name"]]
+    for d in DIMENSIONS: assert abs(record[d] - predicted[f"{d.capitalize()}_MOS"]) < 1e-4
+    assert record["error"] is None and record["checkpoint"] == "checkpoints/dover" and record["trained_on"].startswith("simulated labels, data ")
+
+
+def test_paper_profile(repository):
+    "Its stages are all to be run, and nothing else is needed to say so."
+    before = (repository.at/"params.yaml").read_text()
+    repository.params(lambda values: values.update(profile="paper"))
+    try:
+        repository.dvc("repro", "--dry")
+        assert [s for s in STAGES if f"Running stage '{s}'" in repository.said] == STAGES
+    finally: (repository.at/"params.yaml").write_text(before)
