@@ -243,9 +243,9 @@ def test_training_repeats_bit_for_bit(small):
 
 
 def test_bfloat16_is_close():
-    "Without the wide path: the logarithm of answers near zero has a steep slope, and its gradient in bfloat16 agrees to a cosine of 0.89 only."
+    "Without logarithms: that of an answer near zero has a steep slope, and its gradient in bfloat16 agrees to a cosine of about 0.9 only."
     torch.manual_seed(0)
-    small = DoverPlusPlus(replace(SMALL, wide=False)).eval()
+    small = DoverPlusPlus(replace(SMALL, wide=False, log_statistics=False)).eval()
     (a, b), (c, d) = gradients(small), gradients(small, bf16=True)
     assert (a - c).abs().max() < 0.05 and F.cosine_similarity(b, d, 0) > 0.98
 

@@ -3,8 +3,10 @@
 The repository is the working tree as it is, committed; its parameters are smaller and its label files shorter."""
 import json
 import os
+import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -115,7 +117,7 @@ def test_results(repository):
 
 
 def test_results_tell_no_time_and_no_machine(repository):
-    words = [str(repository.at), str(Path.home()), os.uname().nodename, sys.executable]
+    words = [str(repository.at), sys.prefix, time.strftime("%Y-%m-%d"), *([platform.node()] if len(platform.node()) > 6 else [])]
     for name, content in repository.results().items(): assert not [w for w in words if w.encode() in content], name
     times = [json.loads(line) for line in (repository.at/"work"/"machine.jsonl").read_text().splitlines()]
     assert [t["stage"] for t in times] == STAGES

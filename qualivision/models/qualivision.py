@@ -6,7 +6,7 @@
 __all__ = ['MEAN', 'STD', 'GAIN', 'STATISTICS', 'DOCUMENTED', 'PUBLISHED', 'EMBEDDED', 'CONFIGS', 'TRADITIONAL', 'ALIGNMENT',
            'AESTHETIC', 'input_channels', 'pool_statistics', 'RunningNorm', 'PooledBatchNorm', 'pooled_norm',
            'filter_statistics', 'grid_tokens', 'DoverConfig', 'numbered', 'VideoBranch', 'MosPredictor',
-           'DoverPlusPlus', 'in_column', 'working_dtype', 'documented_dover']
+           'DoverPlusPlus', 'working_dtype', 'documented_dover']
 
 # %% ../../nbs/models/14_qualivision.ipynb #9432dc0b
 import math
@@ -217,7 +217,7 @@ EMBEDDED = DoverConfig(frames=16, size=144, dims=(40, 64, 128, 192), depths=(1, 
                        text_dim=384, fusion_width=256, prompt_dropout=0.5, head_dropout=0.3)
 CONFIGS = {"published": PUBLISHED, "embedded": EMBEDDED}
 
-# %% ../../nbs/models/14_qualivision.ipynb #5a15a324
+# %% ../../nbs/models/14_qualivision.ipynb #cf594866
 def numbered(layers: dict[int, nn.Module]) -> nn.Sequential:
     "A sequence whose layers have the given numbers."
     return nn.Sequential(OrderedDict((str(i), layer) for i, layer in layers.items()))
@@ -238,6 +238,9 @@ class VideoBranch(nn.Module):
             nn.init.zeros_(self.wide.weight), nn.init.zeros_(self.wide.bias)
         head = lambda: numbered({2: nn.Linear(width, 256), 3: nn.ReLU(), 4: nn.Dropout(c.dropout), 5: nn.Linear(256, 1)})
         self.aesthetic_head, self.technical_head = head(), head()
+        if c.heads_add:                                        # they add to the scores: a fresh network shall still answer the middle
+            for last in (self.aesthetic_head[-1], self.technical_head[-1]):
+                with torch.no_grad(): last.weight.mul_(0.01), last.bias.zero_()
         self.feature_extractor = numbered({2: nn.Linear(width, c.feature_dim), 3: nn.ReLU()})
 
 
@@ -250,7 +253,7 @@ class MosPredictor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.predictor(x)     # (B,256) → (B,5)
 
-# %% ../../nbs/models/14_qualivision.ipynb #d51a14e6
+# %% ../../nbs/models/14_qualivision.ipynb #3a406a4b
 TRADITIONAL, ALIGNMENT, AESTHETIC = (DIMENSIONS.index(d) for d in ("traditional", "alignment", "aesthetic"))
 
 
@@ -290,27 +293,37 @@ class DoverPlusPlus(nn.Module):
         return out
 
     def encode_video(self, frames: Tensor) -> dict[str, Tensor]:
-        "What is known of the video before the prompt comes: features, tokens, the two heads' scores, and a first guess at all five."
+        "What is known of the video before the prompt comes: features (B,1024), tokens (B,N,·), raw scores of the two heads and the wide path."
         c, video = self.config, self.dover_model
         x = input_channels(frames, c.normalise, c.difference, c.highpass, working_dtype(frames))     # (B,3–5,T,H,W)
         stem, *maps = video.backbone(x, stem=True)                                                   # 4 × (B,dim,T',h,w)
         pooled = [pool_statistics(x if s == -1 else maps[s], c.statistics, c.log_statistics) for s in c.stages]
         if c.wide: pooled = [filter_statistics(stem), *pooled]
         pooled = video.pooled_norm(torch.cat(pooled, 1))                                             # (B,P)
-        base = video.wide(pooled[:, :9 * c.dims[0]]).float() if c.wide else pooled.new_zeros(len(pooled), 5)       # (B,5)
+        wide = video.wide(pooled[:, :9 * c.dims[0]]).float() if c.wide else pooled.new_zeros(len(pooled), len(DIMENSIONS))   # (B,5)
         pooled = video.pooled_dropout(pooled)
         one = c.fusion == "single"                                                                   # as published: the video is one token
         tokens = pooled.unsqueeze(1) if one else grid_tokens([maps[s] for s in c.token_stages], c.grid, c.token_spread)
-        heads = {TRADITIONAL: video.technical_head(pooled).float(), AESTHETIC: video.aesthetic_head(pooled).float()}   # (B,1) each
-        scores = {d: head + base[:, d, None] for d, head in heads.items()}                           # (B,1) each
-        if c.heads_add: base = base + sum(in_column(d, head) for d, head in heads.items())           # (B,5)
         return dict(features=video.feature_extractor(pooled),                                        # (B,1024)
-                    tokens=tokens, base=base, technical=scores[TRADITIONAL], aesthetic=scores[AESTHETIC])
+                    tokens=tokens,                                                                   # (B,N,·)
+                    aesthetic=video.aesthetic_head(pooled).float() + wide[:, AESTHETIC, None],       # (B,1)
+                    technical=video.technical_head(pooled).float() + wide[:, TRADITIONAL, None], wide=wide)
+
+    def tokens(self, maps: list[Tensor]) -> Tensor:   # (B,N,·); the published fusion looks at none
+        "What the prompt can look at."
+        c = self.config
+        if c.fusion == "single": return maps[-1].new_zeros(len(maps[-1]), 1, 1)
+        return grid_tokens([maps[s] for s in c.token_stages], c.grid, c.token_spread)
 
     def judge(self, video: dict[str, Tensor], text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Five raw scores (B,5), fused features (B,256) and quality weights (B,4) of encoded videos under prompts (B,D)."
         fused, weights = self.fusion(video["tokens"], video["features"], text)
-        return self.mos_predictor(fused).float() + video["base"], fused, weights
+        raw = self.mos_predictor(fused).float() + video["wide"]
+        if self.config.heads_add:
+            raw = raw.clone()                                                                        # the heads hold the wide path already
+            raw[:, TRADITIONAL] += (video["technical"][:, 0] - video["wide"][:, TRADITIONAL])
+            raw[:, AESTHETIC] += (video["aesthetic"][:, 0] - video["wide"][:, AESTHETIC])
+        return raw, fused, weights
 
     def extract_features(self, frames: Tensor, text) -> dict[str, Tensor]:   # arguments as forward
         "The published six: dover_features, text_features, fused_features, quality_weights, aesthetic_score, technical_score."
@@ -329,11 +342,6 @@ class DoverPlusPlus(nn.Module):
             raise QualiVisionError(f"text {tuple(text.shape)}", f"this model and {len(frames)} clips need {(len(frames), self.config.text_dim)}",
                                    "Give one prompt per clip, from the encoder that the model was trained with.")
         return text
-
-
-def in_column(d: int, x: Tensor) -> Tensor:
-    "x (B,1) as column d of (B,5), zeros elsewhere."
-    return F.pad(x, (d, len(DIMENSIONS) - 1 - d))
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
