@@ -158,10 +158,10 @@ def test_score_one_clip(repository):
 
 
 def test_paper_profile(repository):
-    "Its stages are all to be run, and nothing else is needed to say so."
+    "Its parameters reach every stage that reads some; the report only reads what the others write, and waits for it."
     before = (repository.at/"params.yaml").read_text()
     repository.params(lambda values: values.update(profile="paper"))
     try:
         repository.dvc("repro", "--dry")
-        assert [s for s in STAGES if f"Running stage '{s}'" in repository.said] == STAGES
+        assert [s for s in STAGES if f"Running stage '{s}'" in repository.said] == STAGES[:3]
     finally: (repository.at/"params.yaml").write_text(before)
