@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['MINILM', 'BGE_LARGE', 'WIDTHS', 'TextError', 'encoder_of_width', 'encoder_folder', 'hub_answers', 'TextEncoder']
 
-# %% ../../nbs/models/12_text.ipynb #c921dd85
+# %% ../../nbs/models/12_text.ipynb #c76d747a
 import hashlib
 import os
 import urllib.request
 import warnings
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +67,7 @@ def hub_answers(seconds=3.   # how long to wait
     except OSError: return False
     return True
 
-# %% ../../nbs/models/12_text.ipynb #de285191
+# %% ../../nbs/models/12_text.ipynb #d8c4a835
 class TextEncoder:
     "A frozen sentence encoder that never encodes the same prompt twice."
     def __init__(self,
@@ -81,7 +80,7 @@ class TextEncoder:
         self._model, self._known = None, {}
         self._cache = cache and Path(cache) / self.key
 
-    @cached_property
+    @property
     def key(self) -> str:
         "Name and content of the encoder, as the name of a folder: another encoder never finds these embeddings."
         weights = sorted(self.folder.glob("*.safetensors")) + [self.folder / "tokenizer.json"]
