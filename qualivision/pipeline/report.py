@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODEL', 'PLAIN_TITLES', 'SHORT', 'HEADS', 'SIMULATED', 'SECTIONS', 'CURVES', 'provenance', 'stamp', 'mark', 'number',
-           'text_block', 'asked', 'text_table', 'short_markdown', 'report', 'settings_table', 'main']
+           'text_block', 'asked', 'text_table', 'short_markdown', 'names', 'verdicts', 'words', 'seeds',
+           'seeds_markdown', 'readme_results', 'report', 'settings_table', 'main']
 
 # %% ../../nbs/pipeline/63_report.ipynb #1b266a9a
 import textwrap
@@ -47,9 +48,8 @@ def mark(results: dict, row: str, dimension: str, metric: str, model: str = MODE
     if cell["value"] is None: return ""
     return "▼" if wins(cell, metric) else "▲" if wins({"value": -cell["value"], "low": -cell["high"], "high": -cell["low"]}, metric) else ""
 
-# %% ../../nbs/pipeline/63_report.ipynb #addee0f8
-SHORT = {"constant": "constant", "generator": "generator", "text": "text", "text_generator": "text+generator", "low_level": "low-level",
-         "hand_crafted": "hand-crafted", "ceiling": "noise ceiling", "raters": "raters only", MODEL: "DOVER++"}
+# %% ../../nbs/pipeline/63_report.ipynb #1c1dc83f
+SHORT = {MODEL: "DOVER++", "text_generator": "text+gen.", "low_level": "low-level", "hand_crafted": "handcraft"}   # others as they are
 
 HEADS = dict(zip(DIMENSIONS, ("Tradit.", "Alignm.", "Aesth.", "Tempor.", "Overall")))
 
@@ -58,15 +58,15 @@ def number(x: float | None) -> str:  # two digits without the leading zero; "–
 
 def text_block(results: dict, metric: str, intervals: bool) -> list[str]:
     "One metric: a line for each row, and with `intervals` a second one."
-    lines = [f"{NAMES[metric]:14}" + "".join(f"{HEADS[d]:>9}" for d in DIMENSIONS)]
+    lines = [f"{NAMES[metric]:10}" + "".join(f"{HEADS[d]:>9} " for d in DIMENSIONS)]
     for row in (r for r in results if r != "differences"):
         cells = [results[row][d][metric] for d in DIMENSIONS]
         marks = [mark(results, row, d, metric) or " " for d in DIMENSIONS]
-        lines.append((f"{SHORT.get(row, row)[:14]:14}" + "".join(f"{number(c['value']):>8}{m}" for c, m in zip(cells, marks))).rstrip())
+        lines.append(f"{SHORT.get(row, row)[:10]:10}" + "".join(f"{number(c['value']):>9}{m}" for c, m in zip(cells, marks)))
         if intervals and any(c["value"] is not None for c in cells):
             spans = ["" if c["value"] is None else f"{number(c['low'])}…{number(c['high'])}" for c in cells]
-            lines.append((" " * 14 + "".join(f"{s:>9}" for s in spans)).rstrip())
-    return lines
+            lines.append(" " * 10 + "".join(f"{s:>10}" for s in spans))
+    return [line.rstrip() for line in lines]
 
 def asked(about: dict) -> str:
     "What the numbers are about, in a sentence."
@@ -77,7 +77,8 @@ def asked(about: dict) -> str:
 def text_table(results: dict, about: dict) -> str:
     "The table that ./run.sh prints; at most 60 columns."
     e, head = about["evaluate"], asked(about)
-    foot = "▼ the model is better, ▲ the row is: 95 % interval of the paired difference excludes zero, resampled by prompt. "
+    foot = "▼ the model is better, ▲ the row is: 95 % interval of the paired difference excludes zero, resampled by prompt."
+    if "ceiling" in results: foot += " ceiling: an oracle that knows every cause; raters: one that also knows each clip's own charm."
     lines = textwrap.wrap(head, 60) + (textwrap.wrap(f"Note: {e['note']}.", 60) if e["note"] else []) + [""]
     for metric in ("srocc", "plcc", "mae"): lines += text_block(results, metric, metric == "srocc") + [""]
     lines += textwrap.wrap(foot, 60)
@@ -102,6 +103,69 @@ that excludes zero.
 
 {stamp(about)}
 """
+
+# %% ../../nbs/pipeline/63_report.ipynb #ff22957b
+def names(dimensions) -> str: return ", ".join(d.capitalize() for d in dimensions) or "none"
+
+def verdicts(
+    results: dict,       # of `results_table`
+    model: str = MODEL,
+) -> dict:               # baseline → mark → dimensions
+    "What the marks say of each baseline, by SROCC; of the constant, which has none, by MAE."
+    out = {}
+    for row in results["differences"][model]:
+        marks = {d: mark(results, row, d, "mae" if row == "constant" else "srocc", model) for d in DIMENSIONS}
+        out[row] = {m: [d for d in DIMENSIONS if marks[d] == m] for m in ("▼", "▲", "")}
+    return out
+
+def words(results: dict, summary: dict) -> str:
+    "A list: where the model is better than each baseline, where it is worse, where it is open; and its share of the ceiling."
+    lines = []
+    for row, found in verdicts(results).items():
+        parts = [f"{word} on {names(found[m])}" for m, word in (("▼", "better"), ("▲", "**worse**"), ("", "open")) if found[m]]
+        lines.append(f"- against *{PLAIN_TITLES.get(row, row)}*{' (by MAE)' if row == 'constant' else ''}: " + "; ".join(parts))
+    share = summary[MODEL].get("share_of_ceiling")
+    if share: lines.append("- share of the noise ceiling (SROCC): " + ", ".join(f"{d.capitalize()} {100*share[d]:.0f} %" for d in share))
+    return "\n".join(lines) + "\n"
+
+# %% ../../nbs/pipeline/63_report.ipynb #e38c9653
+def seeds(
+    folder: str | Path = "results",   # holds the results, and seed-N/ with those of other seeds
+) -> dict:                            # seed → results
+    "The results of all seeds. Raises MetricError where another seed was run on other data or with other settings."
+    def about(f):
+        train = read_json(f/"train.json")
+        settings = {**train["parameters"], "train": {k: v for k, v in train["parameters"]["train"].items() if k != "seed"}}
+        return train["seed"], train["data_hash"], value_hash(settings)
+    folder = Path(folder)
+    (first, *same), found = about(folder), {}
+    for f in (folder, *sorted(folder.glob("seed-*"))):
+        seed, *other = about(f)
+        if other != same: raise MetricError(f, f"data or settings are not those of seed {first}", "Run that seed again, or remove its folder.")
+        found[seed] = read_json(f/"metrics.json")
+    return found
+
+def seeds_markdown(found: dict) -> str:  # of `seeds`
+    "The model's SROCC for each seed, and whether the same comparisons hold; empty for one seed."
+    if len(found) < 2: return ""
+    lines = ["| SROCC | " + " | ".join(d.capitalize() for d in DIMENSIONS) + " |", "|---|" + "---|" * len(DIMENSIONS)]
+    for seed, r in found.items():
+        cells = (f"{r[MODEL][d]['srocc']['value']:.2f}" for d in DIMENSIONS)
+        lines.append(f"| DOVER++, seed {seed} | " + " | ".join(cells) + " |")
+    each, differ = [verdicts(r) for r in found.values()], []
+    for row in each[0]:
+        better = [set(v[row]["▼"]) for v in each]
+        if odd := set.union(*better) - set.intersection(*better):
+            differ.append(f"{PLAIN_TITLES.get(row, row)} ({names(d for d in DIMENSIONS if d in odd)})")
+    last = f"All but these hold with every seed: {', '.join(differ)}." if differ else "Every ▼ above holds with every seed."
+    return "\n".join(lines) + f"\n\n{last}\n"
+
+# %% ../../nbs/pipeline/63_report.ipynb #df9b4ee3
+def readme_results(folder: str | Path = "results") -> str:  # Markdown
+    "Table, hashes, words, seeds. Raises ParamsError where there are no results."
+    results, summary = read_json(Path(folder)/"metrics.json"), read_json(Path(folder)/"summary.json")
+    return "\n".join([short_markdown(results, provenance(folder)), "The model, by the paired differences:\n", words(results, summary),
+                      seeds_markdown(seeds(folder))])
 
 # %% ../../nbs/pipeline/63_report.ipynb #2fec57f8
 def report(results: dict, about: dict) -> str:
