@@ -128,21 +128,19 @@ def words(results: dict, summary: dict) -> str:
     if share: lines.append("- share of the noise ceiling (SROCC): " + ", ".join(f"{d.capitalize()} {100*share[d]:.0f} %" for d in share))
     return "\n".join(lines) + "\n"
 
-# %% ../../nbs/pipeline/63_report.ipynb #e38c9653
+# %% ../../nbs/pipeline/63_report.ipynb #3ec7d3b2
 def seeds(
-    folder: str | Path = "results",   # holds the results, and seed-N/ with those of other seeds
-) -> dict:                            # seed → results
+    folder: str | Path = "results",   # holds the results, and seed-N/ with metrics.json and train.json of other seeds
+) -> dict:                            # "seed 0" → results; an older code is named
     "The results of all seeds. Raises MetricError where another seed was run on other data or with other settings."
-    def about(f):
-        train = read_json(f/"train.json")
-        settings = {**train["parameters"], "train": {k: v for k, v in train["parameters"]["train"].items() if k != "seed"}}
-        return train["seed"], train["data_hash"], value_hash(settings)
-    folder = Path(folder)
-    (first, *same), found = about(folder), {}
+    folder, found = Path(folder), {}
     for f in (folder, *sorted(folder.glob("seed-*"))):
-        seed, *other = about(f)
-        if other != same: raise MetricError(f, f"data or settings are not those of seed {first}", "Run that seed again, or remove its folder.")
-        found[seed] = read_json(f/"metrics.json")
+        t = read_json(f/"train.json")
+        settings = {**t["parameters"], "train": {k: v for k, v in t["parameters"]["train"].items() if k != "seed"}}
+        about, code = (t["data_hash"], value_hash(settings)), t["code_hash"]
+        if f == folder: first, own = about, code
+        if about != first: raise MetricError(f, "data or settings are not those of the results", "Run that seed again, or remove its folder.")
+        found[f"seed {t['seed']}" + ("" if code == own else f" (code {code[:12]})")] = read_json(f/"metrics.json")
     return found
 
 def seeds_markdown(found: dict) -> str:  # of `seeds`
@@ -151,13 +149,11 @@ def seeds_markdown(found: dict) -> str:  # of `seeds`
     lines = ["| SROCC | " + " | ".join(d.capitalize() for d in DIMENSIONS) + " |", "|---|" + "---|" * len(DIMENSIONS)]
     for seed, r in found.items():
         cells = (f"{r[MODEL][d]['srocc']['value']:.2f}" for d in DIMENSIONS)
-        lines.append(f"| DOVER++, seed {seed} | " + " | ".join(cells) + " |")
-    each, differ = [verdicts(r) for r in found.values()], []
-    for row in each[0]:
-        better = [set(v[row]["▼"]) for v in each]
-        if odd := set.union(*better) - set.intersection(*better):
-            differ.append(f"{PLAIN_TITLES.get(row, row)} ({names(d for d in DIMENSIONS if d in odd)})")
-    last = f"All but these hold with every seed: {', '.join(differ)}." if differ else "Every ▼ above holds with every seed."
+        lines.append(f"| DOVER++, {seed} | " + " | ".join(cells) + " |")
+    first, *others = (verdicts(r) for r in found.values())
+    lost = {row: [d for d in marks["▼"] if any(d not in o[row]["▼"] for o in others)] for row, marks in first.items()}
+    told = ", ".join(f"{PLAIN_TITLES.get(row, row)} on {names(dims)}" for row, dims in lost.items() if dims)
+    last = f"These ▼ do not hold with every seed: {told}." if told else "Every ▼ above holds with every seed."
     return "\n".join(lines) + f"\n\n{last}\n"
 
 # %% ../../nbs/pipeline/63_report.ipynb #df9b4ee3
