@@ -159,7 +159,8 @@ BREAKS = [(break_mos, "MOS outside 1–5", [("train", 4, "C_0000.mp4", "Overall_
           (break_prompt, "no prompt", [("train", 5), ("train", 6), ("train", 7)]),
           (break_escape, "a name that leads out of the videos folder", [("test", 2), ("test", 3), ("test", 4)]),
           (break_missing, "missing file", [("train", 4, "C_0000.mp4", "")]),
-          (break_suffix, "missing file", [("test", i, n, "a file of that name with .mp4 is there") for i, n in enumerate(("A_2000", "B_2000", "C_2000"), 2)]),  # noqa: E501
+          (break_suffix, "missing file",
+           [("test", i, n, "a file of that name with .mp4 is there") for i, n in enumerate(("A_2000", "B_2000", "C_2000"), 2)]),
           (break_text, "unreadable video", [("train", 4, "C_0000.mp4")]),
           (break_empty, "unreadable video", [("train", 4, "C_0000.mp4")]),
           (break_cut, "unreadable video", [("train", 4, "C_0000.mp4")])]
@@ -254,7 +255,8 @@ def test_resolve_splits(root):
     assert [len(got[s]) for s in ("train", "val", "test")] == [15, 3, 3] and got["note"] == "test as given (3 videos); val as given (3 videos)"
     drop_labels(root, "val"); drop_labels(root, "test")                                  # the real set
     got = resolve_splits(load_dataset(root), seed=0, val_fraction=0.4)
-    assert [len(got[s]) for s in ("train", "val", "test")] == [9, 6, 3] and "for prediction only" in got["note"] and "val has no labels" in got["note"]  # noqa: E501
+    assert [len(got[s]) for s in ("train", "val", "test")] == [9, 6, 3]
+    assert "for prediction only" in got["note"] and "val has no labels" in got["note"]
     assert set(got["val"]["split"]) == {"val"} and got["val"]["file"].str.startswith("train/").all()
     assert shared_prompts(got["train"], got["val"]) == [] and not got["test"]["labelled"].any()
     for split in ("val", "test"): shutil.rmtree(root/split)
@@ -267,8 +269,9 @@ def test_resolve_splits(root):
 def test_resolve_splits_refuses(root):
     frame = load_dataset(root)
     with pytest.raises(DatasetError, match="it is missing"): resolve_splits(frame[frame["split"] != "train"], 0)
-    with pytest.raises(DatasetError, match="1 of 15 rows lack labels"): resolve_splits(frame.assign(Overall_MOS=frame["Overall_MOS"].where(frame.index != 1)), 0)  # noqa: E501
-    with pytest.raises(DatasetError, match="1 prompts stand in train and test"): resolve_splits(frame.assign(Prompt=frame["Prompt"].replace("a kite", "Two dogs")), 0)  # noqa: E501
+    hole, leak = frame["Overall_MOS"].where(frame.index != 1), frame["Prompt"].replace("a kite", "Two dogs")
+    with pytest.raises(DatasetError, match="1 of 15 rows lack labels"): resolve_splits(frame.assign(Overall_MOS=hole), 0)
+    with pytest.raises(DatasetError, match="1 prompts stand in train and test"): resolve_splits(frame.assign(Prompt=leak), 0)
     drop_labels(root, "train")
     with pytest.raises(DatasetError, match="it has no labels"): resolve_splits(load_dataset(root), 0)
 

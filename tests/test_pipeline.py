@@ -89,7 +89,8 @@ def cut(data: Path):
 def repository(tmp_path_factory) -> Repository:
     "The working tree, committed, with data pulled and cut, after `dvc repro`."
     at = tmp_path_factory.mktemp("pipeline")/"clone"
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: E501
+    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
+                            check=True)
     for name in filter(None, set(listed.stdout.split("\0"))):
         if not (ROOT/name).is_file() or name.split("/")[0] in ("results", "nbs"): continue
         (at/name).parent.mkdir(parents=True, exist_ok=True)

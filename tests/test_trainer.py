@@ -1,4 +1,5 @@
 "What crosses processes and modules in training: resume after a kill, determinism, a tiny overfit, trackers, errors."
+import csv
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import tiny
 import torch
 
+from qualivision.data.dataset import collate
 from qualivision.data.sampling import Sampling
 from qualivision.models.qualivision import DoverPlusPlus
 from qualivision.models.text import TextEncoder
@@ -42,6 +44,10 @@ def root(tmp_path_factory): return tiny.data_set(tmp_path_factory.mktemp("data")
 
 @pytest.fixture(scope="module")
 def sets(root): return prepare_data(root, Sampling(tiny.CONFIG.frames, tiny.CONFIG.size), TextEncoder("minilm"), root.parent/"cache", progress=False)
+
+
+@pytest.fixture(scope="module")
+def encode(): return TextEncoder("minilm").encode
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +85,47 @@ def test_another_seed_is_another_run(root, whole, tmp_path):
     assert tiny.train(root, tmp_path, seed=1)["history"] != whole[0]["history"]
 
 
-@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "adaptive": True, "accumulation": 2, "batch_size": 3}],
-                         ids=["plain", "ema-adaptive-accumulated"])
-def test_stopped_after_every_step_and_resumed(sets, tmp_path, options):
-    config = tiny.settings(epochs=2, **options)
+COLOURS = [[["red"], ["green", "emerald"], ["blue"], ["yellow"]], [["boat", "ship"], ["tree"], ["car"]]]
+CONTRAST = {"contrast_weight": 0.5, "contrast_count": 4, "contrast_sets": COLOURS}      # other prompts are drawn in every step
+
+
+@pytest.mark.parametrize("options", [{}, {"ema": 0.9, "adaptive": True, "accumulation": 2, "batch_size": 3},
+                                     {**CONTRAST, "accumulation": 2, "batch_size": 3, "validate_every": 2}],
+                         ids=["plain", "ema-adaptive-accumulated", "contrast-seldom_validated"])
+def test_stopped_after_every_step_and_resumed(sets, tmp_path, encode, options):
+    config = tiny.settings(epochs=3 if "validate_every" in options else 2, **options)
     undisturbed = model()
-    want = fit(undisturbed, sets.train, sets.val, config, tmp_path/"whole", progress=False)
+    want = fit(undisturbed, sets.train, sets.val, config, tmp_path/"whole", progress=False, encode=encode)
+    assert ("contrast_loss" in want["history"][0]) == bool(config.contrast_weight)
     for k in range(1, want["steps"] + 1):
-        first = fit(model(), sets.train, sets.val, config, tmp_path/str(k), stop_after=k, progress=False)
+        first = fit(model(), sets.train, sets.val, config, tmp_path/str(k), stop_after=k, progress=False, encode=encode)
         assert (first["step"], first["finished"]) == (k, False)
         resumed = model(seed=99)
-        got = fit(resumed, sets.train, sets.val, config, tmp_path/str(k), progress=False)
+        got = fit(resumed, sets.train, sets.val, config, tmp_path/str(k), progress=False, encode=encode)
         assert_equal(state(resumed), state(undisturbed))
         assert got["history"] == want["history"] and got["best"] == want["best"]
         same_files(Path(got["checkpoint"]), Path(want["checkpoint"]))
+        assert (tmp_path/str(k)/"history.csv").read_bytes() == (tmp_path/"whole"/"history.csv").read_bytes()
+
+
+def test_other_prompts_follow_the_step(sets, tmp_path, encode):
+    "Each step draws prompts of its own, and the same ones when it is taken again; what the model learns follows their weight."
+    config = tiny.settings(epochs=1, **CONTRAST)
+    drawn = []
+    for folder in ("one", "two"):
+        run, prompts = start_run(model(), sets.train, None, config, tmp_path/folder, encode=encode), []
+        real = run.contrast.draw
+        run.contrast.draw = lambda p, k, real=real, prompts=prompts: prompts.append(real(p, k)) or prompts[-1]
+        batch = collate([sets.train[i] for i in range(4)])
+        for _ in range(2): take_step(run, [batch])
+        drawn.append(prompts)
+    (a, b), (again_a, again_b) = drawn
+    assert a.shape == (4, 4, tiny.CONFIG.text_dim) and torch.equal(a, again_a) and torch.equal(b, again_b) and not torch.equal(a, b)
+    less, more = model(), model()           # the same prompts, and another share of them in the loss
+    for m, weight in ((less, 0.25), (more, 0.5)):
+        fit(m, sets.train, None, replace(config, contrast_weight=weight), tmp_path/str(weight), progress=False, encode=encode)
+    assert not all(torch.equal(p, q) for p, q in zip(less.parameters(), more.parameters()))
+    with pytest.raises(TrainError, match="train.contrast_weight.*encode"): start_run(model(), sets.train, None, config, tmp_path/"no encoder")
 
 
 def forked(work) -> int:
@@ -141,13 +174,14 @@ from pathlib import Path
 import torch; torch.set_num_threads(1)
 import tiny
 print("started", flush=True)
-tiny.train(Path({root!r}), Path({folder!r}), epochs=12, save_every=1)
+tiny.train(Path({root!r}), Path({folder!r}), epochs=12, save_every=1, **{options!r})
 """
 
 
 def test_killed_at_a_random_moment_and_resumed(root, tmp_path):
     "Another interpreter, killed at a moment nobody chose, taken up by this one: the checkpoint of an undisturbed run, byte for byte."
-    code = KILLED.format(tests=str(ROOT/"tests"), root=str(root), folder=str(tmp_path/"killed"))
+    options = {**CONTRAST, "validate_every": 5}
+    code = KILLED.format(tests=str(ROOT/"tests"), root=str(root), folder=str(tmp_path/"killed"), options=options)
     p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                          env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
     assert p.stdout.readline() == "started\n"
@@ -156,9 +190,9 @@ def test_killed_at_a_random_moment_and_resumed(root, tmp_path):
     time.sleep(random.Random(time.time_ns()).uniform(0, 0.5))
     p.send_signal(signal.SIGKILL); p.wait()
     assert not (tmp_path/"killed"/"out").exists(), "it was killed before its end"
-    result = tiny.train(root, tmp_path/"killed", epochs=12, save_every=1)
+    result = tiny.train(root, tmp_path/"killed", epochs=12, save_every=1, **options)
     assert result["finished"] and not list((tmp_path/"killed").glob("runs/*/last-*"))
-    tiny.train(root, tmp_path/"whole", epochs=12, save_every=1)
+    tiny.train(root, tmp_path/"whole", epochs=12, save_every=1, **options)
     same_files(tmp_path/"whole"/"out", tmp_path/"killed"/"out")
 
 
@@ -218,6 +252,36 @@ def test_validation_changes_nothing(sets, tmp_path):
     assert before[1:] == after[1:]
 
 
+def cells(file: Path) -> list[dict]:
+    with open(file, newline="") as f: return list(csv.DictReader(f))
+
+
+def test_validation_every_second_epoch_and_after_the_last(sets, tmp_path, capsys):
+    "Epochs without it have empty cells, and are trained like the others."
+    every, second = (fit(model(), sets.train, sets.val, tiny.settings(epochs=5, validate_every=n), tmp_path/str(n))["history"] for n in (1, 2))
+    assert capsys.readouterr().err.count("val not due") == 2
+    assert [row["epoch"] for row in second if "val_score" in row] == [2, 4, 5]
+    for a, b in zip(every, second): assert b == (a if b["epoch"] in (2, 4, 5) else {k: v for k, v in a.items() if not k.startswith("val_")})
+    rows = cells(tmp_path/"2"/"history.csv")
+    judged = [name for name in rows[0] if name.startswith("val_")]
+    assert len(judged) == 12 and len(rows) == 5      # loss, score, and two correlations of each dimension
+    for row in rows:
+        full = {bool(row[name]) for name in judged}
+        assert full == {row["epoch"] in ("2", "4", "5")} and row["loss"] and row["lr"]
+
+
+def test_the_best_epoch_is_one_that_was_validated(sets, tmp_path, monkeypatch):
+    "The scores are given here: epoch 1 would be the best, and nobody looks at it."
+    scores, seen, weights = [.9, .1, .3, .8, .3, .2, .2], [], {}
+    def given(run):
+        seen.append(run.epoch + 1); weights[run.epoch + 1] = state(run.module)
+        return {"val_score": scores[run.epoch]}
+    monkeypatch.setattr(trainer, "validate", given)
+    result = fit(model(), sets.train, sets.val, tiny.settings(epochs=7, validate_every=3), tmp_path, progress=False)
+    assert seen == [3, 6, 7] and result["best"] == {"score": .3, "epoch": 3, "step": 9}
+    assert_equal(load_checkpoint(result["checkpoint"])[0], weights[3])
+
+
 def test_constant_scores_have_no_validation_score(sets, tmp_path):
     class Constant(DoverPlusPlus):
         def forward(self, frames, text): out = super().forward(frames, text); return {**out, "mos": out["mos"] * 0 + 3}
@@ -242,7 +306,6 @@ def test_a_bad_label_names_its_video(sets, tmp_path):
 def test_an_infinite_gradient_stops_the_run(sets, tmp_path):
     run = start_run(model(), sets.train, None, tiny.settings(), tmp_path)
     run.module.mos_predictor.predictor[-1].weight.register_hook(lambda g: g * float("inf"))
-    from qualivision.data.dataset import collate
     with pytest.raises(TrainError, match="the gradient is (nan|inf)"): take_step(run, [collate([sets.train[i] for i in range(4)])])
 
 
