@@ -9,7 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import yaml
+from typer.testing import CliRunner
 
+from qualivision.cli import app
+from qualivision.inference.score import Scorer
 from qualivision.quality import COLUMNS, DIMENSIONS, MOS_COLUMNS
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +126,59 @@ def test_evaluate(here, tmp_path):
     assert status == 0 and "srocc" in out
     status, out, err = run(here, "evaluate", tmp_path/"pred.csv", tmp_path/"gone.csv", "--json")
     assert status == 1 and "gone.csv" in strict(out)["error"] and "gone.csv" in err
+
+
+MODEL = dict(config="embedded", frames=4, size=32, dims=[8, 8, 8, 8], depths=[1, 1, 1, 1], stem=[1, 4, 4], kernel=[3, 3, 3], grid=[2, 1, 1],
+             feature_dim=16, fusion_width=16, heads=2, fused_dim=16)
+
+
+def params(data: Path, **train) -> str:
+    "A params.yaml with one profile, in which the tiny model is trained."
+    train = dict(epochs=2, batch_size=4, accumulation=1, lr=1e-3, warmup_steps=1, tracker="none", device="cpu", augment=True, seed=0) | train
+    return yaml.safe_dump({"profile": "tiny", "data": dict(root=str(data), licence="MIT", seed=0, val_fraction=0.1, test_fraction=0.1),
+                           "tiny": {"text": {"encoder": "minilm"}, "model": MODEL, "train": train}})
+
+
+def test_train(here, tmp_path):
+    "From a file of parameters to a checkpoint that scores; progress stays off stdout."
+    data = tiny.data_set(tmp_path/"set", train=4, val=3)
+    (tmp_path/"params.yaml").write_text(params(data))
+    status, out, err = run(tmp_path, "train", "--json")
+    result = strict(out)
+    assert status == 0 and result["finished"] and result["epoch"] == 2 and result["step"] == 4 and len(result["history"]) == 2
+    assert "epoch 1/2" in err and "epoch 2/2" in err
+    written = {p.relative_to(tmp_path).as_posix() for p in (tmp_path/"checkpoints").rglob("*") if p.is_file()}
+    assert written == {f"checkpoints/dover/{name}" for name in ("model.safetensors", "model.json", "history.csv")}
+    assert (tmp_path/"results"/"curves.csv").read_text().count("\n") == 3
+    record = Scorer.from_checkpoint(tmp_path/"checkpoints"/"dover", "cpu").score(here/"boat.mp4", "a red boat")
+    assert record.error is None and record.trained_on == result["trained_on"] and record.trained_on.startswith("labels of set, data ")
+
+
+def test_train_tells_people_what_came_out(monkeypatch):
+    result = dict(epoch=3, step=12, best={"score": 0.51234, "epoch": 2, "step": 8}, checkpoint="checkpoints/dover", trained_on="simulated labels")
+    given = []
+    monkeypatch.setattr("qualivision.pipeline.train.main", lambda **kw: given.append(kw) or result)
+    shown = CliRunner().invoke(app, ["train", "--params", "mine.yaml", "--profile", "paper"])
+    assert shown.exit_code == 0 and given == [{"params": Path("mine.yaml"), "profile": "paper"}]
+    for words in ("3 epochs, 12 steps", "0.5123 in epoch 2", "checkpoints/dover", "Trained on simulated labels"): assert words in shown.stdout
+    result["best"] = None
+    assert "undefined" in CliRunner().invoke(app, ["train"]).stdout
+
+
+def test_train_that_cannot_start(here, tmp_path, monkeypatch):
+    "One line that names the setting, status 1, nothing left behind; with --json the same as JSON."
+    (tmp_path/"params.yaml").write_text(params(here/"set", learning_rate=1))
+    status, out, err = run(tmp_path, "train", "--json")
+    assert status == 1 and "train.learning_rate" in strict(out)["error"] and err.strip() == strict(out)["error"]
+    assert [p.name for p in tmp_path.iterdir()] == ["params.yaml"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qualivision.pipeline.train.keep_memory", lambda: None)       # it would change this process
+    for i, (message, text) in enumerate({"no such file": None, "no profile paper": params(here/"set"), "-1 is not above 0": params(here/"set", lr=-1),
+                                         "nowhere": params(here/"nowhere")}.items()):
+        if text is not None: Path(f"{i}.yaml").write_text(text)
+        shown = CliRunner().invoke(app, ["train", "--params", f"{i}.yaml", *(["--profile", "paper"] if "paper" in message else [])])
+        assert shown.exit_code == 1 and not shown.stdout and message in shown.stderr and len(shown.stderr.strip().splitlines()) == 1, message
+    assert not [p.name for p in tmp_path.iterdir() if p.suffix != ".yaml"]
 
 
 def test_doctor(here, tmp_path):

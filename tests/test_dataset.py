@@ -348,7 +348,7 @@ class Counted(Sampling):
 @pytest.fixture
 def counted(tmp_path):
     (tmp_path/"log").touch()
-    return Counted(4, 32, str(tmp_path/"log")), lambda: (tmp_path/"log").read_text().splitlines()
+    return Counted(4, 32, log=str(tmp_path/"log")), lambda: (tmp_path/"log").read_text().splitlines()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
