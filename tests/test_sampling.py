@@ -1,4 +1,5 @@
 """Views of real files: the frames that a model sees are those of the file, whatever its kind, on any number of threads."""
+import hashlib
 import json
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from qualivision.data.sampling import Sampling, SamplingError, processor_view, resize_square, uniform_indices, uniform_view
-from qualivision.data.video import EmptyVideo, probe, write_video
+from qualivision.data.sampling import (COVER_VIEWS, DOVER_VIEWS, Sampling, SamplingError, View, cover_views, dover_views, fragment_offsets,
+                                       fragment_view, processor_view, resize_square, resized_view, segment_indices,
+                                       uniform_indices, uniform_view, view_indices)
+from qualivision.data.video import EmptyVideo, VideoError, probe, read_frames, write_video
 
 sys.path.insert(0, str(Path(__file__).parent))
 from video_zoo import H, N, W, ZOO, numbers, picture  # noqa: E402
@@ -73,8 +76,11 @@ def test_views_are_equal_on_any_number_of_threads(tmp_path):
 
 def formula(frames, height, width):
     "Frames that any implementation can make: uint8 (3x + 5y + 7t + 85c + (x*y)//32) mod 256."
-    t, y, x, c = np.ogrid[:frames, :height, :width, :3]
+    t, y, x, c = (np.asarray(a, np.uint16) for a in np.ogrid[:frames, :height, :width, :3])
     return ((3 * x + 5 * y + 7 * t + 85 * c + (x * y) // 32) % 256).astype(np.uint8)
+
+
+def shapes(views): return {name: tuple(view.shape) for name, view in views.items()}
 
 
 PROCESSOR = json.loads((Path(__file__).parent / "fixtures" / "vjepa2_processor_pixels.json").read_text())["cases"]
@@ -109,3 +115,123 @@ def test_a_file_in_the_view_of_the_processor(tmp_path):
     assert Sampling(**asdict(sampling)) == sampling and Sampling(**dict(count=4, size=32)) == Sampling(4, 32)    # as older checkpoints say it
     with pytest.raises(SamplingError): Sampling(4, 32, "centre")
     with pytest.raises(SamplingError): processor_view(frames.astype(float), 32)
+
+
+# ---------------------------------------------------------------- the views of DOVER and COVER
+
+OFFICIAL = json.loads((Path(__file__).parent / "fixtures" / "dover_views_parity.json").read_text())["synthetic"]
+
+
+@pytest.fixture(scope="module", params=OFFICIAL)
+def official(request):
+    "A recorded case of the official code, and its frames."
+    case = OFFICIAL[request.param]
+    return case, formula(case["num_frames"], case["height"], case["width"])
+
+
+def same_as_recorded(view, recorded):
+    "A view (T,3,H,W) uint8 against the official one, recorded as C,T,H,W in its own dtype."
+    x = view.transpose(0, 1).contiguous().numpy().astype(recorded["dtype"])
+    assert list(x.shape) == recorded["shape"]
+    assert x.reshape(-1)[np.arange(16) * (x.size - 1) // 15].tolist() == recorded["at16"]
+    assert x.mean((1, 2, 3), dtype=np.float64).tolist() == pytest.approx(recorded["channel_mean"], abs=1e-9)
+    assert hashlib.sha256(x.tobytes()).hexdigest() == recorded["sha256_c_order"]
+
+
+def test_official_draws(official):
+    case, _ = official
+    assert {k: v.tolist() for k, v in view_indices(DOVER_VIEWS, case["num_frames"], case["seed"]).items()} == case["frame_indices"]
+    drawn = fragment_offsets(case["height"], case["width"], 3, torch.Generator().manual_seed(case["seed"]))
+    recorded = [torch.tensor(o["values"]) for o in case["fragment_offsets"]] or [torch.zeros(7, 7, 3)] * 2     # none where there is no room
+    assert all(torch.equal(a, b.long()) for a, b in zip(drawn, recorded, strict=True))
+
+
+def test_official_pixels(official):
+    case, frames = official
+    views = dover_views(frames, case["seed"], raw=True, grid_before_enlarging=True)
+    for name, view in views.items(): same_as_recorded(view, case["raw_views"][name])
+    same_as_recorded(resized_view(frames, 224, case["frame_indices"]["aesthetic"], antialias=False), case["aesthetic_raw_view_no_antialias"])
+    ours, theirs = (fragment_view(frames[:1], torch.Generator().manual_seed(0), grid_before_enlarging=g) for g in (False, True))
+    assert torch.equal(ours, theirs) == (min(frames.shape[1:3]) >= 224)                  # the option is about small frames alone
+
+
+def test_views_are_normalised_and_cut_into_clips():
+    "Three clips of two frames, against arithmetic in float64; the constants are the recorded ones."
+    view, frames = View("technical", segments=3, length=2, clips=3), formula(6, 8, 9)
+    x = view.normalise(torch.from_numpy(frames).permute(0, 3, 1, 2))
+    assert x.shape == (3, 3, 2, 8, 9) and x.dtype == torch.float32 and x.is_contiguous()
+    norm = json.loads((Path(__file__).parent / "fixtures" / "dover_views_parity.json").read_text())["normalisation"]
+    for v in (view, *DOVER_VIEWS, *COVER_VIEWS[1:]): assert [list(v.mean), list(v.std)] == [norm["mean"], norm["std"]]
+    exact = ((frames - np.array(norm["mean"])) / norm["std"]).reshape(3, 2, 8, 9, 3).transpose(0, 4, 1, 2, 3)
+    assert np.abs(x.numpy() - exact).max() < 1e-6
+
+
+def test_cover_takes_pairs_of_frames_and_each_branch_its_own():
+    i = view_indices(COVER_VIEWS, 200, 5)
+    assert list(i) == ["semantic", "technical", "aesthetic"] and [len(v) for v in i.values()] == [20, 40, 40]
+    random = np.random.RandomState(5)                                  # by hand: L = 10, one frame of 10, pairs with room for 6 starts
+    assert (i["semantic"] == np.arange(20) * 10 + random.randint(0, 8, 20)).all()
+    for name in ("technical", "aesthetic"):
+        start = np.arange(20) * 10 + random.randint(0, 6, 20)
+        assert (i[name] == np.stack([start, start + 2], 1).reshape(-1)).all()
+    views = cover_views(formula(45, 230, 240), 5, raw=True)
+    assert shapes(views) == {"semantic": (20, 3, 512, 512), "technical": (40, 3, 224, 224), "aesthetic": (40, 3, 224, 224)}
+    runs = views["technical"][:, :, :32, :32]                            # one run of 40 frames: a patch stands still in all of them
+    top, left = (int(o[0, 0, 0]) for o in fragment_offsets(230, 240, 1, torch.Generator().manual_seed(5)))
+    source = formula(45, 230, 240)[view_indices(COVER_VIEWS, 45, 5)["technical"], top:top + 32, left:left + 32]
+    assert (runs.permute(0, 2, 3, 1).numpy() == source).all()
+
+
+@pytest.mark.parametrize("height,width", [(224, 224), (120, 160), (90, 400), (33, 20), (9, 16), (223, 1000)])
+def test_fragments_cover_all_of_a_small_frame(height, width):
+    "In every frame, also an enlarged one, the patches reach from the first rows and columns to the last."
+    y, x = np.mgrid[:height, :width]
+    frame = np.stack([y * 255 // (height - 1), x * 255 // (width - 1), 0 * x], -1).astype(np.uint8)[None]
+    view = fragment_view(frame, torch.Generator().manual_seed(0))[0].int()
+    assert view.shape == (3, 224, 224)
+    step = 2 + 255 * 1.2 / 7                                             # a patch may lie anywhere in its cell
+    for channel in (0, 1): assert view[channel].min() <= step and view[channel].max() >= 255 - step
+
+
+def test_patches_that_do_not_fit_the_official_grid():
+    with pytest.raises(SamplingError, match="no grid"): fragment_view(formula(1, 20, 40), torch.Generator(), grid_before_enlarging=True)
+
+
+@pytest.mark.parametrize("views", [dover_views, cover_views])
+def test_a_file_gives_the_views_of_its_frames(tmp_path, views):
+    frames = np.stack([picture(k % N) for k in range(75)])
+    clip = write_video(tmp_path / "a.mp4", frames)
+    files = [views(clip, seed, raw=True) for seed in (0, 0, 1)]
+    arrays = views(read_frames(clip, range(75)), raw=True)
+    for name in arrays:
+        assert torch.equal(files[0][name], arrays[name]) and torch.equal(files[0][name], files[1][name])
+    assert not torch.equal(files[0]["technical"], files[2]["technical"])
+
+
+def test_pictures(tmp_path):
+    from PIL import Image
+    frame = picture(3)
+    Image.fromarray(frame).save(tmp_path / "a.png")
+    views = cover_views(tmp_path / "a.png")
+    assert shapes(views) == {"semantic": (1, 3, 1, 512, 512), "technical": (1, 3, 1, 224, 224), "aesthetic": (1, 3, 1, 224, 224)}
+    assert torch.equal(cover_views(tmp_path / "a.png", raw=True)["aesthetic"], cover_views(frame[None], raw=True)["aesthetic"][:1])
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                     # a camera held upright: to be turned by a quarter
+    Image.fromarray(np.rot90(frame)).save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(cover_views(tmp_path / "turned.png")["technical"], views["technical"])
+    whole = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "c.jpg").write_text("no picture")
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / "d.png")
+    for wrong in ("b.png", "c.jpg", "d.png", "gone.png"):
+        with pytest.raises(SamplingError, match=wrong.replace(".", r"\.")): cover_views(tmp_path / wrong)
+    with pytest.raises(VideoError): dover_views(tmp_path / "a.png")
+
+
+def test_views_refuse_what_is_no_video():
+    for wrong in (np.zeros((3, 9, 9, 3)), np.zeros((9, 9, 3), np.uint8), np.zeros((0, 9, 9, 3), np.uint8)):
+        with pytest.raises(SamplingError): dover_views(wrong)
+    for seed in (-1, 2 ** 32):
+        with pytest.raises(SamplingError): dover_views(formula(2, 40, 40), seed)
+    with pytest.raises(SamplingError): segment_indices(0, 3, 32, 2, np.random.RandomState(0))
+    assert View("x", segments=1) == View("x", segments=1)
