@@ -10,9 +10,9 @@ from qualivision.data.video import write_video
 from qualivision.models.qualivision import DoverPlusPlus
 from qualivision.models.weights import save_checkpoint
 from qualivision.quality import COLUMNS
-from qualivision.training.trainer import TrainConfig, dover_config, train_dover
+from qualivision.training.trainer import Task, TrainConfig, model_config, train_model
 
-CONFIG = dover_config("embedded", dict(frames=4, size=32, dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), stem=(1, 4, 4), kernel=(3, 3, 3),
+CONFIG = model_config("embedded", dict(frames=4, size=32, dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), stem=(1, 4, 4), kernel=(3, 3, 3),
                                        grid=(2, 1, 1), feature_dim=16, fusion_width=16, heads=2, fused_dim=16))
 PROMPTS = ["a red boat", "a green tree", "a blue car", "a grey cat", "snow at night", "a yellow sun", "a white dog", "rain on a window"]
 
@@ -50,8 +50,8 @@ def settings(**kw) -> TrainConfig:
 
 def train(root: Path, folder: Path, stop_after=None, resume=True, **kw) -> dict:
     "Trains the tiny model; the checkpoint lies in FOLDER/out."
-    return train_dover(root, CONFIG, settings(**kw), folder/"out", folder/"runs", root.parent/"cache", trained_on="simulated labels (tiny)",
-                       stop_after=stop_after, resume=resume, progress=False)
+    task = Task(root, folder/"out", folder/"runs", root.parent/"cache", trained_on="simulated labels (tiny)")
+    return train_model(task, CONFIG, settings(**kw), stop_after=stop_after, resume=resume, progress=False)
 
 
 def checkpoint(folder: Path, trained_on="simulated labels (tiny)") -> Path:

@@ -457,7 +457,7 @@ def _missing(cache, paths, report):
     report.clips = len(there)
     return list(todo.values())
 
-# %% ../../nbs/data/04_dataset.ipynb #72d3c90a
+# %% ../../nbs/data/04_dataset.ipynb #ab3ee355
 def _fill(cache, paths, workers, progress, report):
     "Store one clip after the other; the first one, decoded here, tells the size of all."
     todo = _missing(cache, paths, report)
@@ -492,10 +492,11 @@ class ClipCache:
         sha = self.hashes(path)
         return self.folder/sha[:2]/f"{sha}.npy"
 
-    def get(self, path: str | Path) -> torch.Tensor:   # uint8 (3,T,H,W), a view of the memory map
+    def get(self, path: str | Path, flip=False) -> torch.Tensor:   # uint8 (3,T,H,W), a view of the memory map; flip: mirrored
         "The clip of a video; decoded and stored if it is not there yet, or damaged. Raises `VideoError`, `DatasetError`."
         clip = _open_clip(self.file(path))
-        return self._make(path) if clip is None else clip
+        clip = self._make(path) if clip is None else clip
+        return clip.flip(-1) if flip else clip
 
     def build(self,
               paths,                      # videos
@@ -527,13 +528,13 @@ class ClipCache:
         _write_clip(file, clip)
         return torch.from_numpy(clip)
 
-# %% ../../nbs/data/04_dataset.ipynb #66bf5a79
+# %% ../../nbs/data/04_dataset.ipynb #bb5f1485
 class DecodeEachTime:
     "In place of a `ClipCache`: decodes at every call and stores nothing."
     def __init__(self, sampling): self.sampling = sampling     # as for `ClipCache`
-    def get(self, path: str | Path) -> torch.Tensor:           # uint8 (3,T,H,W)
+    def get(self, path: str | Path, flip=False) -> torch.Tensor:   # uint8 (3,T,H,W); flip: mirrored
         "The clip of a video, decoded now. Raises `VideoError`."
-        return self.sampling(path)
+        return self.sampling(path).flip(-1) if flip else self.sampling(path)
 
 # %% ../../nbs/data/04_dataset.ipynb #c1d88fee
 SIDES = re.compile(r"\b(left|right|(counter|anti)?-?clockwise)|[左右]", re.IGNORECASE)   # a mirrored clip would break its prompt
@@ -550,12 +551,12 @@ def augmentation(
     "How an item is varied: a pure function of its arguments."
     return {"flip": bool(np.random.default_rng((seed, epoch, index)).random() < 0.5)}
 
-# %% ../../nbs/data/04_dataset.ipynb #55cb89b6
+# %% ../../nbs/data/04_dataset.ipynb #8878c5a9
 class VideoQualityDataset(Dataset):
     "Clips with the embedding of their prompt and their five MOS."
     def __init__(self,
                  frame: pd.DataFrame,   # rows with video_name, Prompt, path and, if labelled, the five MOS
-                 cache,                 # `ClipCache` or `DecodeEachTime`
+                 cache,                 # `ClipCache`, `DecodeEachTime`, or a cache of features (chapter 11): `get(path, flip)`
                  text,                  # prompt embeddings: dict prompt -> Tensor (D,), or Tensor (rows,D)
                  augment: bool = False, # mirror half of the clips, see `augmentation`
                  seed: int = 0):
@@ -586,20 +587,20 @@ class VideoQualityDataset(Dataset):
 
     def __getitem__(self,
                     index: int          # row, 0 to len - 1
-    ) -> dict:                          # video_name, prompt, frames uint8 (3,T,H,W), text (D,), mos (5,) float32, NaN: no label
+    ) -> dict:                          # video_name, prompt, frames uint8 (3,T,H,W) or features, text (D,), mos (5,) float32, NaN: no label
         "One item. Raises `VideoError` when its video cannot be read; nothing takes its place."
-        frames = self.cache.get(self.paths[index])
-        if self.augment and self.flippable[index] and augmentation(self.seed, int(self._epoch), index)["flip"]:
-            frames = frames.flip(-1)
+        flip = self.augment and self.flippable[index] and augmentation(self.seed, int(self._epoch), index)["flip"]
+        frames = self.cache.get(self.paths[index], flip)
         return dict(video_name=self.names[index], prompt=self.prompts[index], frames=frames,
                     text=self.text[index], mos=self.mos[index])
 
-# %% ../../nbs/data/04_dataset.ipynb #9f35d5cb
+# %% ../../nbs/data/04_dataset.ipynb #29e354ad
 def collate(
     items: list[dict],     # from `VideoQualityDataset`
-) -> dict:                 # video_name, prompt: lists; frames uint8 (B,3,T,H,W); text (B,D); mos (B,5)
+) -> dict:                 # video_name, prompt: lists; frames uint8 (B,3,T,H,W) or features (B,…); text (B,D); mos (B,5)
     "One batch. Raises `DatasetError` when clips differ in shape. In a worker it is written straight into shared memory."
-    shapes = {tuple(i["frames"].shape): i["video_name"] for i in items}
+    def shape(x): return {k: tuple(v.shape) for k, v in x.items()} if isinstance(x, dict) else tuple(x.shape)
+    shapes = {str(shape(i["frames"])): i["video_name"] for i in items}
     if len(shapes) > 1: raise DatasetError("batch", f"clips differ in shape: {shapes}", "Give all of them one sampling.")
     lists = {k: [i[k] for i in items] for k in ("video_name", "prompt")}
     return lists | {k: default_collate([i[k] for i in items]) for k in ("frames", "text", "mos")}
