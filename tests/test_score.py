@@ -101,6 +101,17 @@ def test_predict_writes_the_challenge_csv(scorer, root, tmp_path):
     assert sum(r.error is not None for r in records) == 1
 
 
+def test_where_nothing_can_be_written_is_known_before_the_first_video(scorer, root, tmp_path, monkeypatch):
+    monkeypatch.setattr(Scorer, "score", lambda *a: pytest.fail("it began to score"))
+    (tmp_path/"file").touch()
+    for out, cause in ((tmp_path, "it is a folder"), (tmp_path/"file"/"out.csv", "nothing can be written")):
+        with pytest.raises(ScoreError, match=cause): predict(root, "test", scorer, out)
+
+
+def test_an_address_is_no_missing_file(scorer):
+    with pytest.raises(ScoreError, match="https://example.com/a.mp4: it is an address"): scorer.score("https://example.com/a.mp4", "a boat")
+
+
 def test_a_trained_checkpoint_scores(root, tmp_path):
     "From training to a score, nothing given by hand but the folder."
     result = tiny.train(root, tmp_path, epochs=1, warmup_steps=0)

@@ -21,7 +21,7 @@ from ..models.weights import load_checkpoint, load_strict
 from ..quality import DIMENSIONS, QualiVisionError, ScoreRecord
 from ..training.trainer import pick_device
 
-# %% ../../nbs/inference/42_score.ipynb #4f8bc156
+# %% ../../nbs/inference/42_score.ipynb #4c76754f
 CHECKPOINT = "checkpoints/dover"   # where the pipeline puts what it trained, and where scoring looks first
 
 class ScoreError(QualiVisionError): "A video cannot be scored, or there is nothing to score it with."
@@ -62,9 +62,10 @@ class Scorer:
     def score(self, video: str | os.PathLike,  # file
               prompt: str,                     # the text it was generated from
               ) -> ScoreRecord:
-        "Five scores. Raises VideoError for a bad file, ScoreError for a missing prompt."
+        "Five scores. Raises VideoError for a bad file, ScoreError for a missing prompt or an address in place of a file."
         if not isinstance(prompt, str) or not prompt.strip():
             raise ScoreError(video, "there is no prompt", "Give the text that the video was generated from: alignment is judged against it.")
+        if "://" in str(video): raise ScoreError(video, "it is an address, not a file", "Download it and give the path of the file.")
         frames = self.sampling(video)[None].to(self.device)             # (1,3,T,S,S) uint8
         text = self.encoder.encode([prompt]).to(self.device)            # (1,D)
         mos = self.model(frames, text)["mos"][0].float().cpu().tolist() # (5,)
@@ -77,17 +78,31 @@ class Scorer:
             try: yield self.score(video, prompt)
             except QualiVisionError as e: yield ScoreRecord.failed(str(video), prompt, e, **self.about)
 
-# %% ../../nbs/inference/42_score.ipynb #09f8ba38
+# %% ../../nbs/inference/42_score.ipynb #cd0fbff7
 def predict(data: str | Path,                     # root of a data set in the TaobaoVD-GC layout
             split: str,                           # train | val | test; labels are not needed
             checkpoint: str | Path,               # folder, or a Scorer
             out: str | Path,                      # CSV with video_name, Prompt and five MOS
             device: str = "auto",                 # auto | cpu | cuda | mps
+            progress: bool = False,               # a bar on stderr
             ) -> list[ScoreRecord]:               # one per row of the label file
-    "Scores a split and writes the challenge's CSV; rows that failed have empty cells."
+    "Scores a split and writes the challenge's CSV; rows that failed have empty cells. Raises DatasetError, ScoreError, WeightsError."
     frame = load_labels(data, split)
+    _check_place(Path(out))
     scorer = checkpoint if isinstance(checkpoint, Scorer) else Scorer.from_checkpoint(checkpoint, device)
-    records = list(scorer.score_many(zip(frame["path"], frame["Prompt"])))
+    records = list(_shown(scorer.score_many(zip(frame["path"], frame["Prompt"])), len(frame), progress))
     scores = np.array([[np.nan if r.error else getattr(r, d) for d in DIMENSIONS] for r in records])
     write_predictions(frame, scores, out, missing="empty")
     return records
+
+def _check_place(out: Path):
+    "ScoreError where no file can be written."
+    if out.is_dir(): raise ScoreError(out, "it is a folder", "Give the name of the CSV file to write.")
+    above = next(p for p in out.absolute().parents if p.exists())          # what is missing below it will be made
+    if not above.is_dir() or not os.access(above, os.W_OK): raise ScoreError(out, f"nothing can be written in {above}", "Choose another folder.")
+
+def _shown(records: Iterator[ScoreRecord], total: int, on: bool) -> Iterator[ScoreRecord]:
+    if not on: return records
+    from rich.console import Console
+    from rich.progress import track
+    return track(records, "scoring", total=total, console=Console(stderr=True))
