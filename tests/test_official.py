@@ -1,0 +1,223 @@
+"Official DOVER, DOVER-Mobile and COVER: names, shapes, and numbers of every stage, with weights and inputs from a formula."
+import hashlib
+import json
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from qualivision.models.convnext3d import INFLATED, Block, GlobalResponseNorm, InflatedConvNeXt3D
+from qualivision.models.dover import DOVER, DOVERMobile, ViewError, complexity, fused_logit, score
+from qualivision.models.swin3d import Swin3D, SwinBlock, WindowAttention, fit_window, window_cells
+from qualivision.models.weights import load_strict
+from qualivision.quality import QualiVisionError
+from weights_formula import fill, view, weight
+
+MODELS = {"dover": DOVER, "dover_mobile": DOVERMobile}
+FEATURE, MAP = 1e-4, 1e-5       # absolute tolerances: features, score maps and scores
+
+
+@pytest.fixture(scope="module")
+def recorded(root):
+    return dict(np.load(root / "tests/fixtures/official_parity.npz"))
+
+
+@pytest.fixture(scope="module")
+def official(root):
+    return json.loads((root / "tests/fixtures/official_keys.json").read_text())
+
+
+@contextmanager
+def outputs_of(model, names):
+    "What these submodules answer."
+    got = {}
+    def keep(name): return lambda module, inputs, output: got.__setitem__(name, output)
+    hooks = [model.get_submodule(n).register_forward_hook(keep(n)) for n in names]
+    try: yield got
+    finally:
+        for h in hooks: h.remove()
+
+
+def agrees(x, recorded, prefix, tolerance=FEATURE):
+    "A map against its recorded shape, statistics, sixteen of its values, and the means of its channels."
+    assert tuple(x.shape) == tuple(recorded[f"{prefix}/shape"]), prefix
+    at = x.flatten()[torch.arange(16) * (x.numel() - 1) // 15].numpy()
+    assert np.abs(at - recorded[f"{prefix}/at"]).max() < tolerance, prefix
+    for name, value in (("mean", x.double().mean()), ("std", x.double().std(correction=0))):
+        assert abs(value.item() - recorded[f"{prefix}/{name}"]) < tolerance, (prefix, name)
+    if f"{prefix}_channel_mean" in recorded: assert np.abs(x.mean((2, 3, 4)).numpy() - recorded[f"{prefix}_channel_mean"]).max() < tolerance, prefix
+
+
+def views_of(recorded, case, names):
+    return {n: view(int(recorded[f"{case}/{n}/input_seed"]), recorded[f"{case}/{n}/input_shape"]) for n in names}
+
+
+# ---------------------------------------------------------------- names and shapes
+
+@pytest.mark.parametrize("name", MODELS)
+def test_keys_and_shapes(name, official):
+    with torch.device("meta"): model = MODELS[name]()
+    state, want = model.state_dict(), official[name]
+    assert {k: list(v.shape) for k, v in state.items()} == want["keys"] and list(state) == list(want["keys"])
+    assert [k for k, v in state.items() if v.dtype == torch.int64] == want["buffers"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_formula_makes_the_recorded_weights(name, official):
+    digest = hashlib.sha256()
+    for k, shape in official[name]["keys"].items():
+        if k not in official[name]["buffers"]: digest.update(weight(k, shape).numpy().tobytes())
+    assert digest.hexdigest() == official[name]["filled_sha256"]
+
+
+# ---------------------------------------------------------------- numbers
+
+@pytest.mark.parametrize("name,case", [("dover", "alt"), ("dover", "real"), ("dover_mobile", "real")])
+def test_every_stage_gives_the_official_numbers(name, case, filled, recorded):
+    model, case = filled(name), f"{name}/{case}"
+    stages = sorted({k.split("/")[2] + "_backbone." + k.split("/")[4] for k in recorded if k.startswith(case) and "/stage/" in k})
+    assert len(stages) == 10
+    with torch.no_grad(), outputs_of(model, [*stages, "technical_backbone.norm", "aesthetic_backbone.norm"]) as got:
+        maps = model(views_of(recorded, case, model.views))
+    for stage in stages:
+        view_name, part = stage.split("_backbone.")
+        agrees(got[stage], recorded, f"{case}/{view_name}/stage/{part}")
+    scores = score(maps)
+    for v in model.views:
+        agrees(got[f"{v}_backbone.norm"], recorded, f"{case}/{v}/feature")
+        assert maps[v].shape == recorded[f"{case}/{v}/score_map"].shape and np.abs(maps[v].numpy() - recorded[f"{case}/{v}/score_map"]).max() < MAP
+        assert np.abs(scores[v].numpy() - recorded[f"{case}/{v}/score"]).max() < MAP
+    logit = fused_logit(*(scores[v].double().mean() for v in ("technical", "aesthetic")))
+    assert abs(logit.item() - recorded[f"{case}/fused_logit"]) < 1e-4 and abs(logit.sigmoid().item() - recorded[f"{case}/fused_score"]) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def filled():
+    made = {}
+    def get(name):
+        if name not in made: made[name] = fill(MODELS[name]())
+        return made[name]
+    return get
+
+
+def test_a_branch_computes_alone_what_it_computes_beside_the_other(filled, recorded):
+    model, views = filled("dover"), views_of(recorded, "dover/alt", DOVER.views)
+    with torch.no_grad(): alone = model({"aesthetic": views["aesthetic"][1:]})
+    assert list(alone) == ["aesthetic"] and np.abs(alone["aesthetic"].numpy() - recorded["dover/alt/aesthetic/score_map"][1:]).max() < MAP
+
+
+def test_state_is_loaded_strictly(filled):
+    model = DOVERMobile()
+    report = load_strict(model, filled("dover_mobile").state_dict())
+    assert report.coverage == 1 and len(report.matched) == 288
+    with pytest.raises(QualiVisionError, match="technical_backbone"): load_strict(DOVER(), filled("dover_mobile").state_dict())
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 2, 32, 32), (1, 3, 5, 40, 100), (3, 3, 9, 64, 32)])
+def test_any_shape(shape, filled):
+    "Odd lengths: the technical branch fills up, the aesthetic one drops."
+    B, _, T, H, W = shape
+    with torch.no_grad(): maps = filled("dover")({v: view(0, shape) for v in DOVER.views})
+    assert maps["technical"].shape == (B, 1, -(-T // 2), -(-H // 32), -(-W // 32)) and maps["aesthetic"].shape == (B, 1, T // 2, H // 32, W // 32)
+    assert all(m.isfinite().all() for m in maps.values())
+
+
+@pytest.mark.parametrize("views,word", [({}, "no view"), ({"semantic": torch.zeros(1, 3, 8, 32, 32)}, "semantic"),
+                                        ({"technical": torch.zeros(3, 8, 32, 32)}, "B,3,T,H,W"),
+                                        ({"technical": torch.zeros(1, 3, 1, 32, 32)}, "T ≥ 2"),
+                                        ({"aesthetic": torch.zeros(1, 3, 8, 31, 32)}, "≥ 32"),
+                                        ({"aesthetic": torch.zeros(1, 3, 8, 32, 32, dtype=torch.uint8)}, "normalised")])
+def test_what_is_no_view_is_refused(views, word, filled):
+    with pytest.raises(ViewError, match=word): filled("dover_mobile")(views)
+
+
+def test_complexity_as_published():
+    "DOVER-Mobile: 9.86 M parameters, 52.3 GFLOPs."
+    with torch.device("meta"): model, clip = DOVERMobile().eval(), torch.empty(1, 3, 32, 224, 224)
+    counts = complexity(model, {v: clip for v in model.views})
+    assert counts["parameters"] == 10_674_546 and counts["used"] == 9_904_546
+    assert f"{counts['products'] / 1e6:.2f}" == "9.86" and int(counts["flops"] / 1e8) == 523
+
+
+def test_fused_forms():
+    assert abs(fused_logit(.1107, -.08285)) < 1e-12 and abs(fused_logit(-.08285, .1107, "corrected")) < 1e-12
+    with pytest.raises(QualiVisionError, match="fusion"): fused_logit(0., 0., "exchanged")
+
+
+# ---------------------------------------------------------------- parts
+
+def test_bias_is_gated_by_the_distance_between_fragments():
+    attention, cells = WindowAttention(4, 2, (2, 7, 7), True), window_cells((2, 28, 28), (2, 7, 7), (0, 3, 3))
+    with torch.no_grad():
+        attention.relative_position_bias_table.fill_(1.)
+        attention.fragment_position_bias_table.fill_(0.)
+        bias = attention.bias(cells, 98)
+    d = (cells[:, :, None] - cells[:, None]).abs().sum(-1)
+    assert d.max() > 2 and torch.equal(bias[:, 0, :49, :49], d) and torch.equal(bias[:, 1, 49:, :49], d)
+
+
+def test_groups_of_windows_do_not_matter(monkeypatch):
+    torch.manual_seed(0)
+    block, x = SwinBlock(8, 2, (2, 7, 7), True, True).eval(), torch.randn(2, 4, 20, 28, 8)
+    with torch.no_grad():
+        whole = block(x)
+        monkeypatch.setattr("qualivision.models.swin3d.GROUP", 1)
+        assert torch.allclose(block(x), whole, atol=1e-6)
+
+
+def test_windows_are_cut_to_the_map():
+    assert fit_window((4, 24, 32), (8, 7, 7), True) == ((4, 7, 7), (0, 3, 3)) and fit_window((4, 6, 8), (8, 7, 7), True) == ((4, 6, 7), (0, 0, 3))
+    assert fit_window((16, 56, 56), (8, 7, 7), False) == ((8, 7, 7), (0, 0, 0))
+    with pytest.raises(QualiVisionError, match="heads"): WindowAttention(10, 3, (1, 1, 1), False)
+
+
+def test_response_norm_is_the_papers_on_a_single_frame():
+    "Woo et al., 2023, eq. 1–3, written out."
+    torch.manual_seed(0)
+    x, norm = torch.randn(2, 6, 1, 5, 4), GlobalResponseNorm(6, "HW")
+    with torch.no_grad(): norm.gamma.normal_(), norm.beta.normal_()
+    size = x.square().sum((2, 3, 4)).sqrt()
+    share = (size / (size.mean(1, keepdim=True) + 1e-6)).view(2, 6, 1, 1, 1)
+    assert torch.allclose(norm(x), x + norm.gamma.view(6, 1, 1, 1) * x * share + norm.beta.view(6, 1, 1, 1), atol=1e-5)
+    with pytest.raises(QualiVisionError, match="response"): GlobalResponseNorm(6, "W")
+
+
+def test_named_block_is_the_numbered_one():
+    torch.manual_seed(0)
+    a, b = Block(8, (3, 7, 7), scale=.5), Block(8, (3, 7, 7), scale=.5, named=True)
+    b.load_state_dict({k: v.view_as(w) for (k, w), v in zip(b.state_dict().items(), a.state_dict().values(), strict=True)})
+    x = torch.randn(1, 8, 3, 9, 9)
+    assert torch.allclose(a(x), b(x), atol=1e-6) and torch.equal(Block(8, scale=None)(x).isfinite().all(), torch.tensor(True))
+
+
+@pytest.mark.parametrize("make", [lambda **o: InflatedConvNeXt3D((8, 12), (1, 2), **o),
+                                  lambda **o: InflatedConvNeXt3D((8, 12), (1, 2), scale=None, grn="TH", **o),
+                                  lambda **o: Swin3D(8, (1, 2), (2, 2), (2, 3, 3), (True, False), **o)])
+def test_backbones_train(make):
+    "Every parameter learns, and recomputation gives the same gradient."
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        net = make(checkpointing=checkpointing).train()
+        for n, p in net.named_parameters():
+            if n.endswith(("gamma", "beta")): torch.nn.init.constant_(p, .5)
+        (F.gelu(net(view(0, (2, 3, 4, 32, 40)))[-1]) ** 2).mean().backward()
+        gradients.append({n: p.grad for n, p in net.named_parameters()})
+    assert all(g is not None and g.abs().sum() > 0 for g in gradients[0].values())
+    assert all(torch.allclose(gradients[1][n], g, rtol=1e-3, atol=1e-7) for n, g in gradients[0].items())
+    net = make(drop_path=.5).train()
+    assert not torch.equal(net(view(0, (2, 3, 4, 32, 40)))[-1], net(view(0, (2, 3, 4, 32, 40)))[-1])
+
+
+def test_inflated_forms_are_the_two_published_ones():
+    assert list(INFLATED) == ["tiny", "v2-femto"]
+
+
+@pytest.mark.cuda
+def test_gpu_gives_the_official_numbers(filled, recorded):
+    model = filled("dover").cuda()
+    with torch.no_grad(): maps = model({k: v.cuda() for k, v in views_of(recorded, "dover/alt", DOVER.views).items()})
+    model.cpu()
+    for v in DOVER.views: assert np.abs(maps[v].cpu().numpy() - recorded[f"dover/alt/{v}/score_map"]).max() < 5e-4     # TF32 convolutions
