@@ -86,8 +86,22 @@ def test_people_are_told_what_the_labels_were(here):
     assert all(len(line) <= 60 for line in out.splitlines() if line.startswith("  "))
 
 
+def test_forty_columns_and_names_that_cannot_be_shown(here):
+    "A narrow window, a code page without blocks, a name that is no UTF-8, one that the reader writes in another way."
+    names = ["boat.mp4", "./gone.mp4", os.fsdecode(b"gone\xff.mp4")]
+    status, out, err = run(here, "score", *names, "--prompt", "a red boat", COLUMNS="40", PYTHONIOENCODING="cp1252", LC_ALL="C.UTF-8")
+    lines = out.splitlines()
+    assert status == 1 and not err and all(len(line) <= 40 for line in lines), lines
+    assert [len(line.split()[2]) for line in lines[1:6]] == [16] * 5 and set(lines[1].split()[2]) <= set("#.")
+    assert lines[6:9] == ["./gone.mp4", "  not scored: there is no such file.", "  Check the path."] and lines[9] == "gone\\udcff.mp4"
+    assert "1 of 3 videos scored." in lines
+    status, out, err = run(here, "score", names[2], "--prompt", "été", "--json", PYTHONIOENCODING="cp1252", LC_ALL="C.UTF-8")
+    record, = strict(out)
+    assert status == 1 and record["video"] == names[2] and record["prompt"] == "été"
+
+
 WRONG = ["score boat.mp4", "score --prompt x", "score boat.mp4 --prompt=", "nonsense", "score boat.mp4 --prompt x --cheese",
-         "predict --data set", "predict --data set --out o.csv --split all", "evaluate a.csv b.csv --pred x"]
+         "score boat.mp4 --prompt x --device gpu", "predict --data set", "predict --data set --out o.csv --split all", "evaluate a.csv b.csv --pred x"]
 
 
 def test_wrong_use_is_status_2(here):
@@ -161,8 +175,12 @@ def test_train_tells_people_what_came_out(monkeypatch):
     shown = CliRunner().invoke(app, ["train", "--params", "mine.yaml", "--profile", "paper"])
     assert shown.exit_code == 0 and given == [{"params": Path("mine.yaml"), "profile": "paper"}]
     for words in ("3 epochs, 12 steps", "0.5123 in epoch 2", "checkpoints/dover", "Trained on simulated labels"): assert words in shown.stdout
+    def stopped(**kw): raise KeyboardInterrupt
     result["best"] = None
     assert "undefined" in CliRunner().invoke(app, ["train"]).stdout
+    monkeypatch.setattr("qualivision.pipeline.train.main", stopped)
+    shown = CliRunner().invoke(app, ["train"])
+    assert shown.exit_code == 130 and "The same command goes on" in shown.stderr
 
 
 def test_train_that_cannot_start(here, tmp_path, monkeypatch):
@@ -187,4 +205,6 @@ def test_doctor(here, tmp_path):
     assert status == 0 and report["packages"]["torch"] and "cpu" in report["devices"]["available"] and report["readers"]["decord"]
     assert report["weights"]["checkpoint"]["trained_on"] == "simulated labels (tiny)"
     status, out, err = run(tmp_path, "doctor")
-    assert status == 0 and "no checkpoint in checkpoints/dover" in out and "video readers" in out
+    assert status == 0 and "no checkpoint in checkpoints/dover" in out and "video readers" in out and "qualivision" in out
+    status, out, err = run(tmp_path, "doctor", "--checkpoint", "elsewhere")
+    assert status == 0 and "no checkpoint in elsewhere" in out
