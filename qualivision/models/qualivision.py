@@ -373,7 +373,7 @@ def documented_dover(state: dict[str, Tensor]  # names as published: dover_model
     load_strict(model, state)
     return model.eval()
 
-# %% ../../nbs/models/14_qualivision.ipynb #b223b9ed
+# %% ../../nbs/models/14_qualivision.ipynb #42b8e023
 @dataclass(frozen=True)
 class VJepaConfig:
     "Every size and choice of a V-JEPA 2 five-MOS model."
@@ -402,6 +402,7 @@ class VJepaConfig:
     # from tokens to vectors
     grid: tuple = (4, 4, 4)                       # tokens that the prompt can look at: time, height, width
     token_spread: bool = False                    # see grid_tokens
+    token_embedding: bool = False                 # the grid holds the patch embedding as well as the last layer
     wide: bool = False                            # filter statistics of the patch embedding, a linear path to the scores
     wide_dropout: float = 0.5                     # of the filter statistics as features
     # text, fusion, head
@@ -424,11 +425,11 @@ class VJepaConfig:
 
 VJEPA_DOCUMENTED = VJepaConfig(pooling="first", fusion="concat", frozen_dtype="float32", micro_batch=0, bounded=False)
 VJEPA_EMBEDDED = VJepaConfig(frames=16, size=144, view="square", hidden_size=144, layers=6, encoder_heads=4, mlp_ratio=4., patch=24,
-                             pooler_layers=1, patch_init="cosine", micro_batch=0, grid=(4, 3, 3), token_spread=True, wide=True, text_dim=384,
-                             fusion_width=256, prompt_dropout=0.5, head_dropout=0.3)
+                             pooler_layers=1, patch_init="cosine", micro_batch=0, grid=(4, 3, 3), token_spread=True, token_embedding=True, wide=True,
+                             text_dim=384, fusion_width=256, prompt_dropout=0.5, head_dropout=0.3)
 CONFIGS |= {"vjepa2_published": VJepaConfig(), "vjepa2_embedded": VJEPA_EMBEDDED}
 
-# %% ../../nbs/models/14_qualivision.ipynb #9a83497c
+# %% ../../nbs/models/14_qualivision.ipynb #6c90f324
 class ConcatHead(nn.Module):
     "The published head: video and text features side by side → five numbers."
     def __init__(self, width: int,       # Dv + Dt
@@ -461,7 +462,7 @@ class VJepaMos(FiveMos):
             nn.init.zeros_(self.wide.weight), nn.init.zeros_(self.wide.bias)
         if c.fusion == "concat": self.head = ConcatHead(D + c.text_dim, c.head_dropout)
         elif c.fusion == "quality":
-            self.fusion = QualityAwareFusion((1 + c.token_spread) * D, c.text_dim, c.fusion_width, c.heads, c.dropout, c.fused_dim,
+            self.fusion = QualityAwareFusion((1 + c.token_spread) * (1 + c.token_embedding) * D, c.text_dim, c.fusion_width, c.heads, c.dropout, c.fused_dim,
                                              pooled_dim=D + 9 * D * c.wide, places=math.prod(c.grid) if c.places else 0,
                                              prompt_dropout=c.prompt_dropout)
             self.mos_predictor = MosPredictor(c.fused_dim, c.head_dropout)
@@ -493,6 +494,7 @@ class VJepaMos(FiveMos):
         x = input_channels(frames)                                                       # (B,3,T,H,W)
         tokens = self.video.embed(x.transpose(1, 2))                                     # (B,N,D)
         out = {"statistics": filter_statistics(self.as_map(tokens))} if self.config.wide else {}
+        if self.config.token_embedding: out["places"] = self.cells(tokens)               # (B,n,·)
         tokens = self.video.bottom(tokens)                                               # (B,N,D) in the frozen dtype
         return out | (self.learn(tokens.float()) if self.all_frozen else {"tokens": tokens})
 
@@ -501,7 +503,7 @@ class VJepaMos(FiveMos):
         c, v = self.config, self.video
         pooled = [v.encoder.layernorm] + [v.pooler] * (v.pooler is not None) if self.all_frozen else []
         weights = state_hash(v.encoder.embeddings, *v.encoder.layer[:v.frozen], *pooled)
-        return f"layer {v.frozen} {c.frozen_dtype} wide {c.wide} {(c.pooling, c.grid, c.token_spread) if self.all_frozen else ''} {weights}"
+        return f"layer {v.frozen} {c.frozen_dtype} wide {c.wide} {c.token_embedding and (c.grid, c.token_spread)} {(c.pooling, c.grid, c.token_spread) if self.all_frozen else ''} {weights}"
 
     def encode_video(self, frames) -> dict[str, Tensor]:            # frames, or what `prefix` made of them
         "What is known of the video before the prompt comes: features (B,D), tokens (B,N,·), raw scores of the wide path (B,5)."
@@ -509,7 +511,8 @@ class VJepaMos(FiveMos):
         known = self.prefix(frames) if isinstance(frames, Tensor) else frames
         if "features" not in known: known = known | self.learn_in_parts(known["tokens"].float())
         pooled = known["features"].float()                                               # (B,D)
-        video = dict(features=pooled, tokens=known["grid"].float(), pooled=pooled, wide=pooled.new_zeros(len(pooled), len(DIMENSIONS)))
+        tokens = torch.cat([known[name].float() for name in ("places", "grid") if name in known], 2)     # (B,n,·)
+        video = dict(features=pooled, tokens=tokens, pooled=pooled, wide=pooled.new_zeros(len(pooled), len(DIMENSIONS)))
         if c.wide:
             statistics = self.wide_norm(known["statistics"].float())                     # (B,9D)
             video |= dict(wide=self.wide(statistics).float(), pooled=torch.cat([pooled, self.wide_dropout(statistics)], 1))
@@ -518,7 +521,11 @@ class VJepaMos(FiveMos):
     def learn(self, tokens: Tensor) -> dict[str, Tensor]:                                # (B,N,D)
         "Layers that learn, pooling, and the grid that the prompt looks at."
         tokens = self.video.top(tokens)                                                  # (B,N,D)
-        return dict(features=self.video.pool(tokens), grid=grid_tokens([self.as_map(tokens)], self.config.grid, self.config.token_spread))
+        return dict(features=self.video.pool(tokens), grid=self.cells(tokens))
+
+    def cells(self, tokens: Tensor) -> Tensor:                                           # (B,N,D) → (B,n,D), or twice as wide with spread
+        "The grid that the prompt looks at."
+        return grid_tokens([self.as_map(tokens)], self.config.grid, self.config.token_spread)
 
     def learn_in_parts(self, tokens: Tensor) -> dict[str, Tensor]:                       # (B,N,D)
         "As `learn`; in training with the activations of a few clips at a time, computed again for the backward pass."

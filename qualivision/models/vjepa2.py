@@ -177,7 +177,7 @@ def freeze_bottom(encoder: nn.Module,     # transformers' VJEPA2Encoder or VJEPA
     sizes = [(p.numel(), p.requires_grad) for p in whole.parameters()]
     return FreezeReport(count, layers, sum(n for n, learns in sizes if not learns), sum(n for n, learns in sizes if learns))
 
-# %% ../../nbs/models/11_vjepa2.ipynb #b9d665a8
+# %% ../../nbs/models/11_vjepa2.ipynb #175f6702
 @dataclass(frozen=True)
 class EncoderReport:
     "What was taken from a checkpoint."
@@ -231,7 +231,8 @@ def load_encoder(folder,                      # as written by `save_pretrained`,
         raise WeightsError(folder, f"it has tensors of `{unknown[0]}`, which no V-JEPA 2 model has", "Use a checkpoint of transformers.")
     trained = pooling == "attentive" and "pooler" in parts
     state = {k: v.float() for k, v in (parts.get("encoder", {}) | (parts["pooler"] if trained else {})).items()}
-    report = load_strict(model, state, may_miss=() if trained else ("pooler.*",))
+    target = nn.ModuleDict({"encoder": model.encoder} | ({"pooler": model.pooler} if trained else {}))
+    report = load_strict(target, state)
     pooler = "none" if pooling != "attentive" else "trained" if trained else "new"
     left = {p: len(parts[p]) for p in ("predictor", "classifier", "pooler") if p in parts and not (p == "pooler" and trained)}
     return model, EncoderReport(str(source or folder.name), report, pooler, left)
