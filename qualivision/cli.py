@@ -131,14 +131,15 @@ def predict(data: Annotated[Path, typer.Option(help="Data set in the TaobaoVD-GC
     else: print(f"{len(records) - len(errors)} of {len(records)} videos scored: {out}\n{wrapped(notice(about['trained_on']))}")
     if errors: raise typer.Exit(1)
 
-# %% ../nbs/70_cli.ipynb #5c4bd5f1
+# %% ../nbs/70_cli.ipynb #18a1722f
 @app.command()
 def train(params: Annotated[Path, typer.Option(help="File with a section per profile.")] = Path("params.yaml"),
           profile: Annotated[Optional[str], typer.Option(help="embedded or paper; default: the one the file names.")] = None,
+          model: Annotated[str, typer.Option(help="dover or vjepa2.")] = "dover",
           as_json: Json = False):
-    "Trains the DOVER++ five-MOS model as a parameter file says."
+    "Trains one of the two five-MOS models as a parameter file says."
     from qualivision.pipeline.train import main as run
-    try: result = run(params=params, profile=profile)
+    try: result = run(model, params=params, profile=profile)
     except QualiVisionError as e: failed(e, as_json)
     except KeyboardInterrupt: say("Stopped. The same command goes on from the last save."); raise typer.Exit(130)
     if as_json: print_json(result)
