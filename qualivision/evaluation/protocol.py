@@ -152,7 +152,7 @@ def run_baselines(
         raise MetricError("baselines", f"{len(shared)} prompts are in training and test, such as '{shared[0]}'", "Split by prompt.")
     return {name: BASELINES[name]().fit(train).predict(test) for name in names}
 
-# %% ../../nbs/evaluation/21_protocol.ipynb #73969d57
+# %% ../../nbs/evaluation/21_protocol.ipynb #ef1991d8
 TABLE_METRICS = ("srocc", "plcc", "mae", "rmse")
 
 def _cell(compute, *args) -> dict:  # {value, low, high}, with nulls and a reason where there is no value
@@ -167,7 +167,7 @@ def results_table(
     models: tuple = ("dover",),   # which rows are models
     n: int = 1000, seed: int = 0, # resamples
 ) -> dict:                        # rows and `differences`, rounded to six decimals
-    "All rows with intervals, and each model's paired difference to each baseline; `MetricError` on NaN or unequal shapes."
+    "All rows with intervals; each model's paired difference to each baseline and each model before it; `MetricError` on NaN or unequal shapes."
     rows, target = {name: np.asarray(p, np.float64) for name, p in rows.items()}, np.asarray(target, np.float64)
     for name, p in {**rows, "labels": target}.items():
         if p.shape != target.shape or not np.isfinite(p).all():
@@ -181,9 +181,9 @@ def results_table(
         results[name] = {d: {m: _cell(value, p[:, k], target[:, k], m) for m in TABLE_METRICS} | {"n": len(target)}
                          for k, d in enumerate(DIMENSIONS)}
     results["differences"] = {model: {} for model in models}
-    for model in models:
+    for k, model in enumerate(models):
         for name, p in rows.items():
-            if name in models or name == CEILING: continue
+            if name in models[k:] or name == CEILING: continue
             results["differences"][model][name] = {
                 d: {m: _cell(difference, rows[model][:, k], p[:, k], target[:, k], m) for m in TABLE_METRICS} for k, d in enumerate(DIMENSIONS)}
     return results
@@ -234,7 +234,7 @@ def results_markdown(
             parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
-# %% ../../nbs/evaluation/21_protocol.ipynb #17b83d92
+# %% ../../nbs/evaluation/21_protocol.ipynb #14f4a0c0
 def save_figure(
     figure,            # matplotlib Figure
     path,              # .png file, or something to write bytes to
@@ -259,43 +259,51 @@ def plot_rows(
         for y, name in enumerate(names):
             cell = results[name][d][metric]
             if cell["value"] is None: axis.text(0, y, "not defined", va="center", fontsize=7, color="0.5"); continue
-            colour = colours[0] if name in results["differences"] else colours[2] if name == CEILING else "0.45"
+            models = list(results["differences"])
+            colour = colours[(0, 1, 4)[models.index(name) % 3]] if name in models else colours[2] if name == CEILING else "0.45"
             axis.plot([cell["low"], cell["high"]], [y, y], color=colour); axis.plot(cell["value"], y, "o", ms=4, color=colour)
         axis.set(title=d.capitalize(), xlabel=NAMES[metric]); axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), [titles.get(n, n) for n in names]); axes[0].invert_yaxis()
     return figure
 
 def plot_scatter(
-    pred: np.ndarray,          # (N,5) predicted MOS
+    pred: np.ndarray | dict,   # (N,5) predicted MOS; or title → (N,5), a row of panels for each
     target: np.ndarray,        # (N,5) human MOS
     kinds=None,                # (N,) colours, such as the generator
 ):                             # matplotlib Figure
     "Predicted against human scores, a panel for each dimension; the dashed line is equality."
     import seaborn as sns
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 2.6), layout="constrained")
-    axes = figure.subplots(1, len(DIMENSIONS), sharex=True, sharey=True)
-    for k, (axis, d) in enumerate(zip(axes, DIMENSIONS)):
-        sns.scatterplot(x=pred[:, k], y=target[:, k], hue=kinds, palette=None if kinds is None else "colorblind", ax=axis, s=12, alpha=0.6,
-                        legend="brief" if kinds is not None and k == len(DIMENSIONS) - 1 else False)
-        axis.axline((3, 3), slope=1, color="0.6", ls="--", lw=0.8)
-        axis.set(title=d.capitalize(), xlabel="predicted", ylabel="human" if k == 0 else "")
+    preds, last = pred if isinstance(pred, dict) else {"": pred}, len(DIMENSIONS) - 1
+    figure = Figure(figsize=(11, 0.3 + 2.3 * len(preds)), layout="constrained")
+    grid = figure.subplots(len(preds), len(DIMENSIONS), sharex=True, sharey=True, squeeze=False)
+    for i, (title, scores) in enumerate(preds.items()):
+        for k, (axis, d) in enumerate(zip(grid[i], DIMENSIONS)):
+            sns.scatterplot(x=scores[:, k], y=target[:, k], hue=kinds, palette=None if kinds is None else "colorblind", ax=axis, s=12, alpha=0.6,
+                            legend="brief" if kinds is not None and (i, k) == (0, last) else False)
+            axis.axline((3, 3), slope=1, color="0.6", ls="--", lw=0.8)
+            axis.set(title=d.capitalize() if i == 0 else "", xlabel=f"predicted{title and ', ' + title}", ylabel="human" if k == 0 else "")
     return figure
 
 def plot_curves(
-    history: pd.DataFrame,     # one row for each point in time
-    panels: dict,              # title → columns to draw in one panel
-    x: str = "epoch",          # column of the time axis
-):                             # matplotlib Figure
-    "Training curves; a column that is missing is an error, an empty cell is a gap."
+    history: pd.DataFrame | dict,  # one row for each point in time; or title → such a table, a row of panels for each
+    panels: dict,                  # title → columns to draw in one panel
+    x: str = "epoch",              # column of the time axis
+):                                 # matplotlib Figure
+    "Training curves; a column that is missing is an error, an empty cell is a gap. Phases before the last, in a column `phase`, are shaded."
     import seaborn as sns
     from matplotlib.figure import Figure
-    if lost := [c for c in (x, *(c for cs in panels.values() for c in cs)) if c not in history]:
-        raise MetricError("curves", f"no column {', '.join(lost)}", f"There are {', '.join(map(str, history.columns))}.")
-    figure = Figure(figsize=(3.6 * len(panels), 2.8), layout="constrained")
-    for axis, (title, columns) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
-        for column in columns:
-            known = history[[x, column]].dropna()
-            sns.lineplot(x=known[x], y=known[column], ax=axis, label=column, errorbar=None)
-        axis.set(title=title, xlabel=x, ylabel="")
+    histories = history if isinstance(history, dict) else {"": history}
+    figure = Figure(figsize=(3.6 * len(panels), 0.2 + 2.6 * len(histories)), layout="constrained")
+    grid = figure.subplots(len(histories), len(panels), squeeze=False)
+    for row, (name, table) in zip(grid, histories.items()):
+        if lost := [c for c in (x, *(c for cs in panels.values() for c in cs)) if c not in table]:
+            raise MetricError("curves", f"no column {', '.join(lost)}", f"There are {', '.join(map(str, table.columns))}.")
+        for axis, (title, columns) in zip(row, panels.items()):
+            for phase, part in list(table.groupby("phase", sort=False))[:-1] if "phase" in table else ():
+                axis.axvspan(part[x].min() - 0.5, part[x].max() + 0.5, color="0.9", zorder=0, label=phase)
+            for column in columns:
+                known = table[[x, column]].dropna()
+                sns.lineplot(x=known[x], y=known[column], ax=axis, label=column, errorbar=None)
+            axis.legend(); axis.set(title=f"{name and name + ': '}{title}", xlabel=x, ylabel="")
     return figure
