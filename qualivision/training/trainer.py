@@ -337,7 +337,8 @@ def write_history(path: Path, rows: list[dict]):
     "The history as CSV; an undefined value is an empty cell."
     if not rows: return
     columns = list(dict.fromkeys(k for row in rows for k in row))          # an epoch without validation has fewer
-    text = [",".join(columns)] + [",".join("" if row.get(k) is None else repr(row[k]) for k in columns) for row in rows]
+    def cell(v): return "" if v is None else v if isinstance(v, str) else repr(v)
+    text = [",".join(columns)] + [",".join(cell(row.get(k)) for k in columns) for row in rows]
     _replace_text(Path(path), "\n".join(text) + "\n")
 
 # %% ../../nbs/training/31_trainer.ipynb #1f6fc7ca
