@@ -103,9 +103,9 @@ def make_norm(kind: str,       # "layer": each position by itself; "group": the 
         raise QualiVisionError(f"norm={kind!r}", "there is no such normalisation", f"Use one of {', '.join(kinds)}.")
     return kinds[kind]()
 
-# %% ../../nbs/models/10_convnext3d.ipynb #6a4cfaac
+# %% ../../nbs/models/10_convnext3d.ipynb #09b7895e
 class GlobalResponseNorm(nn.Module):
-    "Global response normalisation (Woo et al., 2023, eq. 1–3) of (B,C,T,H,W)."
+    "Global response normalisation (Woo et al., ConvNeXt V2, 2023) of (B,C,T,H,W)."
     def __init__(self,
                  width: int,       # channels
                  over="HW"):       # the positions that count together: "HW" each frame, "TH" each column, "THW" the clip
@@ -122,9 +122,9 @@ class GlobalResponseNorm(nn.Module):
         share = size / (size.mean(-1, keepdim=True) + self.eps)                           # against the average channel
         return (x + self.gamma * (x * share) + self.beta).permute(0, 4, 1, 2, 3)          # (B,C,T,H,W)
 
-# %% ../../nbs/models/10_convnext3d.ipynb #40a48647
+# %% ../../nbs/models/10_convnext3d.ipynb #dfcbedce
 class Block(nn.Sequential):
-    "One ConvNeXt block (Liu et al., 2022, fig. 4; with grn: Woo et al., 2023, fig. 5), in three dimensions."
+    "One ConvNeXt block (Liu et al., 2022, fig. 4; with grn: Woo et al., 2023), in three dimensions."
     def __init__(self,
                  width: int,              # channels C
                  kernel=(7, 7, 7),        # depthwise kernel: time, height, width
@@ -223,7 +223,7 @@ class ConvNeXt3D(nn.Sequential):
             if i in self.ends or (i == 0 and stem): maps.append(x)
         return maps
 
-# %% ../../nbs/models/10_convnext3d.ipynb #0ca37a85
+# %% ../../nbs/models/10_convnext3d.ipynb #4a3f1ca7
 INFLATED = {"tiny": dict(),
             "v2-femto": dict(dims=(48, 96, 192, 384), depths=(2, 2, 6, 2), scale=None, grn="TH", classes=1000)}
 
@@ -238,7 +238,7 @@ class Stage(nn.Sequential):
 
 
 class InflatedConvNeXt3D(nn.Module):
-    "The ConvNeXt-3D of official DOVER (Wu et al., 2023, section 3.3): clip → the feature map of each stage, at half the frames."
+    "The ConvNeXt-3D of official DOVER (Wu et al., 2023): clip → the feature map of each stage, at half the frames."
     def __init__(self,
                  dims=(96, 192, 384, 768),       # channels of each stage
                  depths=(3, 3, 9, 3),            # blocks of each stage

@@ -68,12 +68,12 @@ def relative_index(window: tuple) -> Tensor:
     offset = (at[:, :, None] - at[:, None]) + torch.tensor([t - 1, h - 1, w - 1]).view(3, 1, 1)                             # (3,N,N), from 0
     return (offset[0] * (2 * h - 1) + offset[1]) * (2 * w - 1) + offset[2]
 
-# %% ../../nbs/models/16_swin3d.ipynb #79db67cd
+# %% ../../nbs/models/16_swin3d.ipynb #d146524a
 GROUP = 2 ** 22      # numbers in the bias of the windows that are computed at a time
 
 
 class WindowAttention(nn.Module):
-    "Attention inside each window, with a position bias that is gated by fragments (Wu et al., FAST-VQA, 2022, section 3.3)."
+    "Attention inside each window, with a position bias that is gated by fragments (Wu et al., FAST-VQA, 2022)."
     def __init__(self,
                  dim: int,          # width C
                  heads: int,        # C is a multiple of it
@@ -117,7 +117,7 @@ class WindowAttention(nn.Module):
             done.append(attention @ v[:, :, s])
         return self.proj(torch.cat(done, 2).transpose(3, 4).reshape(B, nT, nS, N, C))
 
-# %% ../../nbs/models/16_swin3d.ipynb #8dc5ffc8
+# %% ../../nbs/models/16_swin3d.ipynb #547a4d61
 class MLP(nn.Module):
     "Two products with GELU between them."
     def __init__(self, dim: int, expand=4):
@@ -128,7 +128,7 @@ class MLP(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    "Window attention and MLP, both with a residual (Liu et al., Video Swin, 2022, fig. 2)."
+    "Window attention and MLP, both with a residual (Liu et al., Video Swin Transformer, 2022)."
     def __init__(self, dim: int, heads: int, window: tuple,
                  shifted: bool,      # are its windows moved by half?
                  gated: bool,        # see WindowAttention
