@@ -22,6 +22,7 @@ setup(
     license_files=["LICENSE"],
     url=cfg["git_url"],
     packages=find_packages(include=["qualivision", "qualivision.*"]),
+    package_data={"qualivision.evaluation": ["*.json"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={
