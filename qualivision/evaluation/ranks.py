@@ -139,7 +139,7 @@ def fuse_set(technical, aesthetic,          # (N,) raw scores of a whole set
     labels = np.asarray(labels, np.float64)
     return zscore(fused) * labels.std() + labels.mean()
 
-# %% ../../nbs/evaluation/22_ranks.ipynb #007da5ce
+# %% ../../nbs/evaluation/22_ranks.ipynb #c59dee45
 BRANCHES = ("semantic", "technical", "aesthetic", "fused", "overall", "traditional", "alignment", "temporal")
 
 
@@ -159,7 +159,8 @@ def build_set(score_files,          # CSV or Parquet, one or several, one row a 
     paths = [Path(p) for p in ([score_files] if isinstance(score_files, (str, os.PathLike)) else score_files)]
     tables = []
     for path in paths:
-        table = pd.read_parquet(path) if path.suffix == ".parquet" else read_table(path)
+        try: table = pd.read_parquet(path) if path.suffix == ".parquet" else read_table(path)
+        except (OSError, ValueError) as e: raise RankError(path, f"it cannot be read as Parquet ({e})", "Give CSV or Parquet.") from e
         failed = table["error"].notna() if "error" in table else pd.Series(False, index=table.index)
         columns = {c: b for c in table.columns if (b := _branch(c))}
         if not columns:
