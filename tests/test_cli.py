@@ -150,7 +150,7 @@ def params(data: Path, **train) -> str:
     "A params.yaml with one profile, in which the tiny model is trained."
     train = dict(epochs=2, batch_size=4, accumulation=1, lr=1e-3, warmup_steps=1, tracker="none", device="cpu", augment=True, seed=0) | train
     return yaml.safe_dump({"profile": "tiny", "data": dict(root=str(data), licence="MIT", seed=0, val_fraction=0.1, test_fraction=0.1),
-                           "tiny": {"text": {"encoder": "minilm"}, "model": MODEL, "train": train}})
+                           "tiny": {"text": {"encoder": "minilm"}, "dover": {"model": MODEL, "train": train}}})
 
 
 def test_train(here, tmp_path):
@@ -163,7 +163,7 @@ def test_train(here, tmp_path):
     assert "epoch 1/2" in err and "epoch 2/2" in err
     written = {p.relative_to(tmp_path).as_posix() for p in (tmp_path/"checkpoints").rglob("*") if p.is_file()}
     assert written == {f"checkpoints/dover/{name}" for name in ("model.safetensors", "model.json", "history.csv")}
-    assert (tmp_path/"results"/"curves.csv").read_text().count("\n") == 3
+    assert (tmp_path/"results"/"dover"/"curves.csv").read_text().count("\n") == 3
     record = Scorer.from_checkpoint(tmp_path/"checkpoints"/"dover", "cpu").score(here/"boat.mp4", "a red boat")
     assert record.error is None and record.trained_on == result["trained_on"] and record.trained_on.startswith("labels of set, data ")
 
@@ -171,13 +171,13 @@ def test_train(here, tmp_path):
 def test_train_tells_people_what_came_out(monkeypatch):
     result = dict(epoch=3, step=12, best={"score": 0.51234, "epoch": 2, "step": 8}, checkpoint="checkpoints/dover", trained_on="simulated labels")
     given = []
-    monkeypatch.setattr("qualivision.pipeline.train.main", lambda **kw: given.append(kw) or result)
-    shown = CliRunner().invoke(app, ["train", "--params", "mine.yaml", "--profile", "paper"])
-    assert shown.exit_code == 0 and given == [{"params": Path("mine.yaml"), "profile": "paper"}]
+    monkeypatch.setattr("qualivision.pipeline.train.main", lambda model, **kw: given.append((model, kw)) or result)
+    shown = CliRunner().invoke(app, ["train", "--params", "mine.yaml", "--profile", "paper", "--model", "vjepa2"])
+    assert shown.exit_code == 0 and given == [("vjepa2", {"params": Path("mine.yaml"), "profile": "paper"})]
     for words in ("3 epochs, 12 steps", "0.5123 in epoch 2", "checkpoints/dover", "Trained on simulated labels"): assert words in shown.stdout
-    def stopped(**kw): raise KeyboardInterrupt
+    def stopped(model, **kw): raise KeyboardInterrupt
     result["best"] = None
-    assert "undefined" in CliRunner().invoke(app, ["train"]).stdout
+    assert "undefined" in CliRunner().invoke(app, ["train"]).stdout and given[-1][0] == "dover"
     monkeypatch.setattr("qualivision.pipeline.train.main", stopped)
     shown = CliRunner().invoke(app, ["train"])
     assert shown.exit_code == 130 and "The same command goes on" in shown.stderr
@@ -196,6 +196,8 @@ def test_train_that_cannot_start(here, tmp_path, monkeypatch):
         if text is not None: Path(f"{i}.yaml").write_text(text)
         shown = CliRunner().invoke(app, ["train", "--params", f"{i}.yaml", *(["--profile", "paper"] if "paper" in message else [])])
         assert shown.exit_code == 1 and not shown.stdout and message in shown.stderr and len(shown.stderr.strip().splitlines()) == 1, message
+    shown = CliRunner().invoke(app, ["train", "--params", "2.yaml", "--model", "cover"])
+    assert shown.exit_code == 1 and "There are: dover, vjepa2" in shown.stderr
     assert not [p.name for p in tmp_path.iterdir() if p.suffix != ".yaml"]
 
 

@@ -1,4 +1,4 @@
-"""The main job in miniature: in a temporary repository, data from dvcstore/, the four stages over some of the real clips, the table, a score.
+"""The main job in miniature: in a temporary repository, data from dvcstore/, the stages over some clips, for both models, the table, scores.
 
 The repository is the working tree as it is, committed; its parameters are smaller and its label files shorter."""
 import json
@@ -18,15 +18,23 @@ from qualivision.pipeline.report import readme_results
 from qualivision.quality import DIMENSIONS
 
 PROMPTS = {"train": 6, "val": 2, "test": 4}     # of five clips each
-SMALL = {   # of the profile embedded: a network that is trained in seconds and knows nothing
+SMALL = {   # of the profile embedded: networks that are trained in seconds and know nothing
     "prepare": {"workers": 0},
-    "model": {"frames": 6, "size": 72, "dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "stem": [1, 6, 6], "kernel": [3, 3, 3], "grid": [2, 2, 2],
-              "fusion_width": 16, "heads": 2},
-    "train": {"epochs": 2, "batch_size": 10, "accumulation": 1, "warmup_steps": 1, "validate_every": 1},
+    "dover": {
+        "model": {"frames": 6, "size": 72, "dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "stem": [1, 6, 6], "kernel": [3, 3, 3], "grid": [2, 2, 2],
+                  "fusion_width": 16, "heads": 2},
+        "train": {"epochs": 2, "batch_size": 10, "accumulation": 1, "warmup_steps": 1, "validate_every": 1}},
+    "vjepa2": {
+        "model": {"frames": 6, "size": 64, "hidden_size": 32, "layers": 3, "encoder_heads": 2, "patch": 16, "grid": [3, 2, 2], "fusion_width": 16,
+                  "heads": 2},
+        "trunk": {"epochs": 1, "warmup_steps": 1},
+        "train": {"epochs": 1, "batch_size": 10, "accumulation": 1, "warmup_steps": 1, "validate_every": 1}},
     "evaluate": {"resamples": 100, "device": "cpu"}}
-STAGES = ["prepare", "train", "evaluate", "report"]
-FILES = {"splits.json", "prepare.json", "train.json", "curves.csv", "metrics.json", "predictions.csv", "rows.csv", "evaluate.json", "summary.json",
-         "README.md", "table.txt", "rows.png", "scatter.png", "curves.png"}
+MODELS = ["dover", "vjepa2"]
+STAGES = ["prepare", *(f"{stage}@{model}" for stage in ("train", "evaluate") for model in MODELS), "compare", "report"]
+FILES = {"splits.json", "prepare.json", "metrics.json", "predictions.csv", "rows.csv", "compare.json", "summary.json", "README.md", "table.txt",
+         "rows.png", "scatter.png", "curves.png",
+         *(f"{m}/{f}" for m in MODELS for f in ("train.json", "curves.csv", "predictions.csv", "evaluate.json"))}
 
 if not (ROOT/".git").exists(): pytest.skip("not a git checkout", allow_module_level=True)
 if not (ROOT/"data.dvc").exists(): pytest.skip("there is no data.dvc yet", allow_module_level=True)
@@ -58,7 +66,9 @@ class Repository:
         return done.stdout
 
     def dvc(self, *args: str, **kw) -> str: return self(sys.executable, "-m", "dvc", *args, **kw)
-    def results(self) -> dict[str, bytes]: return {p.name: p.read_bytes() for p in sorted((self.at/"results").iterdir()) if p.is_file()}
+    def results(self) -> dict[str, bytes]:
+        return {p.relative_to(self.at/"results").as_posix(): p.read_bytes() for p in sorted((self.at/"results").rglob("*")) if p.is_file()}
+
     def json(self, name: str): return json.loads((self.at/"results"/name).read_text(encoding="utf-8"))
 
     def params(self, change):
@@ -72,7 +82,14 @@ class Repository:
 def smaller(values: dict):
     values["profile"] = "embedded"
     values["data"]["root"] = "data"
-    for section, changes in SMALL.items(): values["embedded"][section] |= changes
+    for section, changes in SMALL.items(): change(values["embedded"][section], changes)
+
+
+def change(values: dict, changes: dict):
+    "These values, and in their sections these."
+    for k, v in changes.items():
+        if isinstance(v, dict): change(values[k], v)
+        else: values[k] = v
 
 
 def cut(data: Path):
@@ -110,28 +127,34 @@ def repository(tmp_path_factory) -> Repository:
 def test_results(repository):
     "Every file is there, the table has its rows, and each number its interval or the reason why there is none."
     assert set(repository.results()) == FILES
-    metrics, about = repository.json("metrics.json"), repository.json("evaluate.json")
-    rows = ["dover", "constant", "generator", "text", "text_generator", "low_level", "hand_crafted", "ceiling", "raters"]
-    assert list(metrics) == [*rows, "differences"] and not about["omitted"]
+    metrics, about = repository.json("metrics.json"), repository.json("compare.json")
+    rows = [*MODELS, "constant", "generator", "text", "text_generator", "low_level", "hand_crafted", "ceiling", "raters"]
+    assert list(metrics) == [*rows, "differences"] and not about["omitted"] and about["models"] == MODELS
     for row in rows:
         for d in DIMENSIONS:
             assert metrics[row][d]["n"] == 5 * PROMPTS["test"] == about["videos"]
             for m in ("srocc", "plcc", "mae", "rmse"):
                 cell = metrics[row][d][m]
                 assert cell["low"] <= cell["high"] if cell["value"] is not None else cell["reason"]
-    assert list(metrics["differences"]["dover"]) == rows[1:-2]
+    assert list(metrics["differences"]["dover"]) == rows[2:-2] and list(metrics["differences"]["vjepa2"]) == ["dover", *rows[2:-2]]
     assert metrics["ceiling"]["traditional"]["srocc"]["value"] > .8
     assert repository.json("splits.json")["prompts"] == PROMPTS
     assert "simulated labels" in about["labels"] and "The labels are simulated." in (repository.at/"results"/"README.md").read_text()
     table = (repository.at/"results"/"table.txt").read_text()
-    assert max(map(len, table.splitlines())) <= 60 and all(name in table for name in ("DOVER++", "text+gen.", "handcraft", "ceiling"))
+    assert max(map(len, table.splitlines())) <= 60 and all(name in table for name in ("DOVER++", "V-JEPA 2", "text+gen.", "handcraft", "ceiling"))
+    assert "V-JEPA 2 has no pretraining yet: its encoder, the trunk, was trained" in " ".join(table.split())
+    trained = repository.json("vjepa2/train.json")
+    assert trained["parameters"]["trunk"]["lr_multipliers"] == {} and trained["parameters"]["train"]["lr_multipliers"] and not trained["pretrained"]
+    phases = pd.read_csv(repository.at/"results"/"vjepa2"/"curves.csv")["phase"]
+    assert list(phases) == ["trunk", "main"] and "phase" not in pd.read_csv(repository.at/"results"/"dover"/"curves.csv")
 
 
 def test_results_tell_no_time_and_no_machine(repository):
     words = [str(repository.at), sys.prefix, time.strftime("%Y-%m-%d"), *([platform.node()] if len(platform.node()) > 6 else [])]
     for name, content in repository.results().items(): assert not [w for w in words if w.encode() in content], name
     times = [json.loads(line) for line in (repository.at/"work"/"machine.jsonl").read_text().splitlines()]
-    assert [t["stage"] for t in times] == STAGES
+    ran = [t["stage"] for t in times]
+    assert sorted(ran) == sorted(STAGES) and in_order(ran)
     ignored = repository("git", "status", "--short", "--ignored")
     assert all(f"!! {folder}/" in ignored for folder in ("work", "checkpoints", "cache", "runs", "data"))
 
@@ -140,7 +163,27 @@ def test_nothing_is_left_to_do(repository):
     repository.dvc("repro")
     assert "up to date" in repository.said and "Running stage" not in repository.said
     repository.dvc("repro", "--dry", "--force", "report")
-    assert [s for s in STAGES if f"Running stage '{s}'" in repository.said] == STAGES
+    assert all(f"Running stage '{s}'" in repository.said for s in STAGES)
+
+
+def in_order(ran: list[str]) -> bool:
+    "Whether no stage ran before one that it needs."
+    at = {stage: ran.index(stage) for stage in ran}
+    return (all(at["prepare"] < at[f"train@{m}"] < at[f"evaluate@{m}"] < at["compare"] for m in MODELS)) and at["compare"] < at["report"]
+
+
+def test_each_model_on_its_own(repository):
+    "A setting of one model concerns its own training and scoring, and what compares them."
+    before = (repository.at/"params.yaml").read_text()
+    repository.params(lambda values: values["embedded"]["vjepa2"]["train"].update(lr=0.123))
+    try:
+        repository.dvc("repro", "--dry")
+        assert "Running stage 'train@vjepa2'" in repository.said and "Running stage 'train@dover'" not in repository.said
+    finally: (repository.at/"params.yaml").write_text(before)
+    repository.dvc("exp", "run", "--queue", "--name", "other", "-S", "embedded.dover.train.seed=1", "-S",
+                   "embedded.vjepa2.train.lr_multipliers.head=3.0")
+    repository.dvc("exp", "remove", "--queue")
+    assert (repository.at/"params.yaml").read_text() == before
 
 
 def test_dvc_metrics(repository):
@@ -163,9 +206,14 @@ def test_score_one_clip(repository):
     row = pd.read_csv(repository.at/"data"/"test"/"test_labels.csv").iloc[0]
     cli = (sys.executable, "-c", "from qualivision.cli import main; main()")
     record, = json.loads(repository(*cli, "score", f"data/test/videos/{row['video_name']}", "--prompt", row["Prompt"], "--json"))
-    predicted = pd.read_csv(repository.at/"results"/"predictions.csv").set_index("video_name").loc[row["video_name"]]
-    for d in DIMENSIONS: assert abs(record[d] - predicted[f"{d.capitalize()}_MOS"]) < 1e-4
-    assert record["error"] is None and record["checkpoint"] == "checkpoints/dover" and record["trained_on"].startswith("simulated labels, data ")
+    assert record["checkpoint"] == "checkpoints/dover"      # unless told otherwise
+    other, = json.loads(repository(*cli, "score", f"data/test/videos/{row['video_name']}", "--prompt", row["Prompt"], "--json", "--checkpoint",
+                                   "checkpoints/vjepa2"))
+    assert other["model"] == "vjepa2"
+    for file, r in (("predictions.csv", record), ("dover/predictions.csv", record), ("vjepa2/predictions.csv", other)):
+        predicted = pd.read_csv(repository.at/"results"/file).set_index("video_name").loc[row["video_name"]]
+        for d in DIMENSIONS: assert abs(r[d] - predicted[f"{d.capitalize()}_MOS"]) < 1e-4
+    assert record["error"] is None and record["trained_on"].startswith("simulated labels, data ")
 
 
 def test_paper_profile(repository):
@@ -174,5 +222,5 @@ def test_paper_profile(repository):
     repository.params(lambda values: values.update(profile="paper"))
     try:
         repository.dvc("repro", "--dry")
-        assert [s for s in STAGES if f"Running stage '{s}'" in repository.said] == STAGES[:3]
+        assert [s for s in STAGES if f"Running stage '{s}'" in repository.said] == STAGES[:-1]
     finally: (repository.at/"params.yaml").write_text(before)

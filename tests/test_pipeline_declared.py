@@ -1,8 +1,12 @@
-"""What dvc.yaml declares is what the stages use: every module that a stage imports, and every section of params.yaml that it reads.
+"""What each dvc.yaml declares is what the stages use: every module that a stage imports, and every section of params.yaml that it reads.
 
 A dependency that is missing gives an old result after a change; one too many runs an hour again for nothing."""
 import ast
+import itertools
+import os
 import re
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -12,23 +16,72 @@ from chapters import PACKAGE, ROOT, is_package, modules, reached_from
 if not (ROOT/"dvc.yaml").exists() or not (ROOT/"params.yaml").exists():
     pytest.skip("there is no dvc.yaml or params.yaml yet", allow_module_level=True)
 
-STAGES = yaml.safe_load((ROOT/"dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT/"params.yaml").read_text())
 PROFILES = ("embedded", "paper")
 PIPELINE = f"{PACKAGE}.pipeline"
 
 
-def body(stage: str) -> dict:
-    "A stage's cmd, deps, params and outs, those of a matrix or foreach stage too."
-    return STAGES[stage].get("do", STAGES[stage])
+class Stage(NamedTuple):
+    "One stage as DVC runs it; of a matrix, one of its items."
+    name: str       # train@dover; ablation/NAME in a pipeline file of a folder
+    folder: Path    # that its paths start from, relative to the repository
+    body: dict      # cmd, deps, params, outs
 
 
-def module_of(stage: str) -> str:
-    "The module that a stage runs."
-    cmd = body(stage)["cmd"]
-    ran = re.match(rf"python -m ({re.escape(PIPELINE)}\.\w+)\b", cmd if isinstance(cmd, str) else " && ".join(cmd))
-    assert ran, f"{stage} runs `{cmd}`: a stage is `python -m {PIPELINE}.NAME`"
-    return ran[1]
+def filled(value, item: dict):
+    "A stage's body with `${item.KEY}` in place; other templates stay."
+    if isinstance(value, dict): return {filled(k, item): filled(v, item) for k, v in value.items()}
+    if isinstance(value, list): return [filled(v, item) for v in value]
+    if not isinstance(value, str): return value
+    return re.sub(r"\$\{\s*item\.(\w+)\s*\}", lambda m: str(item[m[1]]), value)
+
+
+def listed(values) -> list:
+    "The values of one key of a matrix: a list, or `${a.b}`, a list in params.yaml."
+    if isinstance(values, list): return values
+    at = PARAMS
+    for part in values.strip("${} ").split("."): at = at[part]
+    return at
+
+
+def pipeline_files() -> list[Path]:
+    "Every dvc.yaml of the repository."
+    apart = {"dvcstore", "node_modules", "cache", "runs", "work"}
+    found = []
+    for at, folders, files in os.walk(ROOT):
+        folders[:] = [f for f in folders if not f.startswith(".") and f not in apart]
+        found += [Path(at)/"dvc.yaml"] * ("dvc.yaml" in files)
+    return sorted(found)
+
+
+def stages() -> list[Stage]:
+    "All stages of all pipeline files."
+    found = []
+    for file in pipeline_files():
+        above = file.parent.relative_to(ROOT)
+        for name, body in (yaml.safe_load(file.read_text(encoding="utf-8")).get("stages") or {}).items():
+            assert "foreach" not in body, f"{name}: write foreach as a matrix"
+            matrix = body.get("matrix", {})
+            folder = Path(os.path.normpath(above/body.get("wdir", ".")))
+            for values in itertools.product(*map(listed, matrix.values())):
+                called = "@".join([(above/name).as_posix(), *(["-".join(map(str, values))] if matrix else [])])
+                found.append(Stage(called, folder, filled(body, dict(zip(matrix, values)))))
+    return found
+
+
+ALL = stages()
+EACH = pytest.mark.parametrize("stage", ALL, ids=[s.name for s in ALL])
+
+
+def ran_by(stage: Stage) -> tuple[str, list[str]]:
+    "The module that a stage runs, and its arguments."
+    cmd = stage.body["cmd"]
+    ran = re.fullmatch(rf"python -m ({re.escape(PIPELINE)}\.\w+)((?: [\w.=-]+)*)", cmd if isinstance(cmd, str) else " && ".join(cmd))
+    assert ran, f"{stage.name} runs `{cmd}`: a stage is `python -m {PIPELINE}.NAME ARGUMENTS`"
+    return ran[1], ran[2].split()
+
+
+def module_of(stage: Stage) -> str: return ran_by(stage)[0]
 
 
 def paths(entries) -> list[str]:
@@ -36,29 +89,33 @@ def paths(entries) -> list[str]:
     return [next(iter(e)) if isinstance(e, dict) else e for e in entries or ()]
 
 
-def files_declared(stage: str) -> dict[str, set[str]]:
+def from_root(stage: Stage, kind: str) -> list[str]:
+    "The stage's deps or outs as paths from the top of the repository; those with a template in them as they are."
+    return [p if "${" in p else os.path.normpath(stage.folder/p) for p in paths(stage.body.get(kind))]
+
+
+def files_declared(stage: Stage) -> dict[str, set[str]]:
     "{each dep in the package: the modules that it covers}."
     covered = {}
-    for dep in paths(body(stage).get("deps")):
+    for dep in from_root(stage, "deps"):
         if dep.split("/")[0] != PACKAGE: continue
         covered[dep] = {name for name, file in modules().items() if not is_package(name)
                         and (file.relative_to(ROOT).as_posix() == dep or file.relative_to(ROOT).as_posix().startswith(dep.rstrip("/") + "/"))}
     return covered
 
 
-def keys_declared(stage: str) -> list[str]:
+def keys_declared(stage: Stage) -> list[str]:
     "The keys of params.yaml that a stage declares."
     keys = []
-    for entry in body(stage).get("params") or ():
-        if isinstance(entry, str): keys.append(entry)
-        else:
-            assert list(entry) == ["params.yaml"], f"{stage}: parameters from {list(entry)}; run values live in params.yaml alone"
-            assert entry["params.yaml"], f"{stage}: all of params.yaml; name the sections"
-            keys += entry["params.yaml"]
+    for entry in stage.body.get("params") or ():
+        for file, named in (entry.items() if isinstance(entry, dict) else [("params.yaml", [entry])]):
+            assert os.path.normpath(stage.folder/file) == "params.yaml", f"{stage.name}: parameters from {file}; run values live in params.yaml alone"
+            assert named, f"{stage.name}: all of params.yaml; name the sections"
+            keys += named
     return keys
 
 
-def sections_declared(stage: str) -> dict[str, set[str]]:
+def sections_declared(stage: Stage) -> dict[str, set[str]]:
     "{section: the profiles under which it is declared}, `*` for the one that is chosen, `-` for a section outside of the profiles."
     found: dict[str, set[str]] = {}
     for key in keys_declared(stage):
@@ -66,7 +123,7 @@ def sections_declared(stage: str) -> dict[str, set[str]]:
         first, _, rest = key.partition(".")
         if first == "profile": continue
         section = rest.split(".")[0] if first in (*PROFILES, "*") else first
-        assert section, f"{stage}: all of `{first}`; name the sections"
+        assert section, f"{stage.name}: all of `{first}`; name the sections"
         found.setdefault(section, set()).add(first if first in (*PROFILES, "*") else "-")
     return found
 
@@ -74,12 +131,20 @@ def sections_declared(stage: str) -> dict[str, set[str]]:
 def tree(module: str) -> ast.Module: return ast.parse(modules()[module].read_text(encoding="utf-8"))
 
 
-def sections_of(module: str) -> tuple[str, ...]:
-    "The literal SECTIONS of a stage's module."
+def sections_of(stage: Stage) -> tuple[str, ...]:
+    "The literal SECTIONS of a stage's module; those of its first argument, where they are {argument: sections}."
+    module, arguments = ran_by(stage)
     for node in tree(module).body:
         if isinstance(node, ast.Assign) and [t.id for t in node.targets if isinstance(t, ast.Name)] == ["SECTIONS"]:
-            return tuple(ast.literal_eval(node.value))
+            literal = ast.literal_eval(node.value)
+            return tuple(literal[arguments[0]] if isinstance(literal, dict) else literal)
     raise AssertionError(f"{module} has no SECTIONS = (...): the sections of params.yaml that it reads")
+
+
+def taken_by_name(module: str) -> bool:
+    "Whether a module takes a section whose name it was given: p[model]."
+    return any(isinstance(n, ast.Subscript) and isinstance(n.value, ast.Name) and n.value.id == "p" and isinstance(n.slice, ast.Name)
+               for n in ast.walk(tree(module)))
 
 
 def words(module: str) -> set[str]:
@@ -93,58 +158,62 @@ def words(module: str) -> set[str]:
     return found
 
 
-def test_the_four_stages():
-    assert [module_of(s).split(".")[-1] for s in ("prepare", "train", "evaluate", "report")] == ["prepare", "train", "evaluate", "report"]
+def test_the_stages():
+    order = ["prepare", "train@dover", "train@vjepa2", "evaluate@dover", "evaluate@vjepa2", "compare", "report"]
+    main = [s for s in ALL if "/" not in s.name]
+    assert [s.name for s in main] == order
+    assert [ran_by(s) for s in main] == [(f"{PIPELINE}.{name}", model) for name, *model in (o.split("@") for o in order)]
 
 
 def test_each_pipeline_module_is_a_stage():
-    ran, there = {module_of(s) for s in STAGES}, {m for m in modules() if m.startswith(PIPELINE + ".")}
+    ran, there = {module_of(s) for s in ALL}, {m for m in modules() if m.startswith(PIPELINE + ".")}
     runnable = {m for m in there if '__name__ == "__main__"' in modules()[m].read_text(encoding="utf-8")}
-    assert ran == runnable, "modules of pipeline/ that can be run and the stages of dvc.yaml are the same"
+    assert ran == runnable, "modules of pipeline/ that can be run and the stages of the dvc.yaml are the same"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@EACH
 def test_modules(stage):
     "Declared = imported, through others and inside functions too."
     used, covered = reached_from(module_of(stage)), files_declared(stage)
     declared = set().union(*covered.values())
-    assert not (used - declared), f"{stage} imports these and does not declare them under deps: {sorted(used - declared)}"
-    assert not (declared - used), f"{stage} declares these under deps and does not import them: {sorted(declared - used)}"
-    assert not [d for d, names in covered.items() if not names], f"{stage}: no such module: {[d for d, n in covered.items() if not n]}"
+    assert not (used - declared), f"{stage.name} imports these and does not declare them under deps: {sorted(used - declared)}"
+    assert not (declared - used), f"{stage.name} declares these under deps and does not import them: {sorted(declared - used)}"
+    assert not [d for d, names in covered.items() if not names], f"{stage.name}: no such module: {[d for d, n in covered.items() if not n]}"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@EACH
 def test_sections(stage):
     "Declared = SECTIONS, under every profile."
-    declared, sections = sections_declared(stage), sections_of(module_of(stage))
-    assert set(declared) == set(sections), f"{stage}: dvc.yaml declares {sorted(declared)}, the module reads {sorted(sections)}"
+    declared, sections = sections_declared(stage), sections_of(stage)
+    assert set(declared) == set(sections), f"{stage.name}: dvc.yaml declares {sorted(declared)}, the module reads {sorted(sections)}"
     for name, under in declared.items():
-        assert under in ({"*"}, {"-"}, set(PROFILES)), f"{stage}: {name} is declared under {sorted(under)} only; {PROFILES} or ${{profile}}"
+        assert under in ({"*"}, {"-"}, set(PROFILES)), f"{stage.name}: {name} is declared under {sorted(under)} only; {PROFILES} or ${{profile}}"
     if any("-" not in under for under in declared.values()):
-        assert "profile" in keys_declared(stage), f"{stage} reads sections of a profile and does not declare `profile`"
+        assert "profile" in keys_declared(stage), f"{stage.name} reads sections of a profile and does not declare `profile`"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@EACH
 def test_sections_are_used(stage):
     "SECTIONS says neither more nor less than the module takes out of its parameters."
-    module = module_of(stage)
-    unused = [s for s in sections_of(module) if s not in words(module)]
+    module, arguments = ran_by(stage)
+    taken = words(module) | (set(arguments[:1]) if taken_by_name(module) else set())
+    unused = [s for s in sections_of(stage) if s not in taken]
     assert not unused, f"{module}: {unused} in SECTIONS, and nothing in the module takes it"
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@EACH
 def test_sections_exist(stage):
     "Every key that is declared is there, in each profile."
     for key in keys_declared(stage):
         for profile in PROFILES:
             at = PARAMS
             for part in re.sub(r"\$\{\s*profile\s*\}", profile, key).split("."):
-                assert isinstance(at, dict) and part in at, f"{stage}: params.yaml has no {key} ({profile})"
+                assert isinstance(at, dict) and part in at, f"{stage.name}: params.yaml has no {key} ({profile})"
                 at = at[part]
 
 
 def test_every_section_is_read_by_a_stage():
-    read = set().union(*(sections_declared(s) for s in STAGES)) | {"profile"}
+    read = set().union(*(sections_declared(s) for s in ALL)) | {"profile"}
     there = {s for profile in PROFILES for s in PARAMS[profile]} | {k for k in PARAMS if k not in PROFILES}
     assert there == read, f"in params.yaml and read by no stage: {sorted(there - read)}"
 
@@ -165,12 +234,12 @@ def test_only_the_edges_read_parameter_files():
     assert not readers, readers
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@EACH
 def test_every_dep_comes_from_somewhere(stage):
     "A dep is a file of the repository, data that a .dvc file tracks, or another stage's out."
-    made = {p.rstrip("/") for s in STAGES for kind in ("outs", "metrics", "plots") for p in paths(body(s).get(kind))}
+    made = {p.rstrip("/") for s in ALL for kind in ("outs", "metrics", "plots") for p in from_root(s, kind)}
     made |= {o["path"] for f in ROOT.glob("*.dvc") if f.is_file() for o in yaml.safe_load(f.read_text())["outs"]}
-    for dep in paths(body(stage).get("deps")):
+    for dep in from_root(stage, "deps"):
         if "${" in dep: continue        # where a user's own data lie
         known = any(dep.rstrip("/") == m or dep.startswith(m + "/") or m.startswith(dep.rstrip("/") + "/") for m in made)
-        assert known or (ROOT/dep).exists(), f"{stage}: {dep} is neither there nor made by a stage"
+        assert known or (ROOT/dep).exists(), f"{stage.name}: {dep} is neither there nor made by a stage"
