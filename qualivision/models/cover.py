@@ -49,7 +49,7 @@ class ImageBlock(nn.Module):
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
-# %% ../../nbs/models/18_cover.ipynb #bfe22ae6
+# %% ../../nbs/models/18_cover.ipynb #d80e5c02
 class VisionTransformer(nn.Module):
     "Pictures → one embedding each, without positions."
     def __init__(self, width: int, layers: int, heads: int, patch: int, size: int, out: int):
@@ -64,7 +64,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                                                       # (F,3,H,W)
         x = self.conv1(x).flatten(2).transpose(1, 2)                                              # (F,patches,C); a rest of H, W is dropped
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], 1)             # (F,1+patches,C)
+        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1).to(x.dtype), x], 1)             # (F,1+patches,C)
         x = self.transformer.resblocks(self.ln_pre(x))
         return self.ln_post(x[:, 0]) @ self.proj                                                  # (F,out)
 
@@ -144,7 +144,7 @@ class SemanticGate(nn.Module):
         x = self.Conv_1(x.permute(0, 2, 3, 4, 1))                                                         # (B,T,h,w,dim)
         return (self.out_project_y(x * gate) + x).permute(0, 4, 1, 2, 3)
 
-# %% ../../nbs/models/18_cover.ipynb #658aae89
+# %% ../../nbs/models/18_cover.ipynb #5d293ad0
 class PromptLearner(nn.Module):
     "Left-overs of text prompts in COVER's file; no score depends on them."
     def __init__(self):
@@ -188,15 +188,15 @@ class COVER(Branches):
         lacking = [name for name in self.views if name not in views]
         if lacking: raise ViewError(f"COVER without its {lacking[0]} view", "semantics gates the other branches", "Give all three views.")
         frames = {name: views[name].shape[2] for name in self.views}
-        T, clips = frames["semantic"], {len(x) for x in views.values()}
+        T, clips = frames["semantic"], [x.shape[0] for x in views.values()]
         pairs = (1, 1) if T == 1 and frames["technical"] == 1 else (2 * T, 2 * T)
-        if (frames["technical"], frames["aesthetic"]) != pairs or len(clips) > 1:
+        if (frames["technical"], frames["aesthetic"]) != pairs or any(n != clips[0] for n in clips):
             raise ViewError(f"views of {', '.join(f'{n} frames ({v})' for v, n in frames.items())}", "they do not belong to one clip",
                             "Two technical and aesthetic frames go with each semantic one; a picture is one frame in all three.")
 
     def semantics(self, view: Tensor) -> Tensor:                                                  # (B,3,T,H,W) → (B,T,768)
         "The embedding of each frame, of length 1."
-        return F.normalize(self.clip(view.transpose(1, 2).flatten(0, 1)), dim=-1).unflatten(0, (len(view), -1))
+        return F.normalize(self.clip(view.transpose(1, 2).flatten(0, 1)), dim=-1).unflatten(0, (view.shape[0], -1))
 
     def features(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         "What the heads see: semantic (B,768,T,7,7), technical and aesthetic after their gates (B,768,T,h,w). Raises `ViewError`."
