@@ -101,7 +101,8 @@ def test_forty_columns_and_names_that_cannot_be_shown(here):
 
 
 WRONG = ["score boat.mp4", "score --prompt x", "score boat.mp4 --prompt=", "nonsense", "score boat.mp4 --prompt x --cheese",
-         "score boat.mp4 --prompt x --device gpu", "predict --data set", "predict --data set --out o.csv --split all", "evaluate a.csv b.csv --pred x"]
+         "score boat.mp4 --prompt x --device gpu", "predict --data set", "predict --data set --out o.csv --split all",
+         "evaluate a.csv b.csv --pred x"]
 
 
 def test_wrong_use_is_status_2(here):
