@@ -234,7 +234,7 @@ def results_markdown(
             parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
-# %% ../../nbs/evaluation/21_protocol.ipynb #14f4a0c0
+# %% ../../nbs/evaluation/21_protocol.ipynb #7d0d3c76
 def save_figure(
     figure,            # matplotlib Figure
     path,              # .png file, or something to write bytes to
@@ -282,7 +282,7 @@ def plot_scatter(
             sns.scatterplot(x=scores[:, k], y=target[:, k], hue=kinds, palette=None if kinds is None else "colorblind", ax=axis, s=12, alpha=0.6,
                             legend="brief" if kinds is not None and (i, k) == (0, last) else False)
             axis.axline((3, 3), slope=1, color="0.6", ls="--", lw=0.8)
-            axis.set(title=d.capitalize() if i == 0 else "", xlabel=f"predicted{title and ', ' + title}", ylabel="human" if k == 0 else "")
+            axis.set(title=d.capitalize() if i == 0 else "", xlabel="predicted", ylabel=f"{title}\nhuman".strip() if k == 0 else "")
     return figure
 
 def plot_curves(
