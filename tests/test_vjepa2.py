@@ -265,3 +265,26 @@ def test_real_checkpoint():
     from qualivision.models.vjepa2 import pretrained_folder
     _, report = load_encoder(Path(pretrained_folder("facebook/vjepa2-vitl-fpc64-256")), "mean")
     assert report.loaded.coverage == 1 and not report.loaded.missing
+
+
+# --- the ablation ---
+
+def test_ablation_in_miniature(data, tmp_path, monkeypatch):
+    "Every variant and seed; a second call has nothing left to train and finds the same."
+    import yaml
+
+    from qualivision.pipeline import ablation
+    monkeypatch.chdir(tmp_path)
+    train = dict(batch_size=4, accumulation=1, lr=1e-3, warmup_steps=1, device="cpu", epochs=9)
+    model = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(CONFIG).items()}
+    section = dict(model=dict(config="vjepa2_embedded", **model), pretrained=None, trunk=dict(warmup_steps=2), train=train)
+    profile = dict(text=dict(encoder="minilm"), ablation=dict(seeds=[0, 1], trunk_epochs=1, epochs=1), vjepa2=section)
+    whole = dict(profile="embedded", data=dict(root=str(data), seed=0, val_fraction=.1, test_fraction=.1), embedded=profile)
+    (tmp_path/"params.yaml").write_text(yaml.safe_dump(whole))
+    found = ablation.main()
+    assert list(found) == list(ablation.VARIANTS) and all(len(v["srocc"]["overall"]["seeds"]) == 2 for v in found.values())
+    assert "difference" not in found[ablation.DEFAULT] and len({v["srocc"]["mean"]["mean"] for v in found.values()}) == 5
+    first = (tmp_path/"results"/"ablation.json").read_bytes()
+    monkeypatch.setattr(ablation, "run_variant", None)
+    ablation.main()
+    assert (tmp_path/"results"/"ablation.json").read_bytes() == first
