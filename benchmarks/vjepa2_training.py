@@ -7,6 +7,7 @@ ours:      VJepaMos as the embedded (on a GPU: the published) configuration has 
 Both run under bf16 autocast with AdamW over the same clips. On a CPU every run is a process of its own, so that its peak memory is its
 own (resident set, above that after imports); the ways take turns, and the medians are compared. Building the cache counts.
 On a CUDA device: the published size, 64 frames of 384×384, batch 6; steps after a warm-up, peak as torch counts it.
+`--dry` runs the GPU's path on the CPU at the embedded size: it shows that the script works, and no number of it means anything.
 Usage: python benchmarks/vjepa2_training.py [--epochs 10] [--clips 48] [--rounds 3] [--steps 4] [--json]
 """
 import argparse
@@ -116,16 +117,17 @@ def on_cpu(args):
     return {way: {k: statistics.median(r[k] for r in found) for k in found[0]} for way, found in rows.items()}
 
 
-def on_gpu(args):
+def on_gpu(args, name="vjepa2_published", device="cuda"):
     "The published size; ways take turns in this process."
-    rows, config = {way: [] for way in ("published", "ours", "cached")}, CONFIGS["vjepa2_published"]
+    rows, config = {way: [] for way in ("published", "ours", "cached")}, CONFIGS[name]
     with tempfile.TemporaryDirectory() as folder:
         clips = Clips(folder, 6, config)
         for _ in range(args.rounds):
             for way in rows:
-                torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
-                seconds, videos, loss = train(way, config, clips, 6, args.steps + 1, f"{folder}/features", 6, "cuda", args.steps)
-                rows[way].append(dict(videos_per_s=videos / seconds, peak_mb=torch.cuda.max_memory_allocated() / 2**20, loss=loss))
+                if device == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+                seconds, videos, loss = train(way, config, clips, 6, args.steps + 1, f"{folder}/features", 6, device, args.steps)
+                top = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak()
+                rows[way].append(dict(videos_per_s=videos / seconds, peak_mb=top, loss=loss))
     return {way: {k: statistics.median(r[k] for r in found) for k in found[0]} for way, found in rows.items()}
 
 
@@ -147,13 +149,14 @@ def main():
     parser.add_argument("--steps", type=int, default=4, help="on a GPU: steps that are timed, after one that is not")
     parser.add_argument("--rounds", type=int, default=3, help="how often the ways take turns; the medians are compared")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
+    parser.add_argument("--dry", action="store_true", help="the GPU's path, small, on the CPU")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child: return child(args.child, args.epochs, args.clips, args.folder)
 
     gpu = torch.cuda.is_available()
-    rows = on_gpu(args) if gpu else on_cpu(args)
+    rows = on_gpu(args, "vjepa2_embedded", "cpu") if args.dry else on_gpu(args) if gpu else on_cpu(args)
     base, best = rows["published"], rows["cached"]
     device = torch.cuda.get_device_name() if gpu else "cpu"
     result = dict(benchmark="vjepa2_training", device=device, torch=torch.__version__, rounds=args.rounds, rows=rows, arithmetic=arithmetic(),
