@@ -29,6 +29,7 @@ setup(
         "dev": cfg["dev_requirements"].split(),
         "wandb": cfg["wandb_requirements"].split(),
         "tensorboard": cfg["tensorboard_requirements"].split(),
+        "onnx": cfg["onnx_requirements"].split(),
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
