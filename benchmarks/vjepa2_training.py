@@ -88,7 +88,7 @@ def train(way, config, clips, count, epochs, folder, batch=BATCH, device="cpu", 
         seen += len(rows)
         if steps is not None and i == steps: break
     sync()
-    return time.perf_counter() - begin, seen, float(loss)
+    return time.perf_counter() - begin, seen, float(loss.detach())
 
 
 def child(way, epochs, count, folder):

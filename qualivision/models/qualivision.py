@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'GAIN', 'STATISTICS', 'DOCUMENTED', 'PUBLISHED', 'EMBEDDED', 'CONFIGS', 'TRADITIONAL', 'ALIGNMENT',
            'AESTHETIC', 'VJEPA_DOCUMENTED', 'VJEPA_EMBEDDED', 'input_channels', 'pool_statistics', 'RunningNorm',
-           'PooledBatchNorm', 'pooled_norm', 'filter_statistics', 'FilterBank', 'grid_tokens', 'config_of',
+           'PooledBatchNorm', 'pooled_norm', 'filter_statistics', 'FilterBank', 'BankPath', 'grid_tokens', 'config_of',
            'DoverConfig', 'numbered', 'VideoBranch', 'MosPredictor', 'FiveMos', 'DoverPlusPlus', 'working_dtype',
            'documented_dover', 'VJepaConfig', 'ConcatHead', 'VJepaMos', 'fresh_encoder', 'config_of_encoder',
            'pretrained_vjepa', 'DocumentedVJepaHead', 'documented_vjepa_head']
@@ -151,6 +151,17 @@ class FilterBank(nn.Module):
         with torch.autocast("cuda" if frames.device.type == "cuda" else "cpu", enabled=False):
             return filter_statistics(F.conv3d(input_channels(frames), self.filters, stride=tuple(self.filters.shape[2:])))
 
+# %% ../../nbs/models/14_qualivision.ipynb #0256c350
+class BankPath(nn.Module):
+    "From the statistics of a fixed filter bank to five numbers that are added to the raw scores; at first zeros."
+    def __init__(self, width=96, size=(2, 12, 12)):
+        super().__init__()
+        self.statistics = FilterBank(width, size)
+        self.norm, self.linear = RunningNorm(self.statistics.features), nn.Linear(self.statistics.features, len(DIMENSIONS))
+        nn.init.zeros_(self.linear.weight), nn.init.zeros_(self.linear.bias)
+
+    def forward(self, statistics: Tensor) -> Tensor: return self.linear(self.norm(statistics.float())).float()     # (B,P) → (B,5)
+
 # %% ../../nbs/models/14_qualivision.ipynb #cde6d22b
 def grid_tokens(maps: list[Tensor],    # each (B,C,T,H,W)
                 grid: tuple,           # (t,h,w) cells
@@ -169,7 +180,7 @@ def grid_tokens(maps: list[Tensor],    # each (B,C,T,H,W)
         if spread: tokens.append(torch.stack([((p - p.mean(1, keepdim=True)).square().mean(1) + 1e-4).log() / 2 for p in parts], 1))
     return torch.cat(tokens, -1).flatten(1, 3)
 
-# %% ../../nbs/models/14_qualivision.ipynb #ca2c9394
+# %% ../../nbs/models/14_qualivision.ipynb #76bcf56a
 def config_of(kind, values: dict):   # a dataclass; values as from JSON or YAML: lists become tuples
     "A configuration of that kind from a dict; unknown names are an error."
     names = [f.name for f in fields(kind)]
@@ -211,7 +222,8 @@ class DoverConfig:
     stages: tuple = (3,)                          # of which maps: 0–3, and -1 for the input channels
     pooled_norm: str = "none"                     # of the pooled statistics
     pooled_dropout: float = 0.                    # of the pooled statistics
-    wide: bool = False                            # statistics of a fixed filter bank, a linear path to the scores
+    wide: bool = False                            # filter statistics of the stem: as features, and on a linear path to the scores
+    bank: bool = False                            # statistics of a fixed filter bank, on a linear path to the scores
     feature_dim: int = 1024                       # width of dover_features
     # text, fusion, heads
     text_dim: int = 1024                          # width D of the prompt embedding
@@ -237,11 +249,11 @@ DOCUMENTED = DoverConfig(normalise=False, form="documented", norm="group", stem_
 PUBLISHED = DoverConfig(statistics=("mean", "spatial", "temporal", "change"))
 EMBEDDED = DoverConfig(frames=16, size=144, dims=(40, 64, 128, 192), depths=(1, 1, 2, 1), stem=(1, 9, 9), stem_init="dct", kernel=(3, 7, 7),
                        final_norm=False, scale=0.5, grid=(4, 4, 4), token_stages=(0, 1, 2, 3), token_spread=True, statistics=STATISTICS,
-                       log_statistics=True, stages=(0, 1, 2, 3), pooled_norm="batch", pooled_dropout=0.5, wide=True, feature_dim=1024,
+                       log_statistics=True, stages=(0, 1, 2, 3), pooled_norm="batch", pooled_dropout=0.5, wide=True, bank=True, feature_dim=1024,
                        text_dim=384, fusion_width=256, prompt_dropout=0.5, head_dropout=0.3)
 CONFIGS = {"published": PUBLISHED, "embedded": EMBEDDED}
 
-# %% ../../nbs/models/14_qualivision.ipynb #62fb34ab
+# %% ../../nbs/models/14_qualivision.ipynb #e91a7794
 def numbered(layers: dict[int, nn.Module]) -> nn.Sequential:
     "A sequence whose layers have the given numbers."
     return nn.Sequential(OrderedDict((str(i), layer) for i, layer in layers.items()))
@@ -255,12 +267,12 @@ class VideoBranch(nn.Module):
         self.backbone = ConvNeXt3D(channels, c.dims, c.depths, c.stem, c.kernel, c.form, c.norm, c.stem_norm, final_norm=c.final_norm,
                                    scale=c.scale, drop_path=c.drop_path, expand=c.expand, checkpointing=c.checkpointing,
                                    channels_last=c.channels_last, stem_init=c.stem_init)
-        if c.wide: self.bank = FilterBank()
-        width = len(c.statistics) * sum(channels if s == -1 else c.dims[s] for s in c.stages) + (self.bank.features if c.wide else 0)   # P
+        width = len(c.statistics) * sum(channels if s == -1 else c.dims[s] for s in c.stages) + 9 * c.dims[0] * c.wide     # P
         self.pooled_norm, self.pooled_dropout = pooled_norm(c.pooled_norm, width), nn.Dropout(c.pooled_dropout)
         if c.wide:
-            self.wide = nn.Linear(self.bank.features, len(DIMENSIONS))
+            self.wide = nn.Linear(9 * c.dims[0], len(DIMENSIONS))
             nn.init.zeros_(self.wide.weight), nn.init.zeros_(self.wide.bias)
+        if c.bank: self.bank = BankPath()
         head = lambda: numbered({2: nn.Linear(width, 256), 3: nn.ReLU(), 4: nn.Dropout(c.dropout), 5: nn.Linear(256, 1)})
         self.aesthetic_head, self.technical_head = head(), head()
         if c.heads_add:                                        # they add to the scores: a fresh network shall still answer the middle
@@ -278,7 +290,7 @@ class MosPredictor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return self.predictor(x)     # (B,256) → (B,5)
 
-# %% ../../nbs/models/14_qualivision.ipynb #e43966f3
+# %% ../../nbs/models/14_qualivision.ipynb #732f8874
 TRADITIONAL, ALIGNMENT, AESTHETIC = (DIMENSIONS.index(d) for d in ("traditional", "alignment", "aesthetic"))
 
 
@@ -352,11 +364,12 @@ class DoverPlusPlus(FiveMos):
         "What is known of the video before the prompt comes: features (B,1024), tokens (B,N,·), raw scores of the two heads and the wide path."
         c, video = self.config, self.dover_model
         x = input_channels(frames, c.normalise, c.difference, c.highpass, working_dtype(frames))     # (B,3–5,T,H,W)
-        maps = video.backbone(x)                                                                     # 4 × (B,dim,T',h,w)
+        stem, *maps = video.backbone(x, stem=True)                                                   # 4 × (B,dim,T',h,w)
         pooled = [pool_statistics(x if s == -1 else maps[s], c.statistics, c.log_statistics) for s in c.stages]
-        if c.wide: pooled = [video.bank(frames), *pooled]
+        if c.wide: pooled = [filter_statistics(stem), *pooled]
         pooled = video.pooled_norm(torch.cat(pooled, 1))                                             # (B,P)
-        wide = video.wide(pooled[:, :video.bank.features]).float() if c.wide else pooled.new_zeros(len(pooled), len(DIMENSIONS))   # (B,5)
+        wide = video.wide(pooled[:, :9 * c.dims[0]]).float() if c.wide else pooled.new_zeros(len(pooled), len(DIMENSIONS))   # (B,5)
+        if c.bank: wide = wide + video.bank(video.bank.statistics(frames))
         pooled = video.pooled_dropout(pooled)
         one = c.fusion == "single"                                                                   # as published: the video is one token
         tokens = pooled.unsqueeze(1) if one else grid_tokens([maps[s] for s in c.token_stages], c.grid, c.token_spread)
@@ -389,7 +402,7 @@ def documented_dover(state: dict[str, Tensor]  # names as published: dover_model
     load_strict(model, state)
     return model.eval()
 
-# %% ../../nbs/models/14_qualivision.ipynb #cb4945fd
+# %% ../../nbs/models/14_qualivision.ipynb #48d50b05
 @dataclass(frozen=True)
 class VJepaConfig:
     "Every size and choice of a V-JEPA 2 five-MOS model."
@@ -419,9 +432,7 @@ class VJepaConfig:
     grid: tuple = (4, 4, 4)                       # tokens that the prompt can look at: time, height, width
     token_spread: bool = False                    # see grid_tokens
     token_embedding: bool = False                 # the grid holds the patch embedding as well as the last layer
-    wide: bool = False                            # statistics of a fixed filter bank, a linear path to the scores
-    wide_norm: str = "running"                    # of the filter statistics, see pooled_norm
-    wide_features: bool = False                   # the fusion gets the filter statistics as well
+    bank: bool = False                            # statistics of a fixed filter bank, on a linear path to the scores
     # text, fusion, head
     text_dim: int = 1024
     fusion: str = "quality"                       # "quality" | "concat" (as published)
@@ -442,11 +453,11 @@ class VJepaConfig:
 
 VJEPA_DOCUMENTED = VJepaConfig(pooling="first", fusion="concat", frozen_dtype="float32", micro_batch=0, bounded=False)
 VJEPA_EMBEDDED = VJepaConfig(frames=16, size=144, view="square", hidden_size=192, layers=6, encoder_heads=6, mlp_ratio=4., patch=24,
-                             pooler_layers=1, patch_init="cosine", micro_batch=0, grid=(4, 3, 3), token_spread=True, token_embedding=True, wide=True,
+                             pooler_layers=1, patch_init="cosine", micro_batch=0, grid=(4, 3, 3), token_spread=True, token_embedding=True, bank=True,
                              text_dim=384, fusion_width=256, prompt_dropout=0.5, head_dropout=0.3)
 CONFIGS |= {"vjepa2_published": VJepaConfig(), "vjepa2_embedded": VJEPA_EMBEDDED}
 
-# %% ../../nbs/models/14_qualivision.ipynb #660c59ab
+# %% ../../nbs/models/14_qualivision.ipynb #26661618
 class ConcatHead(nn.Module):
     "The published head: video and text features side by side → five numbers."
     def __init__(self, width: int,       # Dv + Dt
@@ -474,16 +485,11 @@ class VJepaMos(FiveMos):
         self.text_encoder = text_encoder
         self.video = fresh_encoder(c) if video is None else video
         D = c.hidden_size
-        if c.wide:
-            self.bank = FilterBank()
-            P = self.bank.features
-            self.wide_norm, self.wide = pooled_norm(c.wide_norm, P), nn.Linear(P, len(DIMENSIONS))
-            nn.init.zeros_(self.wide.weight), nn.init.zeros_(self.wide.bias)
+        if c.bank: self.bank = BankPath()
         if c.fusion == "concat": self.head = ConcatHead(D + c.text_dim, c.head_dropout)
         elif c.fusion == "quality":
-            width, pooled = (1 + c.token_spread) * (1 + c.token_embedding) * D, D + (P if c.wide and c.wide_features else 0)
-            self.fusion = QualityAwareFusion(width, c.text_dim, c.fusion_width, c.heads, c.dropout, c.fused_dim, pooled_dim=pooled,
-                                             places=math.prod(c.grid) if c.places else 0, prompt_dropout=c.prompt_dropout)
+            self.fusion = QualityAwareFusion((1 + c.token_spread) * (1 + c.token_embedding) * D, c.text_dim, c.fusion_width, c.heads, c.dropout,
+                                             c.fused_dim, D, math.prod(c.grid) if c.places else 0, c.prompt_dropout)
             self.mos_predictor = MosPredictor(c.fused_dim, c.head_dropout)
         else: raise QualiVisionError(f"fusion={c.fusion!r}", "there is no such fusion", "Use quality or concat.")
         self.freeze(c.freeze)
@@ -511,7 +517,7 @@ class VJepaMos(FiveMos):
 
     def _prefix(self, frames):
         tokens = self.video.embed(input_channels(frames).transpose(1, 2))                # (B,N,D)
-        out = {"statistics": self.bank(frames)} if self.config.wide else {}              # (B,P)
+        out = {"statistics": self.bank.statistics(frames)} if self.config.bank else {}   # (B,P)
         if self.config.token_embedding: out["places"] = self.cells(tokens)               # (B,n,·)
         tokens = self.video.bottom(tokens)                                               # (B,N,D) in the frozen dtype
         return out | (self.learn(tokens.float()) if self.all_frozen else {"tokens": tokens})
@@ -522,7 +528,7 @@ class VJepaMos(FiveMos):
         pooled = [v.encoder.layernorm] + [v.pooler] * (v.pooler is not None) if self.all_frozen else []
         weights = state_hash(v.encoder.embeddings, *v.encoder.layer[:v.frozen], *pooled)
         places = (c.grid, c.token_spread)
-        made = [v.frozen, c.frozen_dtype, c.wide, c.token_embedding and places, self.all_frozen and (c.pooling, places), weights]
+        made = [v.frozen, c.frozen_dtype, c.bank, c.token_embedding and places, self.all_frozen and (c.pooling, places), weights]
         return " ".join(map(str, made))
 
     def encode_video(self, frames) -> dict[str, Tensor]:            # frames, or what `prefix` made of them
@@ -532,12 +538,10 @@ class VJepaMos(FiveMos):
         if "features" not in known: known = known | self.learn_in_parts(known["tokens"].float())
         pooled = known["features"].float()                                               # (B,D)
         tokens = torch.cat([known[name].float() for name in ("places", "grid") if name in known], 2)     # (B,n,·)
-        video = dict(features=pooled, tokens=tokens, pooled=pooled, wide=pooled.new_zeros(len(pooled), len(DIMENSIONS)))
-        if c.wide:
-            statistics = self.wide_norm(known["statistics"].float())                     # (B,P)
-            wide = self.wide(statistics).float()                                         # (B,5)
+        video = dict(features=pooled, tokens=tokens, wide=pooled.new_zeros(len(pooled), len(DIMENSIONS)))
+        if c.bank:
+            wide = self.bank(known["statistics"])                                        # (B,5)
             video |= dict(wide=wide, aesthetic=wide[:, AESTHETIC, None], technical=wide[:, TRADITIONAL, None])
-            if c.wide_features: video["pooled"] = torch.cat([pooled, statistics], 1)
         return video
 
     def learn(self, tokens: Tensor) -> dict[str, Tensor]:                                # (B,N,D)
@@ -561,7 +565,7 @@ class VJepaMos(FiveMos):
         if self.config.fusion == "concat":
             raw, fused = self.head(video["features"], text)
             return raw.float() + video["wide"], fused, None
-        fused, weights = self.fusion(video["tokens"], video["pooled"], text)
+        fused, weights = self.fusion(video["tokens"], video["features"], text)
         return self.mos_predictor(fused).float() + video["wide"], fused, weights
 
     def as_map(self, tokens: Tensor) -> Tensor:                                          # (B,N,D) → (B,D,t,h,w)

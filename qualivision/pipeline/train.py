@@ -16,13 +16,13 @@ from .params import (ParamsError, keep_memory, known_model, label_source, read_j
                                          write_json)
 from ..training.trainer import Task, TrainConfig, kind_of, model_config, train_model, write_history
 
-# %% ../../nbs/pipeline/61_train.ipynb #46dd92dd
+# %% ../../nbs/pipeline/61_train.ipynb #22d5fbe5
 def plan(
     model: str,          # dover | vjepa2
     section: dict,       # its section of the parameters
 ) -> tuple:              # configuration of the model; of its training; of the trunk's, or None; rest: fields of Task
     "What a model's section asks for. Raises ParamsError for an unknown part, TrainError for an unknown value."
-    parts = ("model", "train") + (("trunk", "pretrained", "feature_cache") if model == "vjepa2" else ())
+    parts = ("model", "train") + (("trunk", "pretrained", "feature_cache") if model == "vjepa2" else ("pretrained",))
     if unknown := sorted(set(section) - set(parts)):
         raise ParamsError(f"{model}.{unknown[0]}", "there is no such part", f"There are: {', '.join(parts)}.")
     overrides, train, trunk = dict(section["model"]), dict(section["train"]), section.get("trunk")

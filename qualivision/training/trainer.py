@@ -8,10 +8,10 @@ __all__ = ['ROLES', 'TRACKERS', 'NAMES', 'TrainError', 'TrainConfig', 'seed_all'
            'validation_metrics', 'Tracker', 'DvcLiveTracker', 'TensorBoardTracker', 'WandbTracker', 'open_tracker',
            'Progress', 'read_pointer', 'switch_pointer', 'write_history', 'Run', 'start_run', 'on_device', 'take_step',
            'judged', 'validate', 'save_run', 'restore_run', 'end_epoch', 'fit', 'model_config', 'sampling_of',
-           'publish', 'Prepared', 'prepare_data', 'Task', 'kind_of', 'train_model', 'build_vjepa', 'train_trunk',
-           'keep_features', 'joined']
+           'publish', 'Prepared', 'prepare_data', 'Task', 'kind_of', 'train_model', 'build_dover', 'build_vjepa',
+           'train_trunk', 'keep_features', 'joined']
 
-# %% ../../nbs/training/31_trainer.ipynb #7015eb80
+# %% ../../nbs/training/31_trainer.ipynb #54b3506b
 import contextlib
 import csv
 import json
@@ -33,9 +33,10 @@ from ..data.dataset import ClipCache, EpochSampler, VideoQualityDataset, collate
 from ..data.provenance import code_hash, value_hash
 from ..data.sampling import Sampling
 from ..evaluation.metrics import MetricError, plcc, srocc
-from ..models.qualivision import CONFIGS, DoverPlusPlus, VJepaConfig, VJepaMos, pretrained_vjepa
+from ..models.qualivision import CONFIGS, DoverConfig, DoverPlusPlus, VJepaConfig, VJepaMos, pretrained_vjepa
 from ..models.vjepa2 import FeatureCache, pretrained_folder
 from ..models.text import TextEncoder, encoder_of_width
+from ..models.transfer import inherited_licence, start_from_dover
 from ..models.weights import load_checkpoint, load_strict, save_checkpoint
 from ..quality import DIMENSIONS, QualiVisionError
 from .contrast import ContrastPrompts, contrast_loss
@@ -309,7 +310,7 @@ class Progress:
     def close(self):
         if self.bar: self.bar.stop()
 
-# %% ../../nbs/training/31_trainer.ipynb #3e822a25
+# %% ../../nbs/training/31_trainer.ipynb #631bc685
 def _sync(path: Path):
     "Has the operating system put a file or a folder on the disk."
     if os.name == "nt" and path.is_dir(): return        # Windows cannot open a folder
@@ -674,7 +675,7 @@ def publish(source: str | Path,   # folder of the best weights, in a run
     if target.exists(): target.rename(old)
     part.rename(target); shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/training/31_trainer.ipynb #45ce0854
+# %% ../../nbs/training/31_trainer.ipynb #c10f217b
 @dataclass
 class Prepared:
     "A data set made ready for training: all clips decoded, all prompts encoded."
@@ -711,7 +712,7 @@ class Task:
     licence: str = ""                    # of the weights
     split: dict | None = None            # arguments of `resolve_splits`; None: the seed of the training alone
     augment: bool = True                 # mirror half of the clips
-    pretrained: str | None = None        # V-JEPA 2: folder or name of the encoder to start from
+    pretrained: str | None = None        # folder or name of the weights to start from: a V-JEPA 2 encoder; official DOVER++ for DOVER++
     feature_cache: bool = True           # V-JEPA 2: what the frozen part computes is kept on disk
 
 NAMES = {"dover": "dover++", "vjepa2": "vjepa2"}     # model → its name in a checkpoint
@@ -736,18 +737,19 @@ def train_model(task: Task,
     if trunk and (kind != "vjepa2" or task.pretrained):
         raise TrainError("trunk", "it trains a V-JEPA 2 encoder that starts from noise", "Leave it out for other models and pretrained encoders.")
     sets = prepare_data(task.data, sampling, encoder, cache, task.augment, train.seed, progress, task.split)
+    licence = inherited_licence(task.pretrained, task.licence) if kind == "dover" and task.pretrained else task.licence
     params = {"config": asdict(config), "train": train.deciding(), "text": encoder.name, "augment": task.augment, "split": task.split,
               **({"trunk": trunk.deciding()} if trunk else {}), **({"pretrained": task.pretrained} if task.pretrained else {})}
     meta = {"model": NAMES[kind], "config": asdict(config), "sampling": asdict(sampling), "text_encoder": encoder.name,
             "text_encoder_key": encoder.key,
             "trained_on": f"{task.trained_on or 'labels of ' + Path(task.data).resolve().name}, data {sets.hash[:12]}",
-            "licence": task.licence, "data_hash": sets.hash, "params_hash": value_hash(params), "source_hash": code_hash("training.trainer"),
+            "licence": licence, "data_hash": sets.hash, "params_hash": value_hash(params), "source_hash": code_hash("training.trainer"),
             "splits": sets.note, **({"pretrained": task.pretrained} if task.pretrained else {})}
     folder = Path(task.runs or f"runs/{kind}") / value_hash(meta | params)[:12]
     rest = dict(stop_after=stop_after, meta=meta, progress=progress, encode=encoder.encode)
     with kept_rng():
         seed_all(train.seed)
-        model, first = DoverPlusPlus(config) if kind == "dover" else build_vjepa(config, task.pretrained, progress), None
+        model, first = (build_dover if kind == "dover" else build_vjepa)(config, task.pretrained, progress), None
         if trunk: first = train_trunk(model, sets, trunk, folder / "trunk", resume, rest)
         if trunk and not first["finished"]: result = first
         else:
@@ -769,6 +771,15 @@ def _publish_once(result: dict, checkpoint, folder: Path) -> str:
             for old in [*part.glob("last-*"), *part.glob("best-*")]: shutil.rmtree(old)
     PartialState().wait_for_everyone()
     return str(checkpoint)
+
+# %% ../../nbs/training/31_trainer.ipynb #d5fd3d53
+def build_dover(config: DoverConfig, pretrained: str | None = None, progress: bool = True) -> DoverPlusPlus:
+    "The model, with the backbone of official DOVER weights where some are named. Raises WeightsError."
+    model = DoverPlusPlus(config)
+    if pretrained:
+        report = start_from_dover(model, pretrained)
+        if progress: print(f"{pretrained}: {report}", file=sys.stderr)
+    return model
 
 # %% ../../nbs/training/31_trainer.ipynb #dbecccbb
 def build_vjepa(config: VJepaConfig, pretrained: str | None = None, progress: bool = True) -> VJepaMos:
