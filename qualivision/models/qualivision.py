@@ -151,16 +151,23 @@ class FilterBank(nn.Module):
         with torch.autocast("cuda" if frames.device.type == "cuda" else "cpu", enabled=False):
             return filter_statistics(F.conv3d(input_channels(frames), self.filters, stride=tuple(self.filters.shape[2:])))
 
-# %% ../../nbs/models/14_qualivision.ipynb #0256c350
+# %% ../../nbs/models/14_qualivision.ipynb #2603da98
 class BankPath(nn.Module):
-    "From the statistics of a fixed filter bank to five numbers that are added to the raw scores; at first zeros."
-    def __init__(self, width=96, size=(2, 12, 12)):
+    "From the statistics of a fixed filter bank to what is added to the raw scores of some dimensions; at first zeros."
+    def __init__(self,
+                 dimensions=DIMENSIONS,          # names of the scores that it adds to
+                 width=96, size=(2, 12, 12)):    # see FilterBank
         super().__init__()
-        self.statistics = FilterBank(width, size)
-        self.norm, self.linear = RunningNorm(self.statistics.features), nn.Linear(self.statistics.features, len(DIMENSIONS))
+        if unknown := set(dimensions) - set(DIMENSIONS):
+            raise QualiVisionError(f"bank: {min(unknown)!r}", "there is no such score", f"Use any of {', '.join(DIMENSIONS)}.")
+        self.statistics, self.places = FilterBank(width, size), [DIMENSIONS.index(d) for d in dimensions]
+        self.norm, self.linear = RunningNorm(self.statistics.features), nn.Linear(self.statistics.features, len(self.places))
         nn.init.zeros_(self.linear.weight), nn.init.zeros_(self.linear.bias)
 
-    def forward(self, statistics: Tensor) -> Tensor: return self.linear(self.norm(statistics.float())).float()     # (B,P) → (B,5)
+    def forward(self, statistics: Tensor) -> Tensor:                        # (B,P) → (B,5), zeros for other dimensions
+        added = self.linear(self.norm(statistics.float())).float()          # (B,len(dimensions))
+        where = F.one_hot(torch.tensor(self.places, device=added.device), len(DIMENSIONS)).float()
+        return added @ where
 
 # %% ../../nbs/models/14_qualivision.ipynb #cde6d22b
 def grid_tokens(maps: list[Tensor],    # each (B,C,T,H,W)
@@ -180,7 +187,7 @@ def grid_tokens(maps: list[Tensor],    # each (B,C,T,H,W)
         if spread: tokens.append(torch.stack([((p - p.mean(1, keepdim=True)).square().mean(1) + 1e-4).log() / 2 for p in parts], 1))
     return torch.cat(tokens, -1).flatten(1, 3)
 
-# %% ../../nbs/models/14_qualivision.ipynb #76bcf56a
+# %% ../../nbs/models/14_qualivision.ipynb #5d757d77
 def config_of(kind, values: dict):   # a dataclass; values as from JSON or YAML: lists become tuples
     "A configuration of that kind from a dict; unknown names are an error."
     names = [f.name for f in fields(kind)]
@@ -223,7 +230,7 @@ class DoverConfig:
     pooled_norm: str = "none"                     # of the pooled statistics
     pooled_dropout: float = 0.                    # of the pooled statistics
     wide: bool = False                            # filter statistics of the stem: as features, and on a linear path to the scores
-    bank: bool = False                            # statistics of a fixed filter bank, on a linear path to the scores
+    bank: tuple = ()                              # the scores to which statistics of a fixed filter bank add, on a linear path
     feature_dim: int = 1024                       # width of dover_features
     # text, fusion, heads
     text_dim: int = 1024                          # width D of the prompt embedding
@@ -249,11 +256,12 @@ DOCUMENTED = DoverConfig(normalise=False, form="documented", norm="group", stem_
 PUBLISHED = DoverConfig(statistics=("mean", "spatial", "temporal", "change"))
 EMBEDDED = DoverConfig(frames=16, size=144, dims=(40, 64, 128, 192), depths=(1, 1, 2, 1), stem=(1, 9, 9), stem_init="dct", kernel=(3, 7, 7),
                        final_norm=False, scale=0.5, grid=(4, 4, 4), token_stages=(0, 1, 2, 3), token_spread=True, statistics=STATISTICS,
-                       log_statistics=True, stages=(0, 1, 2, 3), pooled_norm="batch", pooled_dropout=0.5, wide=True, bank=True, feature_dim=1024,
+                       log_statistics=True, stages=(0, 1, 2, 3), pooled_norm="batch", pooled_dropout=0.5, wide=True, bank=("traditional", "temporal"),
+                       feature_dim=1024,
                        text_dim=384, fusion_width=256, prompt_dropout=0.5, head_dropout=0.3)
 CONFIGS = {"published": PUBLISHED, "embedded": EMBEDDED}
 
-# %% ../../nbs/models/14_qualivision.ipynb #e91a7794
+# %% ../../nbs/models/14_qualivision.ipynb #d68456fd
 def numbered(layers: dict[int, nn.Module]) -> nn.Sequential:
     "A sequence whose layers have the given numbers."
     return nn.Sequential(OrderedDict((str(i), layer) for i, layer in layers.items()))
@@ -272,7 +280,7 @@ class VideoBranch(nn.Module):
         if c.wide:
             self.wide = nn.Linear(9 * c.dims[0], len(DIMENSIONS))
             nn.init.zeros_(self.wide.weight), nn.init.zeros_(self.wide.bias)
-        if c.bank: self.bank = BankPath()
+        if c.bank: self.bank = BankPath(c.bank)
         head = lambda: numbered({2: nn.Linear(width, 256), 3: nn.ReLU(), 4: nn.Dropout(c.dropout), 5: nn.Linear(256, 1)})
         self.aesthetic_head, self.technical_head = head(), head()
         if c.heads_add:                                        # they add to the scores: a fresh network shall still answer the middle
@@ -402,7 +410,7 @@ def documented_dover(state: dict[str, Tensor]  # names as published: dover_model
     load_strict(model, state)
     return model.eval()
 
-# %% ../../nbs/models/14_qualivision.ipynb #48d50b05
+# %% ../../nbs/models/14_qualivision.ipynb #e90cea4b
 @dataclass(frozen=True)
 class VJepaConfig:
     "Every size and choice of a V-JEPA 2 five-MOS model."
@@ -432,7 +440,7 @@ class VJepaConfig:
     grid: tuple = (4, 4, 4)                       # tokens that the prompt can look at: time, height, width
     token_spread: bool = False                    # see grid_tokens
     token_embedding: bool = False                 # the grid holds the patch embedding as well as the last layer
-    bank: bool = False                            # statistics of a fixed filter bank, on a linear path to the scores
+    bank: tuple = ()                              # the scores to which statistics of a fixed filter bank add, on a linear path
     # text, fusion, head
     text_dim: int = 1024
     fusion: str = "quality"                       # "quality" | "concat" (as published)
@@ -453,11 +461,11 @@ class VJepaConfig:
 
 VJEPA_DOCUMENTED = VJepaConfig(pooling="first", fusion="concat", frozen_dtype="float32", micro_batch=0, bounded=False)
 VJEPA_EMBEDDED = VJepaConfig(frames=16, size=144, view="square", hidden_size=192, layers=6, encoder_heads=6, mlp_ratio=4., patch=24,
-                             pooler_layers=1, patch_init="cosine", micro_batch=0, grid=(4, 3, 3), token_spread=True, token_embedding=True, bank=True,
+                             pooler_layers=1, micro_batch=0, grid=(4, 3, 3), token_spread=True, token_embedding=True, bank=DIMENSIONS,
                              text_dim=384, fusion_width=256, prompt_dropout=0.5, head_dropout=0.3)
 CONFIGS |= {"vjepa2_published": VJepaConfig(), "vjepa2_embedded": VJEPA_EMBEDDED}
 
-# %% ../../nbs/models/14_qualivision.ipynb #26661618
+# %% ../../nbs/models/14_qualivision.ipynb #50c46c22
 class ConcatHead(nn.Module):
     "The published head: video and text features side by side → five numbers."
     def __init__(self, width: int,       # Dv + Dt
@@ -485,7 +493,7 @@ class VJepaMos(FiveMos):
         self.text_encoder = text_encoder
         self.video = fresh_encoder(c) if video is None else video
         D = c.hidden_size
-        if c.bank: self.bank = BankPath()
+        if c.bank: self.bank = BankPath(c.bank)
         if c.fusion == "concat": self.head = ConcatHead(D + c.text_dim, c.head_dropout)
         elif c.fusion == "quality":
             self.fusion = QualityAwareFusion((1 + c.token_spread) * (1 + c.token_embedding) * D, c.text_dim, c.fusion_width, c.heads, c.dropout,
