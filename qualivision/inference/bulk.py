@@ -145,7 +145,7 @@ def _items(db, page: int = 256) -> Iterator[tuple]:   # name, path, prompt, sett
         at = found[-1][0]
         for row in found: yield (os.fsdecode(row[1]), os.fsdecode(row[2]), *row[3:])
 
-# %% ../../nbs/inference/43_bulk.ipynb #df68df78
+# %% ../../nbs/inference/43_bulk.ipynb #a9c97826
 def _content(path: str, sha: str | None, mark: str | None) -> tuple[str, str]:   # SHA-256, mark
     "What is in a file, and how to see that it has not been touched. Raises MissingVideo, BulkError."
     try:
@@ -157,15 +157,17 @@ def _content(path: str, sha: str | None, mark: str | None) -> tuple[str, str]:  
     except OSError as e: raise BulkError(path, f"it cannot be read ({e.strerror})", "Check that it is a file and may be read.") from e
     return sha, found if now - max(s.st_mtime_ns, s.st_ctime_ns) > 2_000_000_000 else ""
 
-def _prepared(scorer, path, sha, mark, done: bool):   # SHA-256, mark, views (None: what is known of it holds), error
+def _said(e: BaseException) -> str: return " ".join(str(e).split())    # text: an exception would keep frames of video alive
+
+def _prepared(scorer, path, sha, mark, done: bool):   # SHA-256, mark, views (None: what is known of it holds), error as text
     "One video as far as it can be brought without the network; runs in a thread."
     before, sha, mark = sha, "", ""
     try:
         sha, mark = _content(path, before, mark)
         if done and sha == before: return sha, mark, None, None
         return sha, mark, scorer.prepare(path), None
-    except QualiVisionError as e: return sha, mark, None, e
-    except (MemoryError, torch.OutOfMemoryError): return sha, mark, None, BulkError(path, "memory ran out", "Score it with fewer workers.")
+    except QualiVisionError as e: return sha, mark, None, _said(e)
+    except (MemoryError, torch.OutOfMemoryError): return sha, mark, None, str(BulkError(path, "memory ran out", "Score it with fewer workers."))
 
 # %% ../../nbs/inference/43_bulk.ipynb #91eb6c57
 FORMS = {"cover": ["Filename", "Semantic", "Technical", "Aesthetic", "Overall"],
@@ -265,7 +267,7 @@ def _place_for(out: Path):
     except OSError as e: raise BulkError(out.parent, f"the folder cannot be made ({e.strerror})", "Choose another.") from e
     if not os.access(out.parent, os.W_OK): raise BulkError(out.parent, "nothing can be written there", "Choose another folder.")
 
-# %% ../../nbs/inference/43_bulk.ipynb #6f374d9f
+# %% ../../nbs/inference/43_bulk.ipynb #7858476a
 def score_set(source,                     # folder of videos, a manifest (CSV or .txt), or an iterable of (name, path, prompt)
               out: str | Path,            # .csv or .parquet; the journal lies beside it
               scorer,                     # OfficialScorer or FiveMos
@@ -307,13 +309,12 @@ def _run(db, out, scorer, settings, form, workers, shown, count, report):
     table = _Table(out, _line(header(scorer, form), form)) if out.suffix.lower() == ".csv" else None
     whole = False
     try:
-        for (name, _, prompt, *known), (sha, mark, views, error) in shown(_ahead(_items(db), job, workers)):
+        for (name, _, prompt, *known), (sha, mark, views, said) in shown(_ahead(_items(db), job, workers)):
             scores, fresh = json.loads(known[3]) if known[3] else None, True
-            if error is None and views is None: fresh = mark != known[2]; count["kept"] += 1
+            if said is None and views is None: fresh = mark != known[2]; count["kept"] += 1
             else:
-                scores, error = _rated(scorer, views, prompt, name) if error is None else (None, error)
-                count["scored" if error is None else "failed"] += 1
-            said = None if error is None else " ".join(str(error).split())
+                scores, said = _rated(scorer, views, prompt, name) if said is None else (None, said)
+                count["scored" if said is None else "failed"] += 1
             if fresh:
                 row = os.fsencode(name), prompt, settings, sha, mark, json.dumps(scores) if scores else None, _text(said) if said else None
                 db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)", row)
@@ -323,7 +324,7 @@ def _run(db, out, scorer, settings, form, workers, shown, count, report):
     finally:
         if table: table.close(whole)
 
-def _rated(scorer, views, prompt, name):   # scores, error
+def _rated(scorer, views, prompt, name):   # scores, error as text
     try: return scorer.rate(views, prompt), None
-    except QualiVisionError as e: return None, e
-    except (MemoryError, torch.OutOfMemoryError): return None, BulkError(name, "memory ran out on the device", "Score it on the CPU.")
+    except QualiVisionError as e: return None, _said(e)
+    except (MemoryError, torch.OutOfMemoryError): return None, str(BulkError(name, "memory ran out on the device", "Score it on the CPU."))

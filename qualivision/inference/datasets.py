@@ -92,18 +92,18 @@ def find_set(file: str | Path) -> KnownSet | None:
     marks = {"konvid": "KoNViD-1k", "livevqc": "LIVE-VQC", "ugc": "YouTube-UGC", "cvd": "CVD2014", "divide": "DIVIDE-3k", "maxwell": "DIVIDE-3k"}
     return next((SETS[name] for mark, name in marks.items() if mark in path), None)
 
-# %% ../../nbs/inference/44_datasets.ipynb #b56d1cfa
+# %% ../../nbs/inference/44_datasets.ipynb #c011688f
 def set_metrics(scores: dict[str, np.ndarray],    # branch: (N,) raw scores; with semantic those of COVER
                 labels: dict[str, np.ndarray],    # overall, and aesthetic and technical where they exist: (N,)
                 weight: float = FUSION_WEIGHT["technical"]   # of the technical branch, 0–1
-               ) -> dict:                         # srocc, plcc, krcc, rmse, plcc_logistic; branches: the first two
+               ) -> dict:                         # srocc, plcc, krcc, rmse, plcc_logistic (None under 5 videos); branches: the first two
     "How scores of a whole set agree with its labels. Raises RankError, MetricError."
     mos = np.asarray(labels["overall"], float)
     if "semantic" in scores: fused = zscore(scores["overall"]) * mos.std() + mos.mean()
     else: fused = fuse_set(scores["technical"], scores["aesthetic"], weight, mos)
     of = {b: labels.get(b, mos) for b in scores if b in ("semantic", "technical", "aesthetic")}
     return {"srocc": srocc(fused, mos), "plcc": plcc(fused, mos), "krcc": krcc(fused, mos), "rmse": rmse(fused, mos),
-            "plcc_logistic": plcc_logistic(fused, mos),
+            "plcc_logistic": plcc_logistic(fused, mos) if len(mos) >= 5 else None,
             "branches": {b: {"srocc": srocc(scores[b], m), "plcc": plcc(scores[b], m)} for b, m in of.items()}}
 
 def _where(folder: Path, name: str) -> str:
