@@ -55,7 +55,7 @@ def test_same_features_where_the_forms_agree(official):
     theirs, ours = InflatedConvNeXt3D(**INFLATED["tiny"]).eval(), ConvNeXt3D(scale=1e-6).eval()
     load_strict(theirs, {k.removeprefix(BRANCH): v for k, v in official.items() if k.startswith(BRANCH)})
     load_strict(ours, backbone_from_dover(official, PUBLISHED)[0])
-    clip = torch.from_numpy(normals(5, (1, 3, 1, 64, 64)).astype(np.float32)).expand(-1, -1, 32, -1, -1)
+    clip = torch.from_numpy(normals(5, (1, 3, 1, 32, 32)).astype(np.float32)).expand(-1, -1, 32, -1, -1)
     with torch.no_grad(): a, b = theirs(clip), ours(clip)
     for x, y in zip(a, b):
         inside = y[:, :, 6:26]
@@ -255,7 +255,7 @@ def test_heads_learn_from_fixed_features(videos, tmp_path):
     model = Known()
     backbones = state_hash(*parts(model, "_backbone").children())
     runs = train_heads(model, table, Store(), TransferConfig(epochs=20, lr=3e-2, splits=3, fresh_heads=True))
-    assert all(r["after"]["overall"]["srocc"]["value"] > .9 > r["before"]["overall"]["srocc"]["value"] for r in runs)
+    assert all(r["after"]["overall"]["srocc"]["value"] > .8 > r["before"]["overall"]["srocc"]["value"] for r in runs)
     assert backbones == state_hash(*parts(model, "_backbone").children()) and len({r["seed"] for r in runs}) == 3
     first = cached_scores(model, Store(), table.path, torch.device("cpu"))
     (alone,) = train_heads(model, table, Store(), TransferConfig(epochs=20, lr=3e-2, fresh_heads=True))

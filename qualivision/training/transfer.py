@@ -307,7 +307,7 @@ def _keep(state, **values):
     torch.save(values, part := state.with_name(state.name + ".part"))
     part.replace(state)
 
-# %% ../../nbs/training/32_transfer.ipynb #3deeb1ba
+# %% ../../nbs/training/32_transfer.ipynb #8aaa6450
 def fusion_constants(scores: dict[str, np.ndarray],   # technical, aesthetic: (N,)
                      mos: np.ndarray,                 # (N,)
                      weight: float                    # of the technical branch, 0–1
@@ -333,10 +333,13 @@ def predicted_mos(scores: dict, constants: dict   # as of `fusion_constants`
     return (_fused(scores, constants) - a) / b * s + m
 
 
-def _cell(name, pred, target, groups) -> dict:     # value, low, high; nulls and a reason where there is none
-    try: low, high = bootstrap(pred, target, groups, (name,))[name]
-    except MetricError as e: return {"value": None, "low": None, "high": None, "reason": str(e)}
-    return {"value": round(METRICS[name][0](pred, target), 6), "low": round(low, 6), "high": round(high, 6)}
+def _cell(name, pred, target, groups) -> dict:     # value, low, high; null and a reason where there is none
+    out = {"value": None, "low": None, "high": None}
+    try:
+        out["value"] = round(METRICS[name][0](pred, target), 6)
+        out["low"], out["high"] = (round(x, 6) for x in bootstrap(pred, target, groups, (name,))[name])
+    except MetricError as e: out["reason"] = str(e)
+    return out
 
 
 def judged(scores: dict, table: pd.DataFrame, train, test, weight: float) -> tuple[dict, dict]:   # metrics, constants
@@ -347,7 +350,7 @@ def judged(scores: dict, table: pd.DataFrame, train, test, weight: float) -> tup
     for v, s in scores.items(): told[v] = s[test], held[v] if v in held and held[v].notna().all() else held.overall
     return {n: {m: _cell(m, p, t.to_numpy(), held.group.to_numpy()) for m in ("srocc", "plcc")} for n, (p, t) in told.items()}, constants
 
-# %% ../../nbs/training/32_transfer.ipynb #baef48bc
+# %% ../../nbs/training/32_transfer.ipynb #8b67357b
 def _batch(store: FeatureCache, paths, device) -> dict[str, Tensor]:
     items = [store.get(p) for p in paths]
     return {v: torch.stack([i[v] for i in items]).to(device).float() for v in items[0]}
@@ -396,7 +399,10 @@ def train_heads(model: nn.Module, table: pd.DataFrame, store: FeatureCache, conf
 
 def said(split: dict) -> str:
     "One split in one line."
-    def text(cell): return "no value" if cell["value"] is None else f"{cell['value']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})"
+    def text(cell):
+        if cell["value"] is None: return "undefined"
+        interval = "no interval" if cell["low"] is None else f"{cell['low']:.3f} to {cell['high']:.3f}"
+        return f"{cell['value']:.3f} ({interval})"
     after, before = split["after"]["overall"], f", before {text(split['before']['overall']['srocc'])}" if split.get("before") else ""
     return f"{split['test']} held-out videos, SROCC {text(after['srocc'])}{before}; PLCC {text(after['plcc'])}"
 
