@@ -10,6 +10,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 import zipfile
 from collections import namedtuple
 from hashlib import sha256
@@ -285,6 +286,19 @@ def test_names_that_are_awkward(tmp_path):
     assert [r["video"] for r in rows] == sorted(names, key=os.fsencode) and not any(r["error"] for r in rows)
     score_set(folder, tmp_path/"o.parquet", Length())
     assert "\\xff.mp4" in pd.read_parquet(tmp_path/"o.parquet")["video"].tolist()
+
+
+def test_memory_does_not_grow_with_the_set(tmp_path):
+    "Names that are not there: everything but the network."
+    peak = []
+    for n in (300, 3000):
+        (tmp_path/"long.txt").write_text("".join(f"folder/of/a/video/with/a/long/name/{k:09}.mp4\n" for k in range(n)))
+        tracemalloc.start()
+        try:
+            assert score_set(tmp_path/"long.txt", tmp_path/f"{n}.csv", Length())["failed"] == n
+            peak.append(tracemalloc.get_traced_memory()[1])
+        finally: tracemalloc.stop()
+    assert peak[1] < peak[0] + 300_000, peak
 
 
 def test_what_stops_a_run_says_so(tmp_path):
