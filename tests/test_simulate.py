@@ -1,6 +1,7 @@
 "The embedded data set: every byte as pinned, labels as planned, no prompt in two splits, and a simulator that repeats itself."
 import hashlib
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,12 +58,14 @@ def test_the_labels_are_those_of_the_plan(clips):
 
 
 def test_a_clip_comes_out_the_same_alone(clips, tmp_path):
-    "Frames in the store are those that the simulator draws today, up to the codec (its bytes may differ with the encoder's version)."
+    "Frames and encoder settings in the store are today's. Bytes may differ with encoder, processor and memory (chapter data/03_simulate)."
     c = clips[333]
     alone = plan_clip(c.prompt, c.scene, c.generator, SEED, c.name, c.split)
     there = read_frames(stored()[f"{c.split}/videos/{c.name}"], range(48))
     here = read_frames(alone.write(tmp_path), range(48))
-    assert np.abs(there.astype(int) - here).mean() < 1, "the simulator draws another clip than the one in the store"
+    assert np.abs(there.astype(int) - here).mean() < 4, "the simulator draws another clip than the one in the store"   # others: 88 and more
+    said = [re.search(rb"x264 - core.*?options: ([ -~]+)", p.read_bytes())[1] for p in (stored()[f"{c.split}/videos/{c.name}"], tmp_path/c.name)]
+    assert said[0] == said[1], "x264 was told something else when the set was frozen"
     assert np.array_equal(alone.frames(), c.frames())
 
 

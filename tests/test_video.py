@@ -1,4 +1,6 @@
 """Videos that carry their frame numbers, files that are no videos, damaged ones, and machines without decord."""
+import ctypes
+import hashlib
 import multiprocessing
 import os
 import subprocess
@@ -421,6 +423,24 @@ def test_the_writer_is_deterministic_and_readable(tmp_path, monkeypatch, name):
     first = Path(name).read_bytes()
     assert write_video(name, frames, fps=12.5, codec=codec, pix_fmt=fmt) == Path(name) and Path(name).read_bytes() == first
     assert numbers(read_frames(name, range)) == list(range(30)) and probe(name).fps == pytest.approx(12.5, rel=1e-2)
+
+
+@pytest.mark.parametrize(("height", "width", "options"), [(256, 400, {"crf": 23}), (252, 392, {}), (144, 144, {"bf": 0, "crf": 23}),
+                                                          (101, 143, {"pix_fmt": "yuv444p"}), (144, 144, {"codec": "libx265"})])
+def test_the_writer_reads_no_memory_that_nobody_filled(tmp_path, height, width, options):
+    "Five writes in one process. Where the C library can, it fills free memory differently before each: x264's macroblock tree read it."
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    rng = np.random.default_rng(0)
+    scene = np.kron(rng.integers(0, 256, (60, 80, 3)), np.ones((8, 8, 1)))
+    frames = np.stack([np.roll(scene, (3 * k, 5 * k), (0, 1))[:height, :width] for k in range(24)])
+    frames, made = (frames + rng.normal(0, 4, frames.shape)).clip(0, 255).astype(np.uint8), []
+    try:
+        for fill in (0, 1, 64, 254, 0):
+            if mallopt: mallopt(-6, fill)                                                    # M_PERTURB
+            made.append(hashlib.sha256(write_video(tmp_path / "a.mp4", frames, **options).read_bytes()).hexdigest())
+    finally:
+        if mallopt: mallopt(-6, 0)
+    assert len(set(made)) == 1, made
 
 
 def test_the_writer_keeps_colours(tmp_path):

@@ -322,8 +322,9 @@ def crf(causes: Causes) -> float:
     return round(25 + 22 * causes.severity["blocking"], 2)
 
 def encode(path, frames, causes: Causes) -> Path:
-    "An H.264 file of a rendered clip."
-    return write_video(path, frames, fps=FPS, crf=crf(causes), preset="medium", bf=0, g=48, **{"x264-params": "scenecut=0:open-gop=0:threads=1"})
+    "An H.264 file of a rendered clip; the bytes may differ from call to call (chapter data/03_simulate)."
+    return write_video(path, frames, fps=FPS, crf=crf(causes), preset="medium", bf=0, g=48, mbtree=1,
+                       **{"x264-params": "scenecut=0:open-gop=0:threads=1"})
 
 # %% ../../nbs/data/03_simulate.ipynb #a0be6a7d
 def judge(scene: Scene, causes: Causes) -> np.ndarray:

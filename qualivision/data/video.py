@@ -56,6 +56,7 @@ class VideoInfo:
 
 # %% ../../nbs/data/01_video.ipynb #dae10c28
 def _encode(container, frames: np.ndarray, rate: Fraction, codec: str, pix_fmt: str, options: dict):
+    if av.Codec(codec, "w").name.startswith("libx264"): options = {"mbtree": 0, **options}   # the tree may read memory that nobody filled
     stream = container.add_stream(codec, rate=rate, options={k: str(v) for k, v in options.items()})
     stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
     stream.codec_context.thread_count, rgb, yuv = 1, VideoReformatter(), {}
@@ -77,7 +78,7 @@ def write_video(path: str | os.PathLike,   # where to; the ending chooses the co
                 pix_fmt: str = "yuv420p",  # how the encoder stores a pixel; a gif needs "rgb8"
                 **options                  # of the encoder, such as preset="veryfast", g=12
                ) -> Path:
-    "A video file; the same frames and options give the same bytes. Raises `VideoError`, and leaves no file, where they do not fit."
+    "A video file; the same frames and options give the same bytes (x264: not with `mbtree=1`). Raises `VideoError`, and leaves no file."
     path, frames = Path(path), np.ascontiguousarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise VideoError(path, f"frames are {frames.dtype} of shape {frames.shape}", "Give (T,H,W,3) uint8 with T of at least 1.")
@@ -467,7 +468,8 @@ def _damage(path: Path, look: _Look, shown: int, lost: int | None, damaged: str)
     cause = look.cause or "some of its frames cannot be decoded"
     cause += ": frames are lost, nobody can tell how many" if lost is None else f": {lost} of {shown + lost} frames are lost"
     if damaged == "warn" and shown: return warnings.warn(VideoWarning(path, cause, lost), stacklevel=4)
-    remedy = "Copy or download it again" + (', or read what is left with damaged="warn".' if shown else ".")
+    rest = '; or save what is left as a new file (ffmpeg -i OLD NEW), or read it in Python with damaged="warn".'
+    remedy = "Copy or download it again" + (rest if shown else ".")
     raise (TruncatedVideo if look.cut else CorruptVideo)(path, cause, remedy)
 
 # %% ../../nbs/data/01_video.ipynb #c1d332aa
