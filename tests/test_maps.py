@@ -135,9 +135,7 @@ def test_command(video, tmp_path):
         assert status == 0, err
     a, b = made["a"], made["b"]
     assert set(a["files"]) == {"times.csv", "regions.csv", "times.png", "divergence.png", "divergence.mp4"} and a["scores"] == b["scores"]
-    for name in set(a["files"]) - {"divergence.mp4"}: assert (tmp_path/"a"/name).read_bytes() == (tmp_path/"b"/name).read_bytes(), name
-    films = [read_frames(tmp_path/out/"divergence.mp4", range(80)).astype(int) for out in "ab"]
-    assert np.abs(films[0] - films[1]).mean() < 2, "the same pictures; at this size the H.264 encoder does not repeat its bytes (LOG.md)"
+    for name in a["files"]: assert (tmp_path/"a"/name).read_bytes() == (tmp_path/"b"/name).read_bytes(), name
     info = probe(tmp_path/"a"/"divergence.mp4")
     assert (info.frames, info.fps, info.width, info.height) == (80, 20, 392, 252)
     assert abs(pd.read_csv(tmp_path/"a"/"times.csv").groupby("view").score.mean()["technical"] - a["scores"]["technical"]) < 1e-9
