@@ -159,13 +159,14 @@ def build_set(score_files,          # CSV or Parquet, one or several, one row a 
     paths = [Path(p) for p in ([score_files] if isinstance(score_files, (str, os.PathLike)) else score_files)]
     tables = []
     for path in paths:
-        try: table = pd.read_parquet(path) if path.suffix == ".parquet" else read_table(path)
+        try: table = pd.read_parquet(path) if path.suffix.lower() == ".parquet" else read_table(path)
         except (OSError, ValueError) as e: raise RankError(path, f"it cannot be read as Parquet ({e})", "Give CSV or Parquet.") from e
-        failed = table["error"].notna() if "error" in table else pd.Series(False, index=table.index)
         columns = {c: b for c in table.columns if (b := _branch(c))}
         if not columns:
             raise RankError(path, f"no column holds scores, it has {', '.join(map(str, table.columns[:6]))}", f"Use {', '.join(BRANCHES[:5])}.")
         if len(set(columns.values())) < len(columns): raise RankError(path, f"two columns hold one score: {', '.join(columns)}", "Keep one of them.")
+        cells = table[list(columns)].map(lambda c: None if isinstance(c, str) and not c.strip() else c)
+        failed = table["error"].notna() if "error" in table else cells.isna().all(axis=1) & (len(columns) > 1)
         tables.append((failed, table[list(columns)].rename(columns=columns)))
     if len({tuple(sorted(t.columns)) for _, t in tables}) != 1:
         raise RankError(name, "the files do not hold the same scores, or there are none", "Build a set of each kind.")
