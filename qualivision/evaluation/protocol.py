@@ -247,31 +247,41 @@ def plot_rows(
     results: dict,             # of `results_table`
     metric: str = "srocc",
     titles: dict | None = None,
+    ceilings: tuple = (CEILING,),   # rows of oracles
 ):                             # matplotlib Figure
-    "Every row's value and interval, a panel for each dimension."
+    "Every row's value and 95 % interval, a panel for each dimension, and a legend of both and of the colours."
     import seaborn as sns
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     names, titles = [r for r in results if r != "differences"], {**TITLES, **(titles or {})}
     colours = sns.color_palette("colorblind")
-    figure = Figure(figsize=(11, 0.5 + 0.3 * len(names)), layout="constrained")
+    figure = Figure(figsize=(11, 1.1 + 0.3 * len(names)), layout="constrained")
     axes = figure.subplots(1, len(DIMENSIONS), sharex=True, sharey=True)
+    models = list(results["differences"])
+    oracle, simple = (colours[2], "oracle: knows why the labels are what they are"), ("0.45", "baseline: no network has seen the video")
+    looks = {name: (colours[(0, 1, 4)[models.index(name) % 3]], titles.get(name, name)) if name in models else
+             oracle if name in ceilings else simple for name in names}                        # name → colour, kind
     for axis, d in zip(axes, DIMENSIONS):
         for y, name in enumerate(names):
             cell = results[name][d][metric]
             if cell["value"] is None: axis.text(0, y, "not defined", va="center", fontsize=7, color="0.5"); continue
-            models = list(results["differences"])
-            colour = colours[(0, 1, 4)[models.index(name) % 3]] if name in models else colours[2] if name == CEILING else "0.45"
+            colour = looks[name][0]
             axis.plot([cell["low"], cell["high"]], [y, y], color=colour); axis.plot(cell["value"], y, "o", ms=4, color=colour)
         axis.set(title=d.capitalize(), xlabel=NAMES[metric]); axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(names)), [titles.get(n, n) for n in names]); axes[0].invert_yaxis()
+    kinds = {kind: colour for colour, kind in looks.values()}
+    figure.legend([Line2D([], [], color=c, marker="o", ms=4) for c in kinds.values()], list(kinds), loc="outside lower center", ncols=len(kinds),
+                  fontsize=8, frameon=False, title=f"dot: {NAMES[metric]}; bar: its 95 % interval, resampled by prompt",
+                  title_fontsize=8)
     return figure
 
 def plot_scatter(
     pred: np.ndarray | dict,   # (N,5) predicted MOS; or title → (N,5), a row of panels for each
-    target: np.ndarray,        # (N,5) human MOS
+    target: np.ndarray,        # (N,5) labels, MOS
     kinds=None,                # (N,) colours, such as the generator
+    labels: str = "labels",    # whose opinion they are, for the axis: "simulated labels"
 ):                             # matplotlib Figure
-    "Predicted against human scores, a panel for each dimension; the dashed line is equality."
+    "Predicted scores against labels, a panel for each dimension; the dashed line is equality."
     import seaborn as sns
     from matplotlib.figure import Figure
     preds, last = pred if isinstance(pred, dict) else {"": pred}, len(DIMENSIONS) - 1
@@ -282,13 +292,15 @@ def plot_scatter(
             sns.scatterplot(x=scores[:, k], y=target[:, k], hue=kinds, palette=None if kinds is None else "colorblind", ax=axis, s=12, alpha=0.6,
                             legend="brief" if kinds is not None and (i, k) == (0, last) else False)
             axis.axline((3, 3), slope=1, color="0.6", ls="--", lw=0.8)
-            axis.set(title=d.capitalize() if i == 0 else "", xlabel="predicted", ylabel=f"{title}\nhuman".strip() if k == 0 else "")
+            axis.set(title=d.capitalize() if i == 0 else "", xlabel="predicted", ylabel=f"{title}\n{labels}".strip() if k == 0 else "")
+    if kinds is not None: sns.move_legend(grid[0, last], "upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure
 
 def plot_curves(
     history: pd.DataFrame | dict,  # one row for each point in time; or title → such a table, a row of panels for each
     panels: dict,                  # title → columns to draw in one panel
     x: str = "epoch",              # column of the time axis
+    note: str = "",                # a line below
 ):                                 # matplotlib Figure
     "Training curves; a column that is missing is an error, an empty cell is a gap. Phases before the last, in a column `phase`, are shaded."
     import seaborn as sns
@@ -306,4 +318,5 @@ def plot_curves(
                 known = table[[x, column]].dropna()
                 sns.lineplot(x=known[x], y=known[column], ax=axis, label=column, errorbar=None)
             axis.legend(); axis.set(title=f"{name and name + ': '}{title}", xlabel=x, ylabel="")
+    if note: figure.supxlabel(note, fontsize=8, color="0.3")
     return figure
