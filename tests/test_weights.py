@@ -122,6 +122,13 @@ def test_a_pth_without_a_state_dict(tmp_path, thing):
     with pytest.raises(WeightsError): read_state(tmp_path/"w.pth")
 
 
+@pytest.mark.parametrize("wrap,layout", [(lambda s: s, "state dict"), (lambda s: {"state_dict": s}, "state_dict entry"),
+                                         (lambda s: {"state_dict": s, "epoch": 3}, "state_dict entry")])
+def test_the_layout_is_named(tmp_path, wrap, layout):
+    torch.save(wrap(net().state_dict()), tmp_path/"w.PTH")
+    assert inspect_file(tmp_path/"w.PTH")["layout"] == layout
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(WeightsError, match="no such file"): read_state(tmp_path/"w.pth")
     with pytest.raises(WeightsError, match="no such file"): read_state(tmp_path)
@@ -366,6 +373,45 @@ def test_pull_and_its_hash(server, tool, tmp_path):
     assert json.loads((tmp_path/"c"/"hashes.json").read_text()) == {"tool": sha}
     row = {w["name"]: w for w in list_weights(tmp_path/"c")}["tool"]
     assert row["sha256"] == sha and row["licence"] == "MIT" and row["path"] == str(tmp_path/"c"/"w.bin")
+
+
+PAGES = [b"  <!DOCTYPE html><html>please log in</html>", b"<HTML><body>", b"<?xml version='1.0'?><Error>", b"version https://git-lfs.github.com/spec/v1"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_never_the_first_download(server, tool, tmp_path, page):
+    "A login page comes with status 200; its hash must not turn the right file away later."
+    tool()
+    server.content = page
+    with pytest.raises(WeightsError, match="a page, or a pointer"): pull("tool", tmp_path, progress=False)
+    assert not (tmp_path/"w.bin").exists() and not (tmp_path/"hashes.json").exists()
+    server.content = CONTENT
+    assert pull("tool", tmp_path, progress=False).read_bytes() == CONTENT
+    (tmp_path/"hashes.json").unlink(); (tmp_path/"w.bin").write_bytes(page)                 # saved from a browser, by hand
+    with pytest.raises(WeightsError, match="a page, or a pointer"): pull("tool", tmp_path)
+    assert not (tmp_path/"hashes.json").exists()
+
+
+def test_two_first_downloads_at_once_record_both(tmp_path, monkeypatch):
+    "Two terminals, two entries: neither hash is lost, whoever reads and writes when."
+    entries, real = [Entry(f"e{k}", f"{k}.bin", "MIT", "nothing", url="http://127.0.0.1:9/") for k in range(4)], weights._hashes
+    def slow(folder):
+        known = real(folder)
+        time.sleep(.1)
+        return known
+    monkeypatch.setattr(weights, "_hashes", slow)
+    for e in entries: (tmp_path/e.file).write_text(e.name)
+    jobs = [threading.Thread(target=weights.verify, args=(tmp_path/e.file, e, tmp_path)) for e in entries]
+    for j in jobs: j.start()
+    for j in jobs: j.join()
+    assert set(real(tmp_path)) == {e.name for e in entries}
+
+
+def test_a_folder_that_cannot_be_written(server, tool, tmp_path):
+    tool()
+    (tmp_path/"file").write_text("x")
+    with pytest.raises(WeightsError, match=r"nothing can be written there .*QUALIVISION_WEIGHTS"): pull("tool", tmp_path/"file"/"w", progress=False)
+    assert not server.asked
 
 
 def test_a_file_of_another_size_is_refused_before_it_comes(server, tool, tmp_path):

@@ -39,22 +39,26 @@ class WeightsError(QualiVisionError):
 def read_file(path     # .safetensors, .pth, .pt or .bin
              ) -> tuple[dict[str, Tensor], dict]:   # state dict on the CPU; what stands beside it in the file
     "Read a state dict without running anything that the file may contain. Raises `WeightsError`."
-    path = Path(path)
+    return _read(Path(path))[:2]
+
+
+def _read(path):  # state dict, what stands beside it, layout
+    if path.is_dir(): raise WeightsError(path, "there is no such file, it is a folder", "Give the file of weights in it.")
     if not path.is_file(): raise WeightsError(path, "there is no such file", "Check the path, or fetch the weights first.")
-    if path.suffix == ".safetensors":
-        try: return load_file(path), {}
+    if path.suffix.lower() == ".safetensors":
+        try: return load_file(path), {}, "safetensors"
         except SafetensorError as e: raise WeightsError(path, f"this is not a whole safetensors file ({e})", "Fetch or write it again.") from e
-    if path.suffix not in (".pth", ".pt", ".bin"):
+    if path.suffix.lower() not in (".pth", ".pt", ".bin"):
         raise WeightsError(path, "this is no format of weights that is read here", "Use .safetensors or .pth.")
-    state, beside = _read_pickle(path), {}
+    state, beside, layout = _read_pickle(path), {}, "state dict"
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         beside = {k: v for k, v in state.items() if k != "state_dict"}
-        state = state["state_dict"]
+        state, layout = state["state_dict"], "state_dict entry"
     save = "Save `model.state_dict()` alone."
     if not isinstance(state, dict) or not state: raise WeightsError(path, "it does not hold a state dict", save)
     other = [k for k, v in state.items() if not isinstance(v, Tensor)]
     if other: raise WeightsError(path, f"{len(other)} of its {len(state)} entries are not tensors, such as {other[0]!r}", save)
-    return state, beside
+    return state, beside, layout
 
 
 def read_state(path     # .safetensors, .pth, .pt or .bin
@@ -129,14 +133,13 @@ def inspect_file(path   # .safetensors, .pth, .pt or .bin
                 ) -> dict:
     "What a file of weights holds: size, hash, layout, tensors by the first part of their names. Raises `WeightsError`."
     path = Path(path)
-    state, beside = read_file(path)
+    state, beside, layout = _read(path)
     parts, types = {}, {}
     for name, v in state.items():
         part = parts.setdefault(name.split(".")[0], {"tensors": 0, "numbers": 0})
         part["tensors"] += 1; part["numbers"] += v.numel()
         types[str(v.dtype)] = types.get(str(v.dtype), 0) + 1
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path),
-            "layout": "safetensors" if path.suffix == ".safetensors" else "state_dict entry" if beside else "state dict",
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "layout": layout,
             "beside": sorted(map(str, beside)), "tensors": len(state), "numbers": sum(v.numel() for v in state.values()), "types": types,
             "not_finite": [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()], "parts": parts}
 
@@ -225,25 +228,26 @@ S_LAB = "S-Lab License 1.0: non-commercial use only"
 _WITH = ("*.json", "*.txt", "*.safetensors")                  # configuration and tokeniser; no pickles, no ONNX copies
 
 
-def _vjepa2(name, licence, labels=""):
-    seen = "VideoMix22M, 22 million videos and images, without labels" + labels
+def _vjepa2(name, labels=""):
+    seen = "VideoMix22M, 22 million videos and pictures, without labels" + labels
+    licence = "not stated here of these weights, see their page; the code is MIT, parts of it Apache-2.0"
     return Entry(f"facebook/vjepa2-{name}", "model.safetensors", licence, seen, f"facebook/vjepa2-{name}", beside=_WITH)
 
 
 REGISTRY = {e.name: e for e in (
     Entry("dover", "DOVER.pth", S_LAB, "LSVQ (train), one opinion score a video", repo="teowu/DOVER"),
-    Entry("dover++", "DOVER_plus_plus.pth", S_LAB, "LSVQ (train) and DIVIDE-3k: aesthetic, technical and overall opinions", repo="teowu/DOVER"),
-    Entry("dover-mobile", "DOVER-Mobile.pth", S_LAB, "LSVQ (train), one opinion score a video",
+    Entry("dover++", "DOVER_plus_plus.pth", S_LAB,
+          "LSVQ (train) and DIVIDE-MaxWell (train), which holds DIVIDE-3k: aesthetic, technical and overall opinions",
+          repo="teowu/DOVER"),
+    Entry("dover-mobile", "DOVER-Mobile.pth", S_LAB, "data not stated; published beside DOVER, which was trained on LSVQ (train)",
           url="https://github.com/VQAssessment/DOVER/releases/download/v0.5.0/DOVER-Mobile.pth"),
-    Entry("cover", "COVER.pth", "MIT", "YouTube-UGC, one opinion score a video",
+    Entry("cover", "COVER.pth", "MIT", "data not stated; its published results are on YouTube-UGC",
           url="https://github.com/vztu/COVER/raw/release/Model/COVER.pth", bytes=262_292_246,
           sha256="43a0fc777fe46e5e0513c50bf4b3dc5343fc82214e8f6e66b2bc068f0755875e"),
     Entry("openai/clip-vit-large-patch14", "model.safetensors", "MIT", "400 million pictures and captions from the internet",
           repo="openai/clip-vit-large-patch14", beside=_WITH),
-    _vjepa2("vitl-fpc64-256", "MIT"), _vjepa2("vith-fpc64-256", "Apache-2.0"),
-    _vjepa2("vitg-fpc64-256", "MIT or Apache-2.0, see its page"), _vjepa2("vitg-fpc64-384", "Apache-2.0"),
-    _vjepa2("vitl-fpc16-256-ssv2", "MIT or Apache-2.0, see its page", "; then Something-Something v2, kinds of motion"),
-    _vjepa2("vitg-fpc64-384-ssv2", "MIT or Apache-2.0, see its page", "; then Something-Something v2, kinds of motion"),
+    *(_vjepa2(name) for name in ("vitl-fpc64-256", "vith-fpc64-256", "vitg-fpc64-256", "vitg-fpc64-384")),
+    *(_vjepa2(name, "; then Something-Something v2, kinds of motion") for name in ("vitl-fpc16-256-ssv2", "vitg-fpc64-384-ssv2")),
     Entry("BAAI/bge-large-en-v1.5", "model.safetensors", "MIT", "pairs of English texts", repo="BAAI/bge-large-en-v1.5", beside=_WITH))}
 
 
@@ -267,19 +271,48 @@ def _hashes(folder: Path) -> dict:
     except ValueError as e: raise WeightsError(path, f"this is not JSON ({e})", "Remove it; hashes are recorded anew.") from e
 
 
-def verify(path: Path, e: Entry, folder: Path) -> str:  # SHA-256
-    "Raise `WeightsError` unless a file is what the registry, or the first download, says; record it if neither does."
-    size, known = path.stat().st_size, _hashes(folder)
-    if e.bytes not in (None, size): raise WeightsError(path, f"it has {size:,} bytes, {e.name} has {e.bytes:,}", "Remove it and pull again.")
-    sha, due = file_sha256(path), e.sha256 or known.get(e.name)
-    if due not in (None, sha):
-        who = f"{e.name} has" if e.sha256 else "the first download had"
-        remedy = "Remove it and pull again." if e.sha256 else f"Ask its authors; to trust the new one, take {e.name} out of {folder / 'hashes.json'}."
-        raise WeightsError(path, f"its SHA-256 is {sha[:12]}…, {who} {due[:12]}…", remedy)
-    if due is None:
+@contextmanager
+def _alone(folder: Path, what: str):
+    "Of several processes one at a time. Raises `WeightsError` where nothing can be written."
+    from filelock import FileLock
+    lock = FileLock(folder / f"{what.replace('/', '--')}.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as e:
+        raise WeightsError(folder, f"nothing can be written there ({e.strerror or e})", "Set $QUALIVISION_WEIGHTS to a folder of your own.") from e
+    try: yield
+    finally: lock.release()
+
+
+def _is_page(path) -> bool:
+    "Whether a file is what servers send in the place of weights."
+    with open(path, "rb") as f: head = f.read(500).lstrip().lower()
+    return head.startswith((b"<!doctype", b"<html", b"<?xml", b"version https://git-lfs"))
+
+
+def _record(path, e, folder, sha) -> str:  # the SHA-256 on record, from now on or already
+    if _is_page(path):
+        raise WeightsError(path, "it is a page, or a pointer to a file, and no weights", f"Remove it; what does a browser show at {e.address} ?")
+    with _alone(folder, "hashes.json"):
+        known = _hashes(folder)                   # another process may have written it meanwhile
+        if e.name in known: return known[e.name]
         new = folder / "hashes.json.new"
         new.write_text(json.dumps({**known, e.name: sha}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(new, folder / "hashes.json")
+    return sha
+
+
+def verify(path: Path, e: Entry, folder: Path) -> str:  # SHA-256
+    "Raise `WeightsError` unless a file is what the registry, or the first download, says; record it if neither does."
+    size = path.stat().st_size
+    if e.bytes not in (None, size): raise WeightsError(path, f"it has {size:,} bytes, {e.name} has {e.bytes:,}", "Remove it and pull again.")
+    sha = file_sha256(path)
+    due = e.sha256 or _hashes(folder).get(e.name) or _record(path, e, folder, sha)
+    if due != sha:
+        who = f"{e.name} has" if e.sha256 else "the first download had"
+        remedy = "Remove it and pull again." if e.sha256 else f"Ask its authors; to trust the new one, take {e.name} out of {folder / 'hashes.json'}."
+        raise WeightsError(path, f"its SHA-256 is {sha[:12]}…, {who} {due[:12]}…", remedy)
     return sha
 
 # %% ../../nbs/models/09_weights.ipynb #b4416f51
@@ -366,11 +399,13 @@ def pull(name: str,                   # of the registry
          progress: bool = True        # a bar on stderr
         ) -> Path:                    # the file of weights; of a hub repository its configuration lies beside it
     "Weights from the registry: found, or fetched; checked in either case. Raises `WeightsError`."
-    from filelock import FileLock
     from huggingface_hub import constants
     e, folder = entry(name), Path(folder or weights_folder())
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{e.file}.lock"):               # of two processes the second waits and then finds it
+    path = find(e, folder, complete=True)
+    if path is not None:
+        verify(path, e, folder)
+        return path
+    with _alone(folder, e.name):                            # of two processes the second waits and then finds it
         path = find(e, folder, complete=True)
         if path is None:
             if offline or constants.HF_HUB_OFFLINE or not _answers(e.url or constants.ENDPOINT):
@@ -380,7 +415,7 @@ def pull(name: str,                   # of the registry
             else: path = download(e.url, folder / e.file, e.bytes, e.sha256 is not None, progress)
             try: verify(path, e, folder)
             except WeightsError:
-                if e.url and (e.bytes or e.sha256): path.unlink()     # it is not what it should be: do not take it for that next time
+                if e.url and (e.bytes or e.sha256 or _is_page(path)): path.unlink()   # not what it should be: do not take it for that next time
                 raise
         else: verify(path, e, folder)
     return path
