@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from qualivision.cli import app
 from qualivision.data.dataset import DecodeEachTime
+from qualivision.data.labels import LabelError, known_set
 from qualivision.data.video import write_video
 from qualivision.models.convnext3d import INFLATED, ConvNeXt3D, InflatedConvNeXt3D
 from qualivision.models.dover import DOVER, Branches, DOVERMobile, QualityHead, score
@@ -18,9 +19,9 @@ from qualivision.models.transfer import (BRANCH, about_head, backbone_from_dover
                                          start_from_dover)
 from qualivision.models.vjepa2 import FeatureCache, state_hash
 from qualivision.models.weights import S_LAB, WeightsError, load_strict, read_state, save_checkpoint
-from qualivision.training.transfer import (DoverSampling, FrozenBackbones, RatingsError, TransferConfig, cached_scores, check_preset, hold_out,
-                                           limited_view_loss, plcc_loss, predicted_mos, rank_loss, read_ratings, split_views, train_heads,
-                                           view_loss, PRESETS)
+from qualivision.quality import QualiVisionError
+from qualivision.training.transfer import (DoverSampling, FrozenBackbones, RatingsError, TransferConfig, cached_scores, hold_out, limited_view_loss,
+                                           plcc_loss, predicted_mos, preset_settings, rank_loss, read_ratings, split_views, train_heads, view_loss)
 from weights_formula import fill, normals, weight
 
 VIEWS = ("technical", "aesthetic")
@@ -177,8 +178,12 @@ def test_label_files(tmp_path):
     assert table.group.tolist() == ["one, two", "x"] and np.isnan(table.aesthetic[1]) and read_ratings(tmp_path).equals(table)
     for bad in ("a.mp4,3\n", "name,quality\na.mp4,3\n", "name,mos\na.mp4,x\n", "name,mos\na.mp4,3\na.mp4,4\n", "name,mos\nz.mp4,3\n", "",
                 "name,mos,score\na.mp4,3,4\n", "name,mos\na.mp4,inf\n"):
-        with pytest.raises(RatingsError): read(bad)
-    with pytest.raises(RatingsError, match="MOS lie from 1 to 5"): check_preset(PRESETS["val-ytugc"], pd.DataFrame({"overall": [3., 70]}))
+        with pytest.raises(QualiVisionError, match="labels.csv"): read(bad)
+    with pytest.raises(LabelError, match="labels.csv line 2: MOS of YouTube-UGC lie from 1 to 5, this is 70"):
+        read("a.mp4,-1,-1,3\nb.mp4,-1,-1,70\n", known=known_set("val-ytugc"))
+    with pytest.raises(RatingsError, match=r"labels.csv line 3: 'z.mp4' is not in .*; 2 of 3 videos"): read("name,mos\na.mp4,3\nz.mp4,2\ny.mp4,2\n")
+    with pytest.raises(RatingsError, match="as another line's video"): read("name,mos\na.mp4,3\nfolder/a.mp4,2\n")
+    assert preset_settings("val-cvd2014") == {"weight": .576, "splits": 10} and preset_settings("DIVIDE-3k", False) == {"weight": .6104}
 
 
 def test_held_out_by_group():
