@@ -36,8 +36,8 @@ from ..evaluation.metrics import MetricError, plcc, srocc
 from ..models.qualivision import CONFIGS, DoverConfig, DoverPlusPlus, VJepaConfig, VJepaMos, pretrained_vjepa
 from ..models.vjepa2 import FeatureCache, pretrained_folder
 from ..models.text import TextEncoder, encoder_of_width
-from ..models.transfer import inherited_licence, start_from_dover
-from ..models.weights import load_checkpoint, load_strict, save_checkpoint
+from ..models.transfer import inherited_licence, is_body, start_from_body, start_from_dover
+from ..models.weights import about_file, load_checkpoint, load_strict, save_checkpoint
 from ..quality import DIMENSIONS, QualiVisionError
 from .contrast import ContrastPrompts, contrast_loss
 from .losses import HybridLoss, LossError
@@ -712,7 +712,7 @@ class Task:
     licence: str = ""                    # of the weights
     split: dict | None = None            # arguments of `resolve_splits`; None: the seed of the training alone
     augment: bool = True                 # mirror half of the clips
-    pretrained: str | None = None        # folder or name of the weights to start from: a V-JEPA 2 encoder; official DOVER++ for DOVER++
+    pretrained: str | None = None        # weights to start from: a body of chapter 33; official DOVER++ for DOVER++, an encoder for V-JEPA 2
     feature_cache: bool = True           # V-JEPA 2: what the frozen part computes is kept on disk
 
 NAMES = {"dover": "dover++", "vjepa2": "vjepa2"}     # model → its name in a checkpoint
@@ -737,14 +737,16 @@ def train_model(task: Task,
     if trunk and (kind != "vjepa2" or task.pretrained):
         raise TrainError("trunk", "it trains a V-JEPA 2 encoder that starts from noise", "Leave it out for other models and pretrained encoders.")
     sets = prepare_data(task.data, sampling, encoder, cache, task.augment, train.seed, progress, task.split)
-    licence = inherited_licence(task.pretrained, task.licence) if kind == "dover" and task.pretrained else task.licence
+    body = about_file(task.pretrained) if task.pretrained and is_body(task.pretrained) else None
+    licence = inherited_licence(task.pretrained, task.licence) if task.pretrained and (body or kind == "dover") else task.licence
     params = {"config": asdict(config), "train": train.deciding(), "text": encoder.name, "augment": task.augment, "split": task.split,
-              **({"trunk": trunk.deciding()} if trunk else {}), **({"pretrained": task.pretrained} if task.pretrained else {})}
+              **({"trunk": trunk.deciding()} if trunk else {}), **({"pretrained": task.pretrained} if task.pretrained else {}), **({"body": body["sha256"]} if body else {})}
     meta = {"model": NAMES[kind], "config": asdict(config), "sampling": asdict(sampling), "text_encoder": encoder.name,
             "text_encoder_key": encoder.key,
             "trained_on": f"{task.trained_on or 'labels of ' + Path(task.data).resolve().name}, data {sets.hash[:12]}",
             "licence": licence, "data_hash": sets.hash, "params_hash": value_hash(params), "source_hash": code_hash("training.trainer"),
-            "splits": sets.note, **({"pretrained": task.pretrained} if task.pretrained else {})}
+            "splits": sets.note, **({"pretrained": task.pretrained} if task.pretrained else {}),
+            **({"body": body["sha256"], "body_trained_on": body["trained_on"]} if body else {})}
     folder = Path(task.runs or f"runs/{kind}") / value_hash(meta | params)[:12]
     rest = dict(stop_after=stop_after, meta=meta, progress=progress, encode=encoder.encode)
     with kept_rng():
@@ -774,18 +776,21 @@ def _publish_once(result: dict, checkpoint, folder: Path) -> str:
 
 # %% ../../nbs/training/31_trainer.ipynb #d5fd3d53
 def build_dover(config: DoverConfig, pretrained: str | None = None, progress: bool = True) -> DoverPlusPlus:
-    "The model, with the backbone of official DOVER weights where some are named. Raises WeightsError."
+    "The model, with a pretrained body or the backbone of official DOVER weights, where some are named. Raises WeightsError."
     model = DoverPlusPlus(config)
     if pretrained:
-        report = start_from_dover(model, pretrained)
+        report = start_from_body(model, pretrained) if is_body(pretrained) else start_from_dover(model, pretrained)
         if progress: print(f"{pretrained}: {report}", file=sys.stderr)
     return model
 
 # %% ../../nbs/training/31_trainer.ipynb #dbecccbb
 def build_vjepa(config: VJepaConfig, pretrained: str | None = None, progress: bool = True) -> VJepaMos:
-    "The model, around a pretrained encoder where one is named. Raises WeightsError."
+    "The model, with a pretrained body or around a pretrained encoder, where one is named. Raises WeightsError."
     if not pretrained: return VJepaMos(config)
-    model, report = pretrained_vjepa(config, pretrained_folder(pretrained), pretrained)
+    if is_body(pretrained):
+        model = VJepaMos(config)
+        report = start_from_body(model, pretrained)
+    else: model, report = pretrained_vjepa(config, pretrained_folder(pretrained), pretrained)
     if progress: print(f"{report}\n{model.freeze(config.freeze)}", file=sys.stderr)
     return model
 
