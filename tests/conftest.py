@@ -1,4 +1,5 @@
-"What every test shares: the limit on threads, an identity for git, and three markers that say why a test is left out."
+"What every test shares: the limit on threads, an identity for git, the official numbers, and three markers that say why a test is left out."
+import json
 import os
 from pathlib import Path
 
@@ -49,3 +50,16 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def root() -> Path: return ROOT
+
+
+@pytest.fixture(scope="session")
+def official_keys() -> dict:
+    "Names and shapes of DOVER, DOVER-Mobile, COVER and its image encoder, as their manifests have them."
+    return json.loads((ROOT/"tests/fixtures/official_keys.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def official_numbers() -> dict:
+    "What the official code gave, stage by stage, with weights and inputs from `weights_formula`."
+    import numpy as np
+    return dict(np.load(ROOT/"tests/fixtures/official_parity.npz"))

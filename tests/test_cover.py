@@ -1,6 +1,5 @@
 "Official COVER: names, shapes, and numbers of every stage, with weights and inputs from a formula; its image encoder against transformers."
 import copy
-import json
 
 import numpy as np
 import pytest
@@ -10,20 +9,9 @@ from torch.nn import functional as F
 from qualivision.models.cover import COVER, CLIPImage, clip_from_transformers, overall
 from qualivision.models.dover import ViewError, score
 from qualivision.models.weights import WeightsError, load_strict
-from test_official import MAP, agrees, outputs_of, views_of
-from weights_formula import fill, view
+from weights_formula import MAP, agrees, fill, outputs_of, view, views_of, weights_sha256
 
 SMALL = dict(width=32, layers=2, heads=4, patch=8, size=32)
-
-
-@pytest.fixture(scope="module")
-def recorded(root):
-    return dict(np.load(root / "tests/fixtures/official_parity.npz"))
-
-
-@pytest.fixture(scope="module")
-def official(root):
-    return json.loads((root / "tests/fixtures/official_keys.json").read_text())
 
 
 def small():
@@ -35,19 +23,20 @@ def views(T=2, side=64, clips=1):
     return {name: view(i, (clips, 3, 1 if T == 1 else T if name == "semantic" else 2 * T, side, side)) for i, name in enumerate(COVER.views)}
 
 
-def test_keys_and_shapes(official):
+def test_keys_and_shapes(official_keys):
     with torch.device("meta"): model = COVER()
     for module, name in ((model, "cover"), (model.clip, "clip")):
-        state, want = module.state_dict(), official[name]
+        state, want = module.state_dict(), official_keys[name]
         assert {k: list(v.shape) for k, v in state.items()} == want["keys"] and list(state) == list(want["keys"])
     assert sum(p.numel() for p in model.parameters()) == 61_016_895 and sum(p.numel() for p in model.clip.parameters()) == 303_966_208
-    assert sorted(k for k in official["cover"]["buffers"]) == sorted(dict(model.named_buffers()))
+    assert sorted(k for k in official_keys["cover"]["buffers"]) == sorted(dict(model.named_buffers()))
 
 
-def test_every_stage_gives_the_official_numbers(recorded):
+def test_every_stage_gives_the_official_numbers(official_numbers, official_keys):
     "One model for both cases; the image encoder alone is 1.2 GB."
     model = COVER()
     fill(model), fill(model.clip)
+    assert weights_sha256(model, official_keys["cover"]) == official_keys["cover"]["filled_sha256"]
     blocks = {f"clip_block_{i}": f"visual.transformer.resblocks.{i}" for i in (0, 11, 23)} | {"clip_ln_pre": "visual.ln_pre"}
     parts = {f"{v}_{what}": where for v, gate in (("technical", "smtc_gate_tech"), ("aesthetic", "smtc_gate_aesc"))
              for what, where in (("feature", f"{v}_backbone.norm"), ("gated", gate))}
@@ -55,19 +44,19 @@ def test_every_stage_gives_the_official_numbers(recorded):
     hook = model.smtc_gate_tech.register_forward_pre_hook(lambda module, inputs: semantics.append(inputs[0]))
     for case in ("cover/alt", "cover/image"):
         with torch.no_grad(), outputs_of(model, parts.values()) as got, outputs_of(model.clip, [*blocks.values(), "visual"]) as image:
-            maps = model(views_of(recorded, case, model.views))
+            maps = model(views_of(official_numbers, case, model.views))
         for name, where in blocks.items():
             x = image[where]                                                        # ours are pictures, tokens, channels
-            agrees(x if name == "clip_ln_pre" else x.transpose(0, 1), recorded, f"{case}/act/{name}")
-        agrees(image["visual"], recorded, f"{case}/act/clip_image_embedding")
-        agrees(semantics.pop()[0], recorded, f"{case}/act/semantic_feature")
-        for name, where in parts.items(): agrees(got[where], recorded, f"{case}/act/{name}")
+            agrees(x if name == "clip_ln_pre" else x.transpose(0, 1), official_numbers, f"{case}/act/{name}")
+        agrees(image["visual"], official_numbers, f"{case}/act/clip_image_embedding")
+        agrees(semantics.pop()[0], official_numbers, f"{case}/act/semantic_feature")
+        for name, where in parts.items(): agrees(got[where], official_numbers, f"{case}/act/{name}")
         scores = score(maps)
         for v in model.views:
-            expected = recorded[f"{case}/{v}/score_map"]
+            expected = official_numbers[f"{case}/{v}/score_map"]
             assert maps[v].shape == expected.shape and np.abs(maps[v].numpy() - expected).max() < MAP
-            assert abs(scores[v].item() - recorded[f"{case}/{v}/score"]) < MAP
-        assert abs(overall(scores).item() - recorded[f"{case}/overall"]) < 3 * MAP
+            assert abs(scores[v].item() - official_numbers[f"{case}/{v}/score"]) < MAP
+        assert abs(overall(scores).item() - official_numbers[f"{case}/overall"]) < 3 * MAP
     hook.remove()
 
 
@@ -108,6 +97,17 @@ def test_no_positions_and_any_size():
         tower.visual.positional_embedding.add_(1)
         flipped = torch.cat([x[..., 8 * i:8 * i + 8, :] for i in (3, 2, 1, 0)], 2)
         assert torch.equal(a, rest) and torch.allclose(a, tower(flipped), atol=1e-4)
+
+
+def test_frames_are_read_in_groups():
+    "Groups of four bound the memory and change nothing, whatever is left over."
+    model, frames = small(), view(0, (2, 3, 9, 40, 32))
+    sizes = []
+    model.clip.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    with torch.no_grad():
+        together = model.semantics(frames)
+        alone = F.normalize(model.clip(frames.transpose(1, 2).flatten(0, 1)), dim=-1).unflatten(0, (2, 9))
+    assert sizes == [8, 8, 2, 18] and torch.allclose(together, alone, atol=1e-6)
 
 
 def test_image_encoder_is_beside_the_model():

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from qualivision.cli import app
 from qualivision.data.sampling import DOVER_VIEWS, dover_views, view_indices
 from qualivision.data.video import probe, read_frames, write_video
-from qualivision.evaluation.maps import (MapError, at_frame, cell_boxes, divergence, gmad_pairs, overlay, patch_boxes, region_table, score_maps,
-                                         shrink, standardised, time_table, write_maps)
+from qualivision.evaluation.maps import (MapError, ScoreMaps, at_frame, cell_boxes, divergence, gmad_pairs, overlay, patch_boxes, region_table,
+                                         score_maps, shrink, standardised, time_table, unseen, write_maps)
 from qualivision.evaluation.ranks import read_sets
 from qualivision.models.dover import DOVERMobile
 from weights_formula import fill
@@ -105,15 +105,38 @@ def test_nearest_slot():
 
 def test_overlay():
     frame, values = np.full((70, 141, 3), 100, np.uint8), np.zeros((7, 7))
-    assert np.array_equal(overlay(frame, values), frame), "at zero there is no colour"
+    assert (overlay(frame, values) == 160).all(), "at zero there is no colour, 100 + 0.6·100"
     values[2, 6], values[6, 0], values[0, 0] = 9, -9, 1
     painted = overlay(frame, values).astype(int)
     red, blue, weak = painted[25, 135], painted[65, 5], painted[5, 5]
-    assert red[0] > red[2] and blue[2] > blue[0] and 0 < np.abs(weak - 100).max() < np.abs(red - 100).max()
-    changed = (painted != 100).any(-1)
+    assert red[0] > red[2] and blue[2] > blue[0] and 0 < np.abs(weak - 160).max() < np.abs(red - 160).max()
+    changed = (painted != 160).any(-1)
     assert changed[20:30, 121:].all() and changed.sum() == 10 * (20 + 21 + 21), "three blocks, and nothing beside them"
     assert shrink(frame[None], 640).shape == (1, 70, 140, 3) and shrink(frame[None], 50).shape == (1, 24, 50, 3)
     assert (cell_boxes((70, 141))[0, 6] == [0, 6 * 141 / 7, 10, 141]).all()
+
+
+def test_stretches_that_nobody_saw():
+    "Against a count of the frames that lie within a step of one that was looked at."
+    for n in (1, 20, 31, 48, 80, 100, 200, 333, 1000):
+        taken = view_indices(DOVER_VIEWS, n, seed=n)
+        maps = ScoreMaps({}, {name: i.reshape(-1, 2) for name, i in taken.items()}, {}, n, 25., (10, 10))
+        for name, step in (("technical", 2), ("aesthetic", max(1, n // 32))):
+            near = np.abs(np.arange(n)[:, None] - taken[name]).min(1) < step
+            left = {f for a, b in unseen(maps, name) for f in range(a, b + 1)}
+            assert all(0 <= a <= b < n for a, b in unseen(maps, name))
+            assert not left & set(taken[name].tolist()) and len(left ^ set(np.flatnonzero(~near).tolist())) <= 2 * step, (n, name)
+
+
+def test_film_says_where_a_view_saw_nothing(tmp_path):
+    frames = np.full((300, 224, 224, 3), 90, np.uint8)
+    frames[:, ::2] += np.arange(300, dtype=np.uint8)[:, None, None, None] // 4
+    clip = write_video(tmp_path/"long.mp4", frames, fps=30, crf=8)
+    write_maps(Brightness(), clip, tmp_path/"out", most=60)
+    bar = read_frames(tmp_path/"out"/"divergence.mp4", range(60))[:, -3:].mean((1, 2, 3)) > 128
+    blank = unseen(score_maps(Brightness(), clip), "technical")
+    shown = np.linspace(0, 299, 60).astype(int)
+    assert 10 < bar.sum() < 50 and (bar == [not any(a <= n <= b for a, b in blank) for n in shown]).all()
 
 
 def test_refused(video, tmp_path):
@@ -139,6 +162,9 @@ def test_command(video, tmp_path):
     info = probe(tmp_path/"a"/"divergence.mp4")
     assert (info.frames, info.fps, info.width, info.height) == (80, 20, 392, 252)
     assert abs(pd.read_csv(tmp_path/"a"/"times.csv").groupby("view").score.mean()["technical"] - a["scores"]["technical"]) < 1e-9
+    other = call("maps", video, "--mobile", "--weights", tmp_path/"mobile.pth", "--out", tmp_path/"d", "--device", "cpu", "--seed", 3, "--json")[1]
+    assert other["seed"] == 3 and other["scores"]["technical"] != a["scores"]["technical"]
+    assert (tmp_path/"d"/"divergence.png").read_bytes() != (tmp_path/"a"/"divergence.png").read_bytes()
     status, answer, _ = call("maps", tmp_path/"gone.mp4", "--mobile", "--weights", tmp_path/"mobile.pth", "--out", tmp_path/"c", "--json")
     assert status == 1 and "no such file" in answer["error"] and not (tmp_path/"c").exists()
     assert call("maps", video, "--model", "cover", "--out", tmp_path)[0] == 2

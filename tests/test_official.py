@@ -1,96 +1,61 @@
 "Official DOVER, DOVER-Mobile and COVER: names, shapes, and numbers of every stage, with weights and inputs from a formula."
-import hashlib
-import json
-from contextlib import contextmanager
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from qualivision.inference.official import CLIP, load_model
 from qualivision.models.convnext3d import INFLATED, Block, GlobalResponseNorm, InflatedConvNeXt3D
+from qualivision.models.cover import COVER, CLIPImage
 from qualivision.models.dover import DOVER, DOVERMobile, ViewError, complexity, fused_logit, score
 from qualivision.models.swin3d import Swin3D, SwinBlock, WindowAttention, fit_window, window_cells
-from qualivision.models.weights import load_strict
+from qualivision.models.weights import REGISTRY, WeightsError, entry, load_strict
 from qualivision.quality import QualiVisionError
-from weights_formula import fill, view
+from weights_formula import MAP, agrees, fill, outputs_of, view, views_of, weights_sha256
 
 MODELS = {"dover": DOVER, "dover_mobile": DOVERMobile}
-FEATURE, MAP = 1e-4, 1e-5       # absolute tolerances: features, score maps and scores
-
-
-@pytest.fixture(scope="module")
-def recorded(root):
-    return dict(np.load(root / "tests/fixtures/official_parity.npz"))
-
-
-@pytest.fixture(scope="module")
-def official(root):
-    return json.loads((root / "tests/fixtures/official_keys.json").read_text())
-
-
-@contextmanager
-def outputs_of(model, names):
-    "What these submodules answer."
-    got = {}
-    def keep(name): return lambda module, inputs, output: got.__setitem__(name, output)
-    hooks = [model.get_submodule(n).register_forward_hook(keep(n)) for n in names]
-    try: yield got
-    finally:
-        for h in hooks: h.remove()
-
-
-def agrees(x, recorded, prefix, tolerance=FEATURE):
-    "A map against its recorded shape, statistics, sixteen of its values, and the means of its channels."
-    assert tuple(x.shape) == tuple(recorded[f"{prefix}/shape"]), prefix
-    at = x.flatten()[torch.arange(16) * (x.numel() - 1) // 15].numpy()
-    assert np.abs(at - recorded[f"{prefix}/at"]).max() < tolerance, prefix
-    for name, value in (("mean", x.double().mean()), ("std", x.double().std(correction=0))):
-        assert abs(value.item() - recorded[f"{prefix}/{name}"]) < tolerance, (prefix, name)
-    if f"{prefix}_channel_mean" in recorded: assert np.abs(x.mean((2, 3, 4)).numpy() - recorded[f"{prefix}_channel_mean"]).max() < tolerance, prefix
-
-
-def views_of(recorded, case, names):
-    return {n: view(int(recorded[f"{case}/{n}/input_seed"]), recorded[f"{case}/{n}/input_shape"]) for n in names}
 
 
 # ---------------------------------------------------------------- names and shapes
 
 @pytest.mark.parametrize("name", MODELS)
-def test_keys_and_shapes(name, official):
+def test_keys_and_shapes(name, official_keys):
     with torch.device("meta"): model = MODELS[name]()
-    state, want = model.state_dict(), official[name]
+    state, want = model.state_dict(), official_keys[name]
     assert {k: list(v.shape) for k, v in state.items()} == want["keys"] and list(state) == list(want["keys"])
     assert [k for k, v in state.items() if v.dtype == torch.int64] == want["buffers"]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_formula_makes_the_recorded_weights(name, filled, official):
-    digest, state = hashlib.sha256(), filled(name).state_dict()
-    for k in official[name]["keys"]:
-        if k not in official[name]["buffers"]: digest.update(state[k].numpy().tobytes())
-    assert digest.hexdigest() == official[name]["filled_sha256"]
+def test_formula_makes_the_recorded_weights(name, filled, official_keys):
+    assert weights_sha256(filled(name), official_keys[name]) == official_keys[name]["filled_sha256"]
 
 
 # ---------------------------------------------------------------- numbers
 
 @pytest.mark.parametrize("name,case", [("dover", "alt"), ("dover", "real"), ("dover_mobile", "real")])
-def test_every_stage_gives_the_official_numbers(name, case, filled, recorded):
+def test_every_stage_gives_the_official_numbers(name, case, filled, official_numbers):
     model, case = filled(name), f"{name}/{case}"
-    stages = sorted({k.split("/")[2] + "_backbone." + k.split("/")[4] for k in recorded if k.startswith(case) and "/stage/" in k})
+    stages = sorted({k.split("/")[2] + "_backbone." + k.split("/")[4] for k in official_numbers if k.startswith(case) and "/stage/" in k})
     assert len(stages) == 10
     with torch.no_grad(), outputs_of(model, [*stages, "technical_backbone.norm", "aesthetic_backbone.norm"]) as got:
-        maps = model(views_of(recorded, case, model.views))
+        maps = model(views_of(official_numbers, case, model.views))
     for stage in stages:
         view_name, part = stage.split("_backbone.")
-        agrees(got[stage], recorded, f"{case}/{view_name}/stage/{part}")
+        agrees(got[stage], official_numbers, f"{case}/{view_name}/stage/{part}")
     scores = score(maps)
     for v in model.views:
-        agrees(got[f"{v}_backbone.norm"], recorded, f"{case}/{v}/feature")
-        assert maps[v].shape == recorded[f"{case}/{v}/score_map"].shape and np.abs(maps[v].numpy() - recorded[f"{case}/{v}/score_map"]).max() < MAP
-        assert np.abs(scores[v].numpy() - recorded[f"{case}/{v}/score"]).max() < MAP
+        agrees(got[f"{v}_backbone.norm"], official_numbers, f"{case}/{v}/feature")
+        expected = official_numbers[f"{case}/{v}/score_map"]
+        assert maps[v].shape == expected.shape and np.abs(maps[v].numpy() - expected).max() < MAP
+        assert np.abs(scores[v].numpy() - official_numbers[f"{case}/{v}/score"]).max() < MAP
     logit = fused_logit(*(scores[v].double().mean() for v in ("technical", "aesthetic")))
-    assert abs(logit.item() - recorded[f"{case}/fused_logit"]) < 1e-4 and abs(logit.sigmoid().item() - recorded[f"{case}/fused_score"]) < 1e-4
+    for name, value in (("fused_logit", logit), ("fused_score", logit.sigmoid())):
+        assert abs(value.item() - official_numbers[f"{case}/{name}"]) < 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +67,10 @@ def filled():
     return get
 
 
-def test_a_branch_computes_alone_what_it_computes_beside_the_other(filled, recorded):
-    model, views = filled("dover"), views_of(recorded, "dover/alt", DOVER.views)
+def test_a_branch_computes_alone_what_it_computes_beside_the_other(filled, official_numbers):
+    model, views = filled("dover"), views_of(official_numbers, "dover/alt", DOVER.views)
     with torch.no_grad(): alone = model({"aesthetic": views["aesthetic"][1:]})
-    assert list(alone) == ["aesthetic"] and np.abs(alone["aesthetic"].numpy() - recorded["dover/alt/aesthetic/score_map"][1:]).max() < MAP
+    assert list(alone) == ["aesthetic"] and np.abs(alone["aesthetic"].numpy() - official_numbers["dover/alt/aesthetic/score_map"][1:]).max() < MAP
 
 
 def test_state_is_loaded_strictly(filled):
@@ -144,6 +109,66 @@ def test_complexity_as_published():
 def test_fused_forms():
     assert abs(fused_logit(.1107, -.08285)) < 1e-12 and abs(fused_logit(-.08285, .1107, "corrected")) < 1e-12
     with pytest.raises(QualiVisionError, match="fusion"): fused_logit(0., 0., "exchanged")
+
+
+# ---------------------------------------------------------------- files, by the road that a downloaded one takes
+
+@pytest.fixture
+def pulled(tmp_path, monkeypatch):
+    "A folder of weights and a hub cache of our own; says where `weights pull` puts the file of a name."
+    monkeypatch.setenv("QUALIVISION_WEIGHTS", str(tmp_path/"w"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path/"hub"))
+    def place(name):
+        e = entry(name)
+        path = tmp_path/"w"/e.file
+        if e.repo:
+            cache = tmp_path/"hub"/f"models--{e.repo.replace('/', '--')}"
+            (cache/"refs").mkdir(parents=True, exist_ok=True)
+            (cache/"refs"/"main").write_text("0" * 40)
+            path = cache/"snapshots"/("0" * 40)/e.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+    return place
+
+
+@pytest.mark.parametrize("name,wrap", [("dover", lambda s: s), ("dover-mobile", lambda s: s), ("cover", lambda s: {"state_dict": s}),
+                                       ("dover++", lambda s: {"state_dict": s, "validation_results": {"KoNViD-1k": np.float64(.88)}})])
+def test_each_official_layout_loads_as_pulled_and_as_given(name, wrap, filled, pulled, tmp_path, monkeypatch):
+    "As they are published: bare, `state_dict` entry, and that with numbers of numpy beside it."
+    if name == "cover":
+        model = fill(COVER(CLIPImage(width=64, layers=1, heads=1, patch=32, size=64)))
+        save_file(model.clip.state_dict(), pulled(CLIP))
+    else: model = filled({"dover-mobile": "dover_mobile"}.get(name, "dover"))
+    torch.save(wrap(model.state_dict()), pulled(name))
+    if name == "cover":                                                          # the one whose hash is known
+        with pytest.raises(WeightsError, match="262,292,246"): load_model(name)
+        monkeypatch.setitem(REGISTRY, name, replace(entry(name), bytes=None, sha256=None))
+    given = tmp_path/"mine.pth"
+    given.symlink_to(pulled(name))
+    for weights in (None, given):
+        loaded, about = load_model(name, weights)
+        assert type(loaded) is type(model) and all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
+        assert len(about["sha256"]) == 64 and about["licence"] == entry(name).licence
+
+
+class Trap:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("wrong,said", [("code", "it wants to call posix.system"), ("cut", "not a file of PyTorch weights, or not a whole one"),
+                                        ("another model", r"DOVERMobile: .* \d+ missing: .* \d+ unexpected: .* \d+ of another shape"),
+                                        ("no head", r"DOVERMobile: .*284 tensors match, .* 4 missing: technical_head\.fc_hid\.weight")])
+def test_what_is_not_the_models_file_is_refused(wrong, said, filled, pulled, tmp_path):
+    state, path = filled("dover_mobile").state_dict(), pulled("dover-mobile")
+    if wrong == "code": state["x"] = Trap(tmp_path/"ran")
+    if wrong == "another model": state = filled("dover").state_dict()
+    if wrong == "no head": state = {k: v for k, v in state.items() if not k.startswith("technical_head.")}
+    torch.save(state, path)
+    if wrong == "cut": path.write_bytes(path.read_bytes()[:10_000_000])
+    for weights in (None, path):
+        with pytest.raises(WeightsError, match=said): load_model("dover-mobile", weights)
+    assert not (tmp_path/"ran").exists()
 
 
 # ---------------------------------------------------------------- parts
@@ -216,8 +241,8 @@ def test_inflated_forms_are_the_two_published_ones():
 
 
 @pytest.mark.cuda
-def test_gpu_gives_the_official_numbers(filled, recorded):
+def test_gpu_gives_the_official_numbers(filled, official_numbers):
     model = filled("dover").cuda()
-    with torch.no_grad(): maps = model({k: v.cuda() for k, v in views_of(recorded, "dover/alt", DOVER.views).items()})
+    with torch.no_grad(): maps = model({k: v.cuda() for k, v in views_of(official_numbers, "dover/alt", DOVER.views).items()})
     model.cpu()
-    for v in DOVER.views: assert np.abs(maps[v].cpu().numpy() - recorded[f"dover/alt/{v}/score_map"]).max() < 5e-4     # TF32 convolutions
+    for v in DOVER.views: assert np.abs(maps[v].cpu().numpy() - official_numbers[f"dover/alt/{v}/score_map"]).max() < 5e-4     # TF32 convolutions

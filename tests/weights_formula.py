@@ -1,8 +1,12 @@
-"Weights and inputs that any implementation can make: a pure function of name and shape. The parity fixtures were recorded with them."
+"Weights and inputs that are a pure function of name and shape; the parity fixtures were recorded with them; and how to compare with these."
+import hashlib
 import zlib
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+FEATURE, MAP = 1e-4, 1e-5       # absolute tolerances: features, score maps and scores
 
 
 def normals(seed: int, shape) -> np.ndarray:
@@ -38,3 +42,38 @@ def clip(seed: int, shape) -> torch.Tensor:
     "Frames between 0 and 1."
     n = normals(seed, shape).astype(np.float32).astype(np.float64)
     return torch.from_numpy((1 / (1 + np.exp(-n))).astype(np.float32))
+
+
+# ---- against what was recorded of the official code
+
+def weights_sha256(module: torch.nn.Module, keys: dict) -> str:
+    "Of all tensors that the formula fills, in the manifest's order."
+    digest, state = hashlib.sha256(), module.state_dict()
+    for k in keys["keys"]:
+        if state[k].is_floating_point(): digest.update(state[k].numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def outputs_of(model, names):
+    "What these submodules answer."
+    got = {}
+    def keep(name): return lambda module, inputs, output: got.__setitem__(name, output)
+    hooks = [model.get_submodule(n).register_forward_hook(keep(n)) for n in names]
+    try: yield got
+    finally:
+        for h in hooks: h.remove()
+
+
+def agrees(x, recorded, prefix, tolerance=FEATURE):
+    "A map against its recorded shape, statistics, sixteen of its values, and the means of its channels."
+    assert tuple(x.shape) == tuple(recorded[f"{prefix}/shape"]), prefix
+    at = x.flatten()[torch.arange(16) * (x.numel() - 1) // 15].numpy()
+    assert np.abs(at - recorded[f"{prefix}/at"]).max() < tolerance, prefix
+    for name, value in (("mean", x.double().mean()), ("std", x.double().std(correction=0))):
+        assert abs(value.item() - recorded[f"{prefix}/{name}"]) < tolerance, (prefix, name)
+    if f"{prefix}_channel_mean" in recorded: assert np.abs(x.mean((2, 3, 4)).numpy() - recorded[f"{prefix}_channel_mean"]).max() < tolerance, prefix
+
+
+def views_of(recorded, case, names):
+    return {n: view(int(recorded[f"{case}/{n}/input_seed"]), recorded[f"{case}/{n}/input_shape"]) for n in names}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'NAMES', 'MapError', 'patch_boxes', 'cell_boxes', 'ScoreMaps', 'score_maps', 'time_table', 'region_table',
-           'at_frame', 'draw_times', 'standardised', 'divergence', 'overlay', 'shrink', 'draw_moments', 'write_maps',
-           'gmad_pairs', 'gmad_file']
+           'at_frame', 'unseen', 'draw_times', 'standardised', 'divergence', 'paint', 'overlay', 'shrink',
+           'draw_moments', 'write_maps', 'gmad_pairs', 'gmad_file']
 
 # %% ../../nbs/evaluation/23_maps.ipynb #69ae0274
 from collections import deque
@@ -112,18 +112,34 @@ def at_frame(values: np.ndarray,    # (slots,…)
     return values[distance == distance.min()].mean(0)
 
 
+def unseen(maps: ScoreMaps,
+           view: str                # technical or aesthetic
+          ) -> list:                # (first, last) frame of each stretch
+    "The stretches of the video that a view skips: wider than twice the step that is usual in it."
+    at = np.unique(maps.frames[view])
+    step = int(np.median(np.diff(at))) if len(at) > 1 else 1
+    ends = np.concatenate([[-step], at, [maps.count - 1 + step]])
+    return [(max(0, int(a) + step), min(maps.count, int(b) - step + 1) - 1) for a, b in zip(ends[:-1], ends[1:]) if b - a > 2 * step]
+
+
 def draw_times(maps: ScoreMaps):    # -> matplotlib Figure
-    "Score over time: a dot for each slot, a line through the mean of those that begin at one frame; a panel for each view."
+    "Score over time: a dot for each slot, a line through the mean of those that begin at one frame, grey where nothing was seen."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(7.5, 4), dpi=80, layout="constrained")
     axes, table = fig.subplots(2, 1, sharex=True), time_table(maps)
     for ax, (name, rows) in zip(axes, table.groupby("view", sort=False)):
-        mean = rows.groupby("seconds").score.mean()
-        ax.plot(mean.index, mean, color="C0", lw=1)
-        ax.scatter(rows.seconds, rows.score, c=[f"C{k}" for k in rows["clip"]], s=14)
-        ax.axhline(rows.score.mean(), color="0.5", lw=.8, ls="--")
-        ax.set_ylabel(name)
-    axes[-1].set(xlabel="seconds", xlim=(0, maps.count / maps.fps))
+        blank = unseen(maps, name)
+        for a, b in blank: ax.axvspan(a / maps.fps, (b + 1) / maps.fps, color="0.92", lw=0)
+        mean = rows.groupby("frame").score.mean()
+        part = np.searchsorted([a for a, _ in blank], mean.index)                    # the line stops where the view does
+        for k in np.unique(part): ax.plot(mean.index[part == k] / maps.fps, mean[part == k], color="0.6", lw=1, zorder=1)
+        for k, dots in rows.groupby("clip"):
+            ax.scatter(dots.seconds, dots.score, s=14, color=f"C{k}", label=f"clip {k + 1}" if rows["clip"].max() else None)
+        ax.axhline(rows.score.mean(), color="0.3", lw=.8, ls="--")
+        ax.set_ylabel("score")
+        ax.set_title(f"{name}: {rows.score.mean():.4g}", loc="left", fontsize=10)
+        if rows["clip"].max(): ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False, borderpad=0)
+    axes[-1].set(xlabel="seconds; grey: not seen by this view", xlim=(0, maps.count / maps.fps))
     return fig
 
 # %% ../../nbs/evaluation/23_maps.ipynb #40699393
@@ -152,17 +168,22 @@ def divergence(maps: ScoreMaps,
 LIMIT = 3.0      # deviations at the ends of the colours
 
 
+def paint(grey: np.ndarray,          # (…,1), 0–255
+          values: np.ndarray         # (…), deviations
+         ) -> np.ndarray:            # (…,3) uint8
+    "Grey under the colours of values: red above zero, blue below, strength by distance."
+    from matplotlib import colormaps
+    share = (values / LIMIT).clip(-1, 1)
+    colour, alpha = 255 * colormaps["RdBu_r"](.5 + .4 * np.sign(share))[..., :3], .75 * np.abs(share)[..., None] ** .5
+    return (grey * (1 - alpha) + colour * alpha).round().astype(np.uint8)
+
+
 def overlay(frame: np.ndarray,       # (H,W,3) uint8
             values: np.ndarray       # (7,7), deviations
            ) -> np.ndarray:          # (H,W,3) uint8
-    "A frame, in grey, under the colours of its cells: red above zero, blue below, strength by distance."
-    from matplotlib import colormaps
+    "A frame, in pale grey, under the colours of its cells."
     rows, columns = (np.arange(n) * 7 // n for n in frame.shape[:2])
-    share = (values / LIMIT).clip(-1, 1)                                                          # (7,7)
-    colour, alpha = 255 * colormaps["RdBu_r"](.5 + .4 * np.sign(share))[..., :3], .75 * np.abs(share)[..., None] ** .5
-    colour, alpha = (x[rows][:, columns] for x in (colour, alpha))                                # (H,W,3), (H,W,1)
-    grey = (frame @ [.299, .587, .114])[..., None]                                                # or its colours would mix with ours
-    return (grey * (1 - alpha) + colour * alpha).round().astype(np.uint8)
+    return paint(100 + .6 * (frame @ [.299, .587, .114])[..., None], values[rows][:, columns])
 
 
 def shrink(frames: np.ndarray,       # (T,H,W,3) uint8
@@ -184,7 +205,7 @@ def draw_moments(maps: ScoreMaps,
                 ):                                       # -> matplotlib Figure
     "A row for each moment: the frame with the patches that the technical view saw, both maps, and their divergence."
     from matplotlib.collections import PatchCollection
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import ListedColormap, Normalize
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
@@ -196,13 +217,18 @@ def draw_moments(maps: ScoreMaps,
         shown = [frame, *(overlay(frame, x) for x in (at["technical"], at["aesthetic"], at["aesthetic"] - at["technical"]))]
         for ax, picture in zip(row, shown):
             ax.imshow(picture, extent=(0, maps.size[1], maps.size[0], 0)); ax.set(xticks=[], yticks=[])
+        for ax, name in zip(row[1:], own):
+            if any(a <= n <= b for a, b in unseen(maps, name)):                                   # another moment's map
+                nearest = maps.frames[name].flat[np.abs(maps.frames[name] - n).argmin()]
+                ax.set_xlabel(f"seen at {nearest / maps.fps:.2f} s", fontsize=8)
         near = np.abs(maps.frames["technical"] - n).min(1)
         seen = np.unique(maps.boxes["technical"][near == near.min()].reshape(-1, 4), axis=0)
         row[0].add_collection(PatchCollection([Rectangle((l, t), r - l, b - t) for t, l, b, r in seen], fc="none", ec="w", lw=.7))
         row[0].set_ylabel(f"{n / maps.fps:.2f} s")
     titles = "frame; technical saw the squares", "technical", "aesthetic", "aesthetic − technical"
     for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=10)
-    fig.colorbar(ScalarMappable(Normalize(-LIMIT, LIMIT), "RdBu_r"), ax=axes, shrink=.8, label="deviations")
+    bar = paint(np.full((255, 1), 175.), np.linspace(-LIMIT, LIMIT, 255)) / 255
+    fig.colorbar(ScalarMappable(Normalize(-LIMIT, LIMIT), ListedColormap(bar)), ax=axes, shrink=.8, label="deviations")
     return fig
 
 # %% ../../nbs/evaluation/23_maps.ipynb #79365d16
@@ -218,7 +244,8 @@ def write_maps(model: nn.Module,           # as of `score_maps`
     if moments < 1 or most < 1: raise MapError(video, "no frame is to be shown", "Ask for at least one.")
     maps = score_maps(model, video, seed, device)
     own = standardised(maps, reference)
-    rows = np.unique((np.arange(moments) + .5) * maps.count // moments).astype(int)     # the middle of each part of the video
+    at = np.unique(maps.frames["technical"])
+    rows = np.unique([at[np.abs(at - (k + .5) * maps.count / moments).argmin()] for k in range(moments)])
     shown = uniform_indices(maps.count, min(maps.count, most))
     frames = shrink(read_frames(video, np.concatenate([rows, shown])))
     def apart(n): return np.subtract(*(at_frame(own[name], maps.frames[name], n) for name in ("aesthetic", "technical")))
@@ -230,6 +257,8 @@ def write_maps(model: nn.Module,           # as of `score_maps`
     draw_times(maps).savefig(files["times.png"])
     draw_moments(maps, frames[:len(rows)], rows, reference).savefig(files["divergence.png"])
     painted = np.stack([overlay(x, apart(n)) for n, x in zip(shown, frames[len(rows):])])
+    skipped = [any(a <= n <= b for view in maps.frames for a, b in unseen(maps, view)) for n in shown]
+    painted[:, -max(2, painted.shape[1] // 40):] = np.where(skipped, 0, 255)[:, None, None, None]
     write_video(files["divergence.mp4"], painted, fps=maps.fps * len(shown) / maps.count, crf=23)
     return {"scores": {name: maps.score(name) for name in maps.scores}, "files": {name: str(path) for name, path in files.items()}}
 

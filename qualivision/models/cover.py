@@ -195,8 +195,9 @@ class COVER(Branches):
                             "Two technical and aesthetic frames go with each semantic one; a picture is one frame in all three.")
 
     def semantics(self, view: Tensor) -> Tensor:                                                  # (B,3,T,H,W) → (B,T,768)
-        "The embedding of each frame, of length 1."
-        return F.normalize(self.clip(view.transpose(1, 2).flatten(0, 1)), dim=-1).unflatten(0, (view.shape[0], -1))
+        "The embedding of each frame, of length 1; four frames of a clip at a time."
+        parts = [self.clip(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)) for x in view.split(4, 2)]
+        return F.normalize(torch.cat(parts, 1), dim=-1)
 
     def features(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         "What the heads see: semantic (B,768,T,7,7), technical and aesthetic after their gates (B,768,T,h,w). Raises `ViewError`."
