@@ -1,6 +1,8 @@
 "ONNX: the same scores at other batches and lengths, files that carry no paths, the command, and what is refused."
 import json
+import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,14 +10,15 @@ import torch
 from typer.testing import CliRunner
 
 from qualivision.cli import app
-from qualivision.inference.export import ExportError, Graph, OnnxModel, export_onnx, free_lengths, view_shapes
+from qualivision.inference.export import ExportError, Graph, OnnxModel, export_onnx, free_lengths, sources, view_shapes
 from qualivision.models.convnext3d import InflatedConvNeXt3D
 from qualivision.models.cover import COVER, CLIPImage
 from qualivision.models.dover import DOVER, Branches, DOVERMobile, QualityHead, score
 from qualivision.models.swin3d import Swin3D
-from weights_formula import fill, view
+from weights_formula import MAP, fill, view, views_of
 
 CLOSE = 1e-4
+ABOUT = dict(licence="MIT", source="a formula")
 TOWER = dict(width=64, layers=1, heads=1, patch=16, size=32)
 
 
@@ -44,7 +47,7 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp("onnx")
 @pytest.fixture(scope="module")
 def small(folder):
     model, shapes = fill(Small()), {"technical": (32, 72, 64), "aesthetic": (8, 64, 64)}
-    return model, shapes, export_onnx(model, folder/"small.onnx", shapes, licence="MIT")
+    return model, shapes, export_onnx(model, folder/"small.onnx", **ABOUT, shapes=shapes)
 
 
 def test_batches_and_lengths(small):
@@ -72,13 +75,14 @@ def test_scores_are_in_the_graph(small):
 
 def test_same_bytes_and_nothing_of_this_machine(small, folder):
     model, shapes, made = small
-    again = export_onnx(model, folder/"deeper"/"again.onnx", shapes, licence="MIT")
+    again = export_onnx(model, folder/"deeper"/"again.onnx", **ABOUT, shapes=shapes)
     content = (folder/"small.onnx").read_bytes()
     assert content == (folder/"deeper"/"again.onnx").read_bytes() and again["bytes"] == len(content) == made["bytes"]
     for word in (b"site-packages", b".py", sys.prefix.encode()): assert word not in content
     about = OnnxModel(made["file"]).about
     views = json.loads(about["views"])
-    assert about["model"] == "Small" and about["licence"] == "MIT" and views["technical"]["fragments"] and views["aesthetic"]["any_frames"]
+    assert about["model"] == "Small" and {k: about[k] for k in ABOUT} == ABOUT
+    assert views["technical"]["fragments"] and views["aesthetic"]["any_frames"]
     assert views["technical"]["mean"] == [123.675, 116.28, 103.53] and views["technical"]["size"] == [72, 64]
     assert not list(folder.glob("*.new.onnx"))
 
@@ -86,8 +90,19 @@ def test_same_bytes_and_nothing_of_this_machine(small, folder):
 def test_a_file_that_differs_is_not_left(small, folder, monkeypatch):
     model, shapes, _ = small
     (folder/"old.onnx").write_bytes(b"old")
-    with pytest.raises(ExportError, match="differ"): export_onnx(model, folder/"old.onnx", shapes, tolerance=0.)
+    call, written = OnnxModel.__call__, SimpleNamespace(model=SimpleNamespace(metadata_props={}))
+    written.save = lambda path, external_data: shutil.copy(small[2]["file"], path)
+    monkeypatch.setattr("qualivision.inference.export._record", lambda *_: written)                 # it was recorded once
+    monkeypatch.setattr(OnnxModel, "__call__", lambda self, views: {v: m.flip(-1) for v, m in call(self, views).items()})
+    with pytest.raises(ExportError, match="differ"): export_onnx(model, folder/"old.onnx", **ABOUT, shapes=shapes)     # equal scores, other cells
     assert (folder/"old.onnx").read_bytes() == b"old" and not (folder/"old.new.onnx").exists()
+
+
+def test_the_file_is_one_by_the_standard(small):
+    "ONNX's own check of types and shapes; only operations of the standard, so that any runtime can have them."
+    import onnx
+    onnx.checker.check_model(small[2]["file"], full_check=True)
+    assert [d.domain for d in onnx.load(small[2]["file"]).opset_import] == [""]
 
 
 def test_cover_with_its_image_encoder(folder):
@@ -97,7 +112,7 @@ def test_cover_with_its_image_encoder(folder):
     model.technical_backbone, model.aesthetic_backbone = Swin3D(96, (1, 1, 1, 1), drop_path=0.), InflatedConvNeXt3D((24, 48, 96, 768), (1, 1, 1, 1))
     fill(model), fill(model.clip)
     shapes = {"semantic": (2, 32, 32), "technical": (4, 64, 64), "aesthetic": (4, 64, 64)}
-    made = export_onnx(model, folder/"cover.onnx", shapes)
+    made = export_onnx(model, folder/"cover.onnx", **ABOUT, shapes=shapes)
     assert made["difference"] < CLOSE and made["inputs"]["semantic"] == ["any", 3, 2, 32, 32]
     for clips in (1, 2):
         with torch.no_grad(): here = score(model(views := {v: view(i, (clips, 3, *shapes[v])) for i, v in enumerate(model.views)}))
@@ -119,28 +134,44 @@ def test_command(folder):
     assert about["difference"] < CLOSE and about["inputs"] == {v: ["any", 3, "any", 224, 224] for v in model.views} and 38e6 < about["bytes"] < 44e6
     exported = OnnxModel(folder/"mobile.onnx")
     assert "non-commercial" in exported.about["licence"] and len(exported.about["sha256"]) == 64
+    assert exported.about["source"].startswith("mobile.pth, a file of the user's; dover-mobile is published at https://github.com/VQAssessment")
     agree(model, exported, {"technical": view(0, (3, 3, 4, 224, 224)), "aesthetic": view(1, (1, 3, 6, 224, 224))})
 
 
-def test_refused(folder, monkeypatch):
+def test_refused(small, folder, monkeypatch):
     call = CliRunner().invoke
     assert call(app, ["export", "--model", "vjepa2", "--out", str(folder/"x.onnx")]).exit_code == 2
     r = call(app, ["export", "--model", "dover-mobile", "--weights", str(folder/"none.pth"), "--out", str(folder/"x.onnx"), "--json"])
     assert r.exit_code == 1 and "no such file" in json.loads(r.stdout)["error"]
-    with pytest.raises(ExportError, match="does not end in .onnx"): export_onnx(Small(), folder/"model.pt")
-    (folder/"text.onnx").write_text("no graph")
-    with pytest.raises(ExportError, match="no ONNX file"): OnnxModel(folder/"text.onnx")
+    with pytest.raises(ExportError, match="does not end in .onnx"): export_onnx(Small(), folder/"model.pt", **ABOUT)
+    whole = (folder/"small.onnx").read_bytes()
+    for content in (b"", b"no graph", whole[:len(whole) // 2], whole[:-1]):
+        (folder/"bad.onnx").write_bytes(content)
+        with pytest.raises(ExportError, match="no ONNX file"): OnnxModel(folder/"bad.onnx")
     with pytest.raises(ExportError, match="no such file"): OnnxModel(folder/"gone.onnx")
+    huge = Small()
+    huge.extra = torch.nn.Parameter(torch.zeros(1).expand(600_000_000), requires_grad=False)       # all of them in one place
+    with pytest.raises(ExportError, match=r"Small: its weights take 2\.40 GB, and an ONNX file ends at"): export_onnx(huge, folder/"x.onnx", **ABOUT)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ExportError, match=r"onnxscript: it is not installed.*\[onnx\]"): export_onnx(Small(), folder/"x.onnx")
+    with pytest.raises(ExportError, match=r"onnxscript: it is not installed.*\[onnx\]"): export_onnx(Small(), folder/"x.onnx", **ABOUT)
     assert not (folder/"x.onnx").exists()
 
 
+def test_where_weights_come_from():
+    assert sources("dover") == {"source": "https://huggingface.co/teowu/DOVER/resolve/main/DOVER.pth"}
+    about = sources("cover", "/home/me/mine.pth")
+    assert about["source"].startswith("mine.pth, a file of the user's; cover is published at https://github.com/vztu/COVER")
+    assert about["clip_source"].startswith("https://huggingface.co/openai/clip") and about["clip_licence"] == "MIT"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [DOVER, COVER])
-def test_whole_models(make, folder):
-    "Minutes, and 1.5 GB for COVER."
+@pytest.mark.parametrize("name,make", [("dover", DOVER), ("dover_mobile", DOVERMobile), ("cover", COVER)])
+def test_whole_models(name, make, folder, official_numbers):
+    "Minutes each, and for COVER 1.5 GB of disk. What is written gives the numbers of the official code."
     model = fill(make())
     if make is COVER: fill(model.clip)
-    made = export_onnx(model, folder/"whole.onnx")
+    made = export_onnx(model, folder/f"{name}.onnx", **ABOUT)
     assert made["difference"] < CLOSE and all(made["inputs"][v][0] == "any" for v in view_shapes(model))
+    if make is COVER: return                                                    # recorded at other lengths than the official samplers'
+    maps = OnnxModel(made["file"])(views_of(official_numbers, f"{name}/real", model.views))
+    for v in model.views: assert np.abs(maps[v].numpy() - official_numbers[f"{name}/real/{v}/score_map"]).max() < MAP
