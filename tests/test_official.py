@@ -125,7 +125,7 @@ def pulled(tmp_path, monkeypatch):
             cache = tmp_path/"hub"/f"models--{e.repo.replace('/', '--')}"
             (cache/"refs").mkdir(parents=True, exist_ok=True)
             (cache/"refs"/"main").write_text("0" * 40)
-            path = cache/"snapshots"/("0" * 40)/e.file
+            path = cache/"snapshots"/("0" * 40 if e.revision == "main" else e.revision)/e.file
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
     return place

@@ -13,6 +13,7 @@ import torch
 
 from qualivision.models import text
 from qualivision.models.text import BGE_LARGE, MINILM, TextEncoder, TextError, encoder_folder, encoder_of_width
+from qualivision.models.weights import REGISTRY
 from qualivision.quality import QualiVisionError
 
 
@@ -118,10 +119,11 @@ def test_reachable_but_not_there(empty_hub, monkeypatch):
 def test_bge_from_the_local_cache(empty_hub, minilm):
     "The layout in which huggingface_hub keeps a download; the network is not asked."
     repo = empty_hub/"models--BAAI--bge-large-en-v1.5"
-    (repo/"refs").mkdir(parents=True)
-    (repo/"refs/main").write_text("0" * 40)
-    shutil.copytree(minilm.folder, repo/"snapshots"/("0" * 40))
-    assert encoder_folder(BGE_LARGE) == repo/"snapshots"/("0" * 40)
+    pinned = repo/"snapshots"/REGISTRY[BGE_LARGE].revision
+    shutil.copytree(minilm.folder, pinned)
+    (repo/"refs").mkdir()
+    (repo/"refs/main").write_text("0" * 40)              # what its authors have made of it since then is not taken
+    assert encoder_folder(BGE_LARGE) == pinned
     assert TextEncoder(BGE_LARGE).dim == 1024 and TextEncoder(BGE_LARGE).key.startswith("bge-large-en-v1.5-")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .weights import file_sha256
+from .weights import REGISTRY, file_sha256
 from ..quality import QualiVisionError
 
 # %% ../../nbs/models/12_text.ipynb #04993797
@@ -44,7 +44,8 @@ def encoder_folder(name: str            # "minilm", a Hugging Face name, or a fo
     if Path(name).is_dir(): return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    wanted = dict(repo_id=name, allow_patterns=["*.json", "*.txt", "*.safetensors"])         # no pickles, no ONNX copies
+    revision = REGISTRY[name].revision if name in REGISTRY else None                         # a known one is pinned
+    wanted = dict(repo_id=name, revision=revision, allow_patterns=["*.json", "*.txt", "*.safetensors"])    # no pickles, no ONNX copies
     try: return Path(snapshot_download(**wanted, local_files_only=True))
     except LocalEntryNotFoundError: pass
     except HFValidationError:

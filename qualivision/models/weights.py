@@ -214,24 +214,25 @@ class Entry:
     file: str                   # the file of weights itself
     licence: str
     trained_on: str
-    repo: str = ""              # on the Hugging Face hub; or
+    repo: str = ""              # on the Hugging Face hub,
+    revision: str = "main"      # and which commit of it; or
     url: str = ""               # the address of the file
     bytes: int | None = None    # None: not known beforehand
     sha256: str | None = None   # None: the first download records it
     beside: tuple = ()          # patterns of what is fetched with it, of a hub repository
 
     @property
-    def address(self) -> str: return self.url or f"https://huggingface.co/{self.repo}/resolve/main/{self.file}"
+    def address(self) -> str: return self.url or f"https://huggingface.co/{self.repo}/resolve/{self.revision}/{self.file}"
 
 
 S_LAB = "S-Lab License 1.0: non-commercial use only"
+_SSV2 = "; then Something-Something v2, kinds of motion"
 _WITH = ("*.json", "*.txt", "*.safetensors")                  # configuration and tokeniser; no pickles, no ONNX copies
 
 
-def _vjepa2(name, labels=""):
+def _vjepa2(name, licence, revision, labels=""):
     seen = "VideoMix22M, 22 million videos and pictures, without labels" + labels
-    licence = "not stated here of these weights, see their page; the code is MIT, parts of it Apache-2.0"
-    return Entry(f"facebook/vjepa2-{name}", "model.safetensors", licence, seen, f"facebook/vjepa2-{name}", beside=_WITH)
+    return Entry(f"facebook/vjepa2-{name}", "model.safetensors", licence, seen, f"facebook/vjepa2-{name}", revision, beside=_WITH)
 
 
 REGISTRY = {e.name: e for e in (
@@ -245,10 +246,15 @@ REGISTRY = {e.name: e for e in (
           url="https://github.com/vztu/COVER/raw/release/Model/COVER.pth", bytes=262_292_246,
           sha256="43a0fc777fe46e5e0513c50bf4b3dc5343fc82214e8f6e66b2bc068f0755875e"),
     Entry("openai/clip-vit-large-patch14", "model.safetensors", "MIT", "400 million pictures and captions from the internet",
-          repo="openai/clip-vit-large-patch14", beside=_WITH),
-    *(_vjepa2(name) for name in ("vitl-fpc64-256", "vith-fpc64-256", "vitg-fpc64-256", "vitg-fpc64-384")),
-    *(_vjepa2(name, "; then Something-Something v2, kinds of motion") for name in ("vitl-fpc16-256-ssv2", "vitg-fpc64-384-ssv2")),
-    Entry("BAAI/bge-large-en-v1.5", "model.safetensors", "MIT", "pairs of English texts", repo="BAAI/bge-large-en-v1.5", beside=_WITH))}
+          repo="openai/clip-vit-large-patch14", revision="32bd64288804d66eefd0ccbe215aa642df71cc41", beside=_WITH),
+    _vjepa2("vitl-fpc64-256", "MIT", "b3c1679b7c34d3255ef3547f27c7b226aefab26f"),
+    _vjepa2("vith-fpc64-256", "MIT", "b5eac8703e3efdc1547fbb6ddfbeb133dc0bdee5"),
+    _vjepa2("vitg-fpc64-256", "Apache-2.0", "875c192b7b704b87d1e1d99345769632dd5f739a"),
+    _vjepa2("vitg-fpc64-384", "Apache-2.0", "12ca91694b230e0d4b5b0078af6f4ae1d51e933d"),
+    _vjepa2("vitl-fpc16-256-ssv2", "MIT", "4aa02df83918538fc21cfaf576382fa20e489a80", _SSV2),
+    _vjepa2("vitg-fpc64-384-ssv2", "MIT", "9f5fd615cb6f79065a28edcf1cc3ef25010dddfa", _SSV2),
+    Entry("BAAI/bge-large-en-v1.5", "model.safetensors", "MIT", "pairs of English texts", repo="BAAI/bge-large-en-v1.5",
+          revision="d4aa6901d3a41ba39fb536a557fa166f842b0e09", beside=_WITH))}
 
 
 def entry(name: str) -> Entry:
@@ -387,8 +393,8 @@ def find(e: Entry, folder: Path, complete: bool = False   # with all that belong
     if e.url: return path if (path := folder / e.file).exists() else None
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import LocalEntryNotFoundError
-    path = try_to_load_from_cache(e.repo, e.file)
-    try: complete and snapshot_download(e.repo, allow_patterns=[e.file, *e.beside], local_files_only=True)
+    path = try_to_load_from_cache(e.repo, e.file, revision=e.revision)
+    try: complete and snapshot_download(e.repo, revision=e.revision, allow_patterns=[e.file, *e.beside], local_files_only=True)
     except LocalEntryNotFoundError: return None
     return Path(path) if isinstance(path, str) else None
 
@@ -409,7 +415,8 @@ def pull(name: str,                   # of the registry
         path = find(e, folder, complete=True)
         if path is None:
             if offline or constants.HF_HUB_OFFLINE or not _answers(e.url or constants.ENDPOINT):
-                put = f", or save {e.url} as {folder / e.file}" if e.url else f", or run `hf download {e.repo}` there and copy the cache"
+                hub = f", or run `hf download {e.repo} --revision {e.revision}` there and copy the cache"
+                put = f", or save {e.url} as {folder / e.file}" if e.url else hub
                 raise WeightsError(e.name, "it is not on this machine and there is no way to its server", f"Pull it where there is a network{put}.")
             if e.repo: path = _from_hub(e, progress)
             else: path = download(e.url, folder / e.file, e.bytes, e.sha256 is not None, progress)
@@ -437,7 +444,7 @@ def _from_hub(e, progress) -> Path:
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
     network = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")      # of the library that the hub's uses, whichever it is
     (enable_progress_bars if progress else disable_progress_bars)()
-    try: path = Path(snapshot_download(e.repo, allow_patterns=[e.file, *e.beside])) / e.file
+    try: path = Path(snapshot_download(e.repo, revision=e.revision, allow_patterns=[e.file, *e.beside])) / e.file
     except (network, OSError, RuntimeError) as error:
         raise WeightsError(e.address, f"the download failed ({str(error).splitlines()[0][:150]})", "Pull again; it goes on from there.") from error
     if not path.exists(): raise WeightsError(e.address, f"there is no {e.file}", "Look for it on its authors' page.")
