@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'GAIN', 'STATISTICS', 'DOCUMENTED', 'PUBLISHED', 'EMBEDDED', 'CONFIGS', 'TRADITIONAL', 'ALIGNMENT',
            'AESTHETIC', 'VJEPA_DOCUMENTED', 'VJEPA_EMBEDDED', 'input_channels', 'pool_statistics', 'RunningNorm',
-           'PooledBatchNorm', 'pooled_norm', 'filter_statistics', 'FilterBank', 'BankPath', 'grid_tokens', 'config_of',
-           'DoverConfig', 'numbered', 'VideoBranch', 'MosPredictor', 'FiveMos', 'DoverPlusPlus', 'working_dtype',
-           'documented_dover', 'VJepaConfig', 'ConcatHead', 'VJepaMos', 'fresh_encoder', 'config_of_encoder',
-           'pretrained_vjepa', 'DocumentedVJepaHead', 'documented_vjepa_head']
+           'PooledBatchNorm', 'pooled_norm', 'filter_statistics', 'FilterBank', 'ColourStatistics', 'BankPath',
+           'grid_tokens', 'config_of', 'DoverConfig', 'numbered', 'VideoBranch', 'MosPredictor', 'FiveMos',
+           'DoverPlusPlus', 'working_dtype', 'documented_dover', 'VJepaConfig', 'ConcatHead', 'VJepaMos',
+           'fresh_encoder', 'config_of_encoder', 'pretrained_vjepa', 'DocumentedVJepaHead', 'documented_vjepa_head']
 
 # %% ../../nbs/models/14_qualivision.ipynb #43e04a2c
 import math
@@ -151,21 +151,57 @@ class FilterBank(nn.Module):
         with torch.autocast("cuda" if frames.device.type == "cuda" else "cpu", enabled=False):
             return filter_statistics(F.conv3d(input_channels(frames), self.filters, stride=tuple(self.filters.shape[2:])))
 
+# %% ../../nbs/models/14_qualivision.ipynb #49c79581
+class ColourStatistics(nn.Module):
+    "52 numbers about the colours of a clip, from means over blocks of pixels. Nothing here learns."
+    def __init__(self, block=4):            # pixels a side
+        super().__init__()
+        self.block, self.features = block, 6 * 8 + 4
+
+    @torch.no_grad()
+    def forward(self, frames: Tensor) -> Tensor:                            # (B,3,T,H,W) uint8 or [0,1] → (B,52) float32
+        with torch.autocast("cuda" if frames.device.type == "cuda" else "cpu", enabled=False):
+            x = frames.float() / (255. if frames.dtype == torch.uint8 else 1.)
+            x = F.avg_pool3d(x, (1, self.block, self.block))                # (B,3,T,h,w)
+            r, g, b = x.unbind(1)
+            most, least = x.amax(1), x.amin(1)
+            planes = torch.stack([most - least, .299 * r + .587 * g + .114 * b, r - g, (r + g) / 2 - b, most, least], 1)   # (B,6,T,h,w)
+            return torch.cat([_spread_of(planes), _where(x)], 1)
+
+
+def _spread_of(planes: Tensor) -> Tensor:                                   # (B,P,T,h,w) → (B,8P)
+    "Mean, deviation, deviation of the frames' means, five quantiles."
+    flat = planes.flatten(2)                                                # (B,P,Thw)
+    quantiles = torch.quantile(flat, torch.tensor([.05, .25, .5, .75, .95], device=flat.device), 2)              # (5,B,P)
+    return torch.cat([flat.mean(2), flat.std(2, correction=0), planes.mean((3, 4)).std(2, correction=0), *quantiles], 1)
+
+
+def _where(x: Tensor) -> Tensor:                                            # (B,3,T,h,w) → (B,4)
+    "The middle of what differs in colour from the picture's mean: x, y, |x|, distance from the centre, in half pictures."
+    size = (x - x.mean((3, 4), keepdim=True)).abs().sum(1) + 1e-6           # (B,T,h,w)
+    size = size / size.sum((2, 3), keepdim=True)
+    down, right = (torch.linspace(-1, 1, n, device=x.device) for n in x.shape[3:])
+    cx, cy = (size * right).sum((2, 3)).mean(1), (size * down[:, None]).sum((2, 3)).mean(1)
+    return torch.stack([cx, cy, cx.abs(), (cx * cx + cy * cy).sqrt()], 1)
+
 # %% ../../nbs/models/14_qualivision.ipynb #2603da98
 class BankPath(nn.Module):
-    "From the statistics of a fixed filter bank to what is added to the raw scores of some dimensions; at first zeros."
+    "From fixed statistics of a clip to what is added to the raw scores of some dimensions; at first zeros."
     def __init__(self,
                  dimensions=DIMENSIONS,          # names of the scores that it adds to
-                 width=96, size=(2, 12, 12)):    # see FilterBank
+                 statistics=None,                # FilterBank, the default, or ColourStatistics
+                 bend=False):                    # the distance from the usual too: |z| and z²/2 beside each z
         super().__init__()
         if unknown := set(dimensions) - set(DIMENSIONS):
             raise QualiVisionError(f"bank: {min(unknown)!r}", "there is no such score", f"Use any of {', '.join(DIMENSIONS)}.")
-        self.statistics, self.places = FilterBank(width, size), [DIMENSIONS.index(d) for d in dimensions]
-        self.norm, self.linear = RunningNorm(self.statistics.features), nn.Linear(self.statistics.features, len(self.places))
+        self.statistics, self.places, self.bend = statistics or FilterBank(), [DIMENSIONS.index(d) for d in dimensions], bend
+        self.norm, self.linear = RunningNorm(self.statistics.features), nn.Linear(self.statistics.features * (3 if bend else 1), len(self.places))
         nn.init.zeros_(self.linear.weight), nn.init.zeros_(self.linear.bias)
 
     def forward(self, statistics: Tensor) -> Tensor:                        # (B,P) → (B,5), zeros for other dimensions
-        added = self.linear(self.norm(statistics.float())).float()          # (B,len(dimensions))
+        z = self.norm(statistics.float())
+        if self.bend: z = torch.cat([z.clamp(-4, 4), z.clamp(-4, 4).abs(), z.clamp(-4, 4).square() / 2], 1)
+        added = self.linear(z).float()                                      # (B,len(dimensions))
         where = F.one_hot(torch.tensor(self.places, device=added.device), len(DIMENSIONS)).float()
         return added @ where
 
@@ -441,6 +477,7 @@ class VJepaConfig:
     token_spread: bool = False                    # see grid_tokens
     token_embedding: bool = False                 # the grid holds the patch embedding as well as the last layer
     bank: tuple = ()                              # the scores to which statistics of a fixed filter bank add, on a linear path
+    colours: tuple = ()                           # and those to which ColourStatistics add
     # text, fusion, head
     text_dim: int = 1024
     fusion: str = "quality"                       # "quality" | "concat" (as published)
@@ -462,7 +499,7 @@ class VJepaConfig:
 VJEPA_DOCUMENTED = VJepaConfig(pooling="first", fusion="concat", frozen_dtype="float32", micro_batch=0, bounded=False)
 VJEPA_EMBEDDED = VJepaConfig(frames=16, size=144, view="square", hidden_size=192, layers=6, encoder_heads=6, mlp_ratio=4., patch=24,
                              pooler_layers=1, micro_batch=0, grid=(4, 3, 3), token_spread=True, token_embedding=True, bank=DIMENSIONS,
-                             text_dim=384, fusion_width=256, prompt_dropout=0.5, head_dropout=0.3)
+                             colours=("aesthetic", "overall"), text_dim=384, fusion_width=256, prompt_dropout=0.5, head_dropout=0.3)
 CONFIGS |= {"vjepa2_published": VJepaConfig(), "vjepa2_embedded": VJEPA_EMBEDDED}
 
 # %% ../../nbs/models/14_qualivision.ipynb #50c46c22
@@ -494,6 +531,7 @@ class VJepaMos(FiveMos):
         self.video = fresh_encoder(c) if video is None else video
         D = c.hidden_size
         if c.bank: self.bank = BankPath(c.bank)
+        if c.colours: self.colours = BankPath(c.colours, ColourStatistics(), bend=True)
         if c.fusion == "concat": self.head = ConcatHead(D + c.text_dim, c.head_dropout)
         elif c.fusion == "quality":
             self.fusion = QualityAwareFusion((1 + c.token_spread) * (1 + c.token_embedding) * D, c.text_dim, c.fusion_width, c.heads, c.dropout,
@@ -526,6 +564,7 @@ class VJepaMos(FiveMos):
     def _prefix(self, frames):
         tokens = self.video.embed(input_channels(frames).transpose(1, 2))                # (B,N,D)
         out = {"statistics": self.bank.statistics(frames)} if self.config.bank else {}   # (B,P)
+        if self.config.colours: out["colours"] = self.colours.statistics(frames)         # (B,52)
         if self.config.token_embedding: out["places"] = self.cells(tokens)               # (B,n,·)
         tokens = self.video.bottom(tokens)                                               # (B,N,D) in the frozen dtype
         return out | (self.learn(tokens.float()) if self.all_frozen else {"tokens": tokens})
@@ -536,7 +575,8 @@ class VJepaMos(FiveMos):
         pooled = [v.encoder.layernorm] + [v.pooler] * (v.pooler is not None) if self.all_frozen else []
         weights = state_hash(v.encoder.embeddings, *v.encoder.layer[:v.frozen], *pooled)
         places = (c.grid, c.token_spread)
-        made = [v.frozen, c.frozen_dtype, c.bank, c.token_embedding and places, self.all_frozen and (c.pooling, places), weights]
+        made = [v.frozen, c.frozen_dtype, bool(c.bank), bool(c.colours), c.token_embedding and places,
+                self.all_frozen and (c.pooling, places), weights]
         return " ".join(map(str, made))
 
     def encode_video(self, frames) -> dict[str, Tensor]:            # frames, or what `prefix` made of them
@@ -547,8 +587,9 @@ class VJepaMos(FiveMos):
         pooled = known["features"].float()                                               # (B,D)
         tokens = torch.cat([known[name].float() for name in ("places", "grid") if name in known], 2)     # (B,n,·)
         video = dict(features=pooled, tokens=tokens, wide=pooled.new_zeros(len(pooled), len(DIMENSIONS)))
-        if c.bank:
-            wide = self.bank(known["statistics"])                                        # (B,5)
+        if c.bank or c.colours:
+            paths = (("bank", "statistics"), ("colours", "colours"))
+            wide = sum(getattr(self, path)(known[name]) for path, name in paths if name in known)            # (B,5)
             video |= dict(wide=wide, aesthetic=wide[:, AESTHETIC, None], technical=wide[:, TRADITIONAL, None])
         return video
 
