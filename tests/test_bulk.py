@@ -1,5 +1,6 @@
 "Collections in trouble: damaged journals, two processes, results that would eat their manifest, names and forms from elsewhere."
 import csv
+import math
 import os
 import shutil
 import signal
@@ -13,7 +14,7 @@ import pytest
 from test_tools import Length
 
 from qualivision.evaluation.metrics import MetricError
-from qualivision.evaluation.ranks import RankError, build_set
+from qualivision.evaluation.ranks import RankError, build_set, fused_score
 from qualivision.inference.bulk import BulkError, read_manifest, score_set
 
 ROOT = Path(__file__).parents[1]
@@ -163,8 +164,8 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path):
 class Both(Length):
     name, columns = "dover", ("technical", "aesthetic", "fused")
     def rate(self, path, prompt):
-        n = float(path.stat().st_size)
-        return dict(technical=n, aesthetic=-n, fused=1 / (1 + n))
+        n = path.stat().st_size / 50
+        return dict(technical=-n, aesthetic=n, fused=fused_score(-n, n))
     def prepare(self, path):
         if "03" in str(path): raise BulkError(path, "it is damaged", "Copy it again.")
         return Path(path)
@@ -177,7 +178,23 @@ def test_ranks_from_every_form_of_a_result(tmp_path, form, name):
     shutil.copy(videos/"01.mp4", os.fsencode(videos) + b"/\xff.mp4")
     score_set(videos, tmp_path/name, Both(), form=form)
     made, lost = build_set(tmp_path/name, "mine", "dover")
-    assert lost == 1 and list(made.branches) == ["technical", "aesthetic", "fused"] and {d.n for d in made.branches.values()} == {8}
+    assert lost == 1 and list(made.branches) == ["technical", "aesthetic", "fused"]
+    raw = sorted(-(k + 1) / 50 for k in (0, 1, 1, 2, 4, 5, 6, 7))
+    assert made.branches["technical"].quantiles == pytest.approx(raw, abs=2e-6), "raw scores, whatever the form"
+
+
+def test_the_official_form_has_official_numbers(tmp_path):
+    "Percentages with the exchanged constants, as the official script for sets writes them; corrected ones have no such form."
+    score_set(folder(tmp_path), tmp_path/"o.csv", Both(), form="dover")
+    rows = [[float(c) if k else c for k, c in enumerate(r)] for r in csv.reader(open(tmp_path/"o.csv"), skipinitialspace=True) if r[1][:1].isdigit()]
+    for name, aesthetic, technical, fused in rows:
+        n = (int(name[:2]) + 1) / 50
+        assert aesthetic == pytest.approx(100 / (1 + math.exp(-(n + .08285) / .03774)), abs=1e-5)
+        assert technical == pytest.approx(100 / (1 + math.exp(-(-n - .1107) / .07355)), abs=1e-5)
+        assert fused == pytest.approx(100 * fused_score(-n, n), abs=1e-5)
+    other = Both()
+    other.form = "corrected"
+    with pytest.raises(BulkError, match="official constants"): score_set(tmp_path/"set", tmp_path/"p.csv", other, form="dover")
 
 
 def test_half_a_row_is_no_failed_video(tmp_path):

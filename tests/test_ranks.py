@@ -1,5 +1,6 @@
 "Ranks: the published ones come out, built sets rank as counting does, and what cannot be ranked is refused."
 import json
+import math
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -79,15 +80,18 @@ HEADERS = {"dover": "path,aesthetic score,technical score,overall/final score", 
 @pytest.mark.parametrize("style", HEADERS)
 def test_sets_of_one_s_own(tmp_path, style):
     rng = np.random.default_rng(1)
-    rows = [f"v{i}.mp4,{a:.4f},{t:.4f},{(a + t):.4f}" for i, (a, t) in enumerate(rng.normal(size=(40, 2)))]
+    raw = [(t, a, fused_score(t, a)) for t, a in rng.normal((-.1, .05), (.04, .08), (40, 2))]
+    seen = [(100 / (1 + math.exp(-(t - .1107) / .07355)), 100 / (1 + math.exp(-(a + .08285) / .03774)), 100 * f) for t, a, f in raw]
+    rows = [f"v{i}.mp4,{a:.9f},{t:.9f},{f:.9f}" for i, (t, a, f) in enumerate(seen if style == "dover" else raw)]
     (tmp_path/"a.csv").write_text("\n".join([HEADERS[style], *rows[:25]]))
     (tmp_path/"b.csv").write_text("\n".join([HEADERS[style], *rows[25:]]))
     mine, lost = build_set([tmp_path/"a.csv", tmp_path/"b.csv"], "mine", "dover-mobile")
     assert lost == 0 and mine.branches["technical"].n == 40 and list(mine.branches) == ["technical", "aesthetic", "fused"]
     assert read_sets(write_sets(tmp_path/"sets"/"mine.json", [mine, *read_sets()])) == [mine, *read_sets()]
     sets = read_sets(tmp_path/"sets"/"mine.json")
-    technical = [float(r.split(",")[2]) for r in rows]
-    assert relative_ranks({"technical": 0.1}, "dover-mobile", sets) == {"mine": {"technical": Distribution.of(technical).rank(0.1)}}
+    for k, b in enumerate(mine.branches): assert mine.branches[b].quantiles == pytest.approx(sorted(r[k] for r in raw), abs=1e-6)
+    place = Distribution.of([t for t, _, _ in raw]).rank(-.1)
+    assert relative_ranks({"technical": -.1}, "dover-mobile", sets) == {"mine": {"technical": place}}
     assert list(relative_ranks(CLIP, "dover", sets)) == list(PUBLISHED)
 
 
@@ -105,7 +109,9 @@ def test_sets_of_other_models_and_formats(tmp_path):
 @pytest.mark.parametrize("text,said", [
     ("video,mean\na,1\nb,2", "no column holds scores"), ("video,technical\na,1\nb,", "1 scores in technical are no numbers"),
     ("video,technical\na,1\nb,1", "two different scores"), ("video,technical,Technical_MOS\na,1,2", "two columns"),
-    ("video,technical\na,inf\nb,2", "no numbers"), ("video,technical,error\na,,bad\nb,,bad", "two different scores")])
+    ("video,technical\na,inf\nb,2", "no numbers"),
+    *((f"{HEADERS['dover']}\na,{bad},50,50\nb,20,30,40", "1 scores in aesthetic are not between 0 and 100") for bad in (-1, 0, 100, 101, "x")),
+    ("video,technical,error\na,,bad\nb,,bad", "two different scores")])
 def test_score_files_that_make_no_set(tmp_path, text, said):
     (tmp_path/"a.csv").write_text(text)
     with pytest.raises(RankError, match=said): build_set(tmp_path/"a.csv", "x", "dover")

@@ -25,6 +25,7 @@ import torch
 
 from ..data.sampling import PICTURES
 from ..data.video import MissingVideo
+from ..evaluation.ranks import set_script_scores
 from .score import Scorer, ScoreError
 from ..models.weights import about_file
 from ..quality import DIMENSIONS, MOS_COLUMNS, QualiVisionError
@@ -193,7 +194,9 @@ def cells(scorer, form: str, name: str, prompt: str, scores: dict | None, error:
     "One row of a result; numbers are numbers, None is an empty cell."
     scores = scores or {}
     if form == "cover": return [name] + [None if not scores else round(scores[c], 4) for c in ("semantic", "technical", "aesthetic", "overall")]
-    if form == "dover": return [name] + [scores.get(c) for c in ("aesthetic", "technical", "fused")]
+    if form == "dover":
+        percent = set_script_scores(scores["technical"], scores["aesthetic"]) if scores else {}
+        return [name] + [percent.get(c) for c in ("aesthetic", "technical", "fused")]
     return [name, *([prompt] if scorer.columns == DIMENSIONS else []), *(scores.get(c) for c in scorer.columns), error, sha]
 
 def _utf8(c):
@@ -298,6 +301,8 @@ def score_set(source,                     # folder of videos, a manifest (CSV or
     out, settings = Path(out), json.dumps(scorer.settings, sort_keys=True)
     if form in FORMS and {"cover": "semantic", "dover": "fused"}[form] not in scorer.columns:
         raise BulkError(f"form {form}", f"{scorer.name} has no such scores", "Use its own form.")
+    if form == "dover" and getattr(scorer, "form", "official") != "official":
+        raise BulkError(f"form {form}", f"its numbers have the official constants, and the scorer has {scorer.form} ones", "Use one of both.")
     if workers < 1: raise BulkError(f"{workers} workers", "there must be one", "Give 1 or more.")
     videos, ordered = _videos(source, scorer, patterns)
     first = next(videos, None)              # before a journal is made: what is not there leaves nothing behind
