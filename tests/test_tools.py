@@ -204,7 +204,10 @@ def test_score_set_of_a_folder(call, here, tmp_path, monkeypatch):
     status, text, _ = call(*args[:-1], tmp_path/"m.csv", "--pattern", "*.mov", "--format", "dover")
     lines = (tmp_path/"m.csv").read_text().splitlines()
     assert status == 0 and "1 videos" in text and lines[0] == "path, aesthetic score, technical score, overall/final score"
-    assert lines[1].split(", ") == ["more/a.MOV", rows[2]["aesthetic"], rows[2]["technical"], rows[2]["fused"]]
+    t, a, fused = (float(rows[2][b]) for b in ("technical", "aesthetic", "fused"))
+    percent = [100 / (1 + np.exp(-(a + .08285) / .03774)), 100 / (1 + np.exp(-(t - .1107) / .07355)), 100 * fused]    # the official script's
+    name, *cells = lines[1].split(", ")
+    assert name == "more/a.MOV" and [float(c) for c in cells] == pytest.approx(percent, abs=2e-3)
     assert call("score-set", tmp_path/"w", "--model", "dover", "--weights", "small.pth", "--out", tmp_path/"x.csv", "--json")[0] == 1
     status, said, _ = call(*args[:-1], tmp_path/"none.csv", "--pattern", "*.avi", "--json")
     assert status == 1 and "no video" in said["error"] and not (tmp_path/"none.csv").exists()
