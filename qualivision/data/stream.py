@@ -6,14 +6,15 @@
 __all__ = ['CAUSE_NAMES', 'VALUES', 'SIDES_OF_SCENES', 'Reserved', 'reserved', 'side_of', 'Lesson', 'draw_severity', 'lesson',
            'show', 'Lessons', 'LessonStream']
 
-# %% ../../nbs/data/07_stream.ipynb #4c1426c0
+# %% ../../nbs/data/07_stream.ipynb #2129af91
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from .sampling import Sampling
 from .simulate import (ATTRIBUTES, CAUSES, FPS, POOLS, SEED, SPLITS, Causes, Scene, SimulationError, crf, phrase, plan, render, stream)
 from .video import write_video
 
-# %% ../../nbs/data/07_stream.ipynb #2e656bae
+# %% ../../nbs/data/07_stream.ipynb #4330e701
 CAUSE_NAMES = tuple(c for group in CAUSES.values() for c in group)      # the ten severities of a lesson, in this order
 VALUES = {a: tuple(pool) for a, pool in POOLS.items()}                  # attribute → its values, in the order of their numbers
 SIDES_OF_SCENES = ("learn", "judge")
@@ -47,7 +48,7 @@ def side_of(scene: Scene) -> str:   # "learn" | "judge"
     for a, values in VALUES.items(): number = number * len(values) + values.index(getattr(scene, a))
     return "judge" if number * 2654435761 % 2**32 % 20 == 7 else "learn"
 
-# %% ../../nbs/data/07_stream.ipynb #2eae85e5
+# %% ../../nbs/data/07_stream.ipynb #2e51edf0
 @dataclass(frozen=True)
 class Lesson:
     "One simulated clip, planned, and what is true of it. `frames()` draws it."
@@ -108,7 +109,7 @@ def _until(draw, good):
 def _sentence(scene, rng, taken):
     return _until(lambda: phrase(scene, rng), lambda text: text.lower() not in taken.prompts and 6 <= len(text.split()) <= 20)
 
-# %% ../../nbs/data/07_stream.ipynb #662f0596
+# %% ../../nbs/data/07_stream.ipynb #509b492e
 def show(one: Lesson, sampling: Sampling) -> Tensor:   # (3,T,S,S) uint8
     "The clip of a lesson, encoded, decoded and sampled."
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -127,7 +128,11 @@ def _make(index, seed, side, others, taken, sampling):
     x = lesson(seed, index, side, others, taken)
     return show(x, sampling).numpy(), x.severity, x.attributes, x.prompts
 
-def _alone(): torch.set_num_threads(1)
+def _alone():
+    "A worker: one thread, and it ends when the process that started it has ended, however that happened."
+    torch.set_num_threads(1)
+    def watch(): parent_process().join(); os._exit(1)
+    threading.Thread(target=watch, daemon=True).start()
 
 class LessonStream:
     "Draws lessons in processes of its own; what comes does not depend on how many these are. Close it, or use it in a `with`."
