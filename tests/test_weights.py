@@ -162,6 +162,13 @@ def test_weights_of_another_model():
     with pytest.raises(WeightsError, match="0 tensors match, 0.0% .* 381 unexpected"): load_strict(net(), official)
 
 
+def test_the_file_is_named_where_it_is_known():
+    with pytest.raises(WeightsError, match=r"^who/sent\.pth: these weights do not fit Sequential \(.*weights inspect"):
+        load_strict(net(), {}, source=Path("who/sent.pth"))
+    bad = {k: v * torch.nan for k, v in net().state_dict().items()}
+    with pytest.raises(WeightsError, match=r"^sent\.pth: 4 tensors hold NaN"): load_strict(net(), bad, source="sent.pth")
+
+
 def test_what_may_miss_must_be_named():
     state = {k: v for k, v in net().state_dict().items() if k.startswith("0.")}
     with pytest.raises(WeightsError): load_strict(net(), state, may_miss=["1.*"])

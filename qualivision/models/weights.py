@@ -115,16 +115,21 @@ def compare(module: nn.Module, state: dict[str, Tensor]) -> LoadReport:
 # %% ../../nbs/models/09_weights.ipynb #e9ede120
 def load_strict(module: nn.Module,
                 state: dict[str, Tensor],  # as from read_state
-                may_miss=()                # patterns (`head.*`) of names that the state need not have
+                may_miss=(),               # patterns (`head.*`) of names that the state need not have
+                source=None                # the file that the state was read from, for the message
                ) -> LoadReport:
     "Load all of a state into all of a module, or raise `WeightsError` and leave the module as it was."
     report = compare(module, state)
     absent = [k for k in report.missing if not any(fnmatch(k, pattern) for pattern in may_miss)]
     if absent or report.unexpected or report.mismatched:
-        raise WeightsError(type(module).__name__, f"these weights do not fit ({report})",
-                           "Use weights of this model, or name in may_miss what is new.")
+        if source is None:
+            raise WeightsError(type(module).__name__, f"these weights do not fit ({report})",
+                               "Use weights of this model, or name in may_miss what is new.")
+        raise WeightsError(source, f"these weights do not fit {type(module).__name__} ({report})",
+                           "Use weights of this model; `qualivision weights inspect` shows what the file holds.")
     bad = [k for k in report.matched if state[k].is_floating_point() and not state[k].isfinite().all()]
-    if bad: raise WeightsError(type(module).__name__, f"{len(bad)} tensors hold NaN or infinity, such as {bad[0]}", "Use an earlier checkpoint.")
+    if bad:
+        raise WeightsError(source or type(module).__name__, f"{len(bad)} tensors hold NaN or infinity, such as {bad[0]}", "Use an earlier one.")
     module.load_state_dict({**module.state_dict(), **state})
     return report
 
