@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from qualivision.models.qualivision import CONFIGS, VJepaConfig, VJepaMos, documented_vjepa_head, pretrained_vjepa
 from qualivision.models.vjepa2 import EncoderReport, FeatureCache, VideoEncoder, encoder_config, freeze_bottom, load_encoder
 from qualivision.models.weights import WeightsError, load_checkpoint
+from qualivision.training import trainer
 from qualivision.training.trainer import (Task, TrainError, keep_features, model_config, parameter_groups, prepare_data, sampling_of, start_run,
                                           take_step, train_model)
 from weights_formula import normals, weight
@@ -176,6 +177,15 @@ def test_stopped_in_either_phase_and_resumed(data, tmp_path):
             assert (tmp_path/str(k)/"out"/file).read_bytes() == (tmp_path/"whole"/"out"/file).read_bytes(), (k, file)
     about = json.loads((tmp_path/"whole"/"out"/"model.json").read_text())
     assert about["model"] == "vjepa2" and about["sampling"]["view"] == "square" and VJepaConfig.of(about["config"]) == CONFIG
+
+
+def test_a_trunk_that_is_done_is_not_trained_again(data, tmp_path, monkeypatch):
+    "A run that is taken up in its main phase takes no step of the trunk."
+    train(data, tmp_path, stop_after=8)
+    taken, real = [], trainer.take_step
+    monkeypatch.setattr(trainer, "take_step", lambda run, group: taken.append(run.step) or real(run, group))
+    train(data, tmp_path)
+    assert taken == [2, 3, 4, 5]
 
 
 def test_the_trunk_is_frozen_as_it_was_learned(data, tmp_path):

@@ -8,8 +8,8 @@ __all__ = ['ROLES', 'TRACKERS', 'NAMES', 'TrainError', 'TrainConfig', 'seed_all'
            'validation_metrics', 'Tracker', 'DvcLiveTracker', 'TensorBoardTracker', 'WandbTracker', 'open_tracker',
            'Progress', 'read_pointer', 'switch_pointer', 'write_history', 'Run', 'start_run', 'on_device', 'take_step',
            'judged', 'validate', 'save_run', 'restore_run', 'end_epoch', 'fit', 'model_config', 'sampling_of',
-           'publish', 'Prepared', 'prepare_data', 'Task', 'kind_of', 'train_model', 'build_dover', 'build_vjepa',
-           'train_trunk', 'keep_features', 'joined']
+           'publish', 'Prepared', 'prepare_data', 'Task', 'kind_of', 'train_model', 'trunk_folder', 'build_dover',
+           'build_vjepa', 'train_trunk', 'keep_features', 'joined']
 
 # %% ../../nbs/training/31_trainer.ipynb #54b3506b
 import contextlib
@@ -752,7 +752,7 @@ def train_model(task: Task,
     with kept_rng():
         seed_all(train.seed)
         model, first = (build_dover if kind == "dover" else build_vjepa)(config, task.pretrained, progress), None
-        if trunk: first = train_trunk(model, sets, trunk, folder / "trunk", resume, rest)
+        if trunk: first = train_trunk(model, sets, trunk, trunk_folder(folder), resume, rest)
         if trunk and not first["finished"]: result = first
         else:
             if kind == "vjepa2" and task.feature_cache: keep_features(model, sets, cache, train.device, progress)
@@ -763,12 +763,16 @@ def train_model(task: Task,
     if result["finished"] and result is not first: result["checkpoint"] = _publish_once(result, task.checkpoint or f"checkpoints/{kind}", folder)
     return result
 
+def trunk_folder(folder: Path) -> Path:
+    "Where the trunk's state lies: beside the run's folder, which a run that starts over empties."
+    return folder.with_name(folder.name + "-trunk")
+
 def _publish_once(result: dict, checkpoint, folder: Path) -> str:
     "On the main process: the checkpoint in its place, the run's state gone."
     from accelerate import PartialState
     if PartialState().is_main_process:
         publish(result["checkpoint"], checkpoint, result["history"])
-        for part in (folder, folder / "trunk"):
+        for part in (folder, trunk_folder(folder)):
             (part / "run.json").unlink(missing_ok=True)
             for old in [*part.glob("last-*"), *part.glob("best-*")]: shutil.rmtree(old)
     PartialState().wait_for_everyone()
