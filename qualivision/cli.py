@@ -55,7 +55,8 @@ class _App(typer.Typer):
 
     def command(self, name=None, **options): return super().command(name, cls=_Command, **options)
 
-app = _App(add_completion=False, pretty_exceptions_enable=False, help="Five mean opinion scores (1–5) for AI-generated video and its prompt.")
+app = _App(add_completion=False, pretty_exceptions_enable=False,
+           help="Five mean opinion scores (1–5) for AI-generated video and its prompt; official DOVER and COVER.")
 Json = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
 Checkpoint = Annotated[Path, typer.Option(help="Folder of the weights.")]
 
@@ -556,14 +557,15 @@ def maps(video: Annotated[Path, typer.Argument(help="A video file.")],
 def gmad(scores: Annotated[Path, typer.Argument(help="CSV with a row for each video.")],
          first: Annotated[str, typer.Option(help="Column of one scorer; higher is better.")],
          second: Annotated[str, typer.Option(help="Column of the other.")],
+         other: Annotated[Optional[Path], typer.Option(help="CSV that holds the second column, where SCORES does not.")] = None,
          pairs: Annotated[int, typer.Option(help="In each direction, from low to high quality.")] = 5,
          tolerance: Annotated[float, typer.Option(help="Standard deviations up to which two scores are equal.")] = 0.1,
          out: Annotated[Optional[Path], typer.Option(help="CSV to write.")] = None, as_json: Json = False):
     "Pairs of videos that are equal for one scorer and far apart for the other: look at them to see who is right."
     from qualivision.evaluation.maps import gmad_file
-    try: found, lost = gmad_file(scores, first, second, pairs, tolerance)
+    try: found, lost = gmad_file(scores, first, second, pairs, tolerance, other)
     except QualiVisionError as e: failed(e, as_json)
-    if lost: say(f"{lost} rows left out: their videos were not scored")
+    if lost: say(f"{lost} rows left out: their videos were not scored{' by both' if other else ''}")
     if out: found.to_csv(out, index=False, lineterminator="\n")
     if as_json: return print_json({"out": str(out) if out else None, "left_out": lost, "pairs": found.to_dict("records")})
     for defender, rows in found.groupby("defender", sort=False):
