@@ -205,3 +205,28 @@ def test_gmad_command(tmp_path):
     status, text, _ = call("gmad", tmp_path/"scores.csv", "--first", "a", "--second", "b", "--pairs", 2)
     assert status == 0 and answer["pairs"][0]["better"] in text
     assert call("gmad", tmp_path/"scores.csv", "--first", "a", "--second", "c", "--json")[0] == 1
+
+
+def test_gmad_of_two_files(tmp_path):
+    "What two runs of score-set wrote: other names of columns, another order, rows of one file only, rows with an error."
+    rng = np.random.default_rng(1)
+    names, a, b = [f"{i:03}.mp4" for i in range(30)], rng.normal(size=30).round(1), rng.normal(size=30)
+    error = pd.Series([None] * 30, dtype=object)
+    error[4] = "gone"
+    one = pd.DataFrame({"video": names, "overall": a, "error": error})
+    one.loc[4, "overall"] = np.nan
+    one.to_csv(tmp_path/"one.csv", index=False)
+    two = pd.DataFrame({"Filename": names, "overall": b}).iloc[::-1]
+    two[two.Filename != "007.mp4"].to_csv(tmp_path/"two.csv", index=False)
+    args = tmp_path/"one.csv", "--first", "overall", "--second", "overall", "--pairs", 2, "--json"
+    status, answer, err = call("gmad", *args, "--other", tmp_path/"two.csv")
+    assert status == 0 and answer["left_out"] == 2 and "by both" in err
+    due = gmad_pairs(pd.DataFrame({"video": names, "one: overall": a, "two: overall": b}).drop([4, 7]), "one: overall", "two: overall", 2)
+    assert answer["pairs"] == due.to_dict("records") and due.defender.tolist()[0] == "one: overall"
+    two.assign(Filename="x").head(2).to_csv(tmp_path/"twice.csv", index=False)
+    two.assign(Filename=two.Filename + "x").to_csv(tmp_path/"strange.csv", index=False)
+    two.drop(columns="Filename").to_csv(tmp_path/"nameless.csv", index=False)
+    for name, said in (("twice", "x is there twice"), ("strange", "no video of one.csv"), ("nameless", "no column video or"), ("gone", "gone.csv")):
+        status, answer, _ = call("gmad", *args, "--other", tmp_path/f"{name}.csv")
+        assert status == 1 and said in answer["error"], answer
+    assert "cannot compete with itself" in call("gmad", *args)[1]["error"]

@@ -311,8 +311,32 @@ def gmad_pairs(scores,                    # DataFrame with a row for each video
                                        "attacker_better", "attacker_worse", "gap"])
 
 
-def gmad_file(path, first: str, second: str, pairs: int = 5, tolerance: float = .1):     # -> DataFrame; rows that were left out
-    "`gmad_pairs` of a CSV file; rows with an `error` are left out. Raises `MapError`, or `MetricError` where it cannot be read."
+def _scored(path) -> tuple:     # table without the rows that have an error, the whole table, the name of its column of videos
     table = read_table(path)
     failed = table["error"].notna() if "error" in table else np.zeros(len(table), bool)
-    return gmad_pairs(table[~failed], first, second, pairs, tolerance), int(failed.sum())
+    return table[~failed], table, next((c for c in NAMES if c in table), None)
+
+
+def gmad_file(path,                      # CSV with a row for each video
+              first: str, second: str,   # columns of the two scorers
+              pairs: int = 5, tolerance: float = .1,     # as of `gmad_pairs`
+              other=None                 # CSV that holds `second`, of the same videos; None: it is in the first one
+             ):                          # -> DataFrame; how many videos were left out
+    """`gmad_pairs` of one file, or of two that name the same videos; rows with an `error`, or of one file only, are left out.
+    Raises `MapError`, or `MetricError` where a file cannot be read."""
+    table, whole, _ = _scored(path)
+    if other is None: return gmad_pairs(table, first, second, pairs, tolerance), len(whole) - len(table)
+    parts, named = [], set()
+    for file, column in ((path, first), (other, second)):
+        table, whole, videos = _scored(file)
+        if videos is None or column not in table:
+            wanted = column if videos else " or ".join(NAMES)
+            raise MapError(file, f"there is no column {wanted}", f"It has {', '.join(map(str, table.columns[:8]))}.")
+        twice = table[videos][table[videos].duplicated()]
+        if len(twice): raise MapError(file, f"{twice.iloc[0]} is there twice", "Leave one row for each video.")
+        label = column if first != second else f"{Path(file).stem}: {column}"
+        parts.append(table[[videos, column]].set_axis(["video", label], axis=1).astype({"video": str}))
+        named |= set(whole[videos].astype(str))
+    both = parts[0].merge(parts[1], on="video")
+    if not len(both): raise MapError(other, f"it has no video of {Path(path).name}", "Score the same files, named the same way.")
+    return gmad_pairs(both, *both.columns[1:], pairs, tolerance), len(named) - len(both)
