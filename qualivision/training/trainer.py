@@ -740,7 +740,8 @@ def train_model(task: Task,
     body = about_file(task.pretrained) if task.pretrained and is_body(task.pretrained) else None
     licence = inherited_licence(task.pretrained, task.licence) if task.pretrained and (body or kind == "dover") else task.licence
     params = {"config": asdict(config), "train": train.deciding(), "text": encoder.name, "augment": task.augment, "split": task.split,
-              **({"trunk": trunk.deciding()} if trunk else {}), **({"pretrained": task.pretrained} if task.pretrained else {}), **({"body": body["sha256"]} if body else {})}
+              **({"trunk": trunk.deciding()} if trunk else {}), **({"pretrained": task.pretrained} if task.pretrained else {}),
+              **({"body": body["sha256"]} if body else {})}
     meta = {"model": NAMES[kind], "config": asdict(config), "sampling": asdict(sampling), "text_encoder": encoder.name,
             "text_encoder_key": encoder.key,
             "trained_on": f"{task.trained_on or 'labels of ' + Path(task.data).resolve().name}, data {sets.hash[:12]}",
