@@ -459,6 +459,7 @@ def score_set(source: Annotated[Path, typer.Argument(help="Folder of videos, CSV
     _of(model, SCORERS, "--model"); _of(form, ("own", "cover", "dover"), "--format")
     if form != "own" and (form == "cover") != (model == "cover") or (form == "dover" and model == "qualivision"):
         raise typer.BadParameter(f"{model} has no scores of the form {form}", param_hint="--format")
+    if head and form != "own": raise typer.BadParameter(f"the columns of {form} have no place for mos", param_hint="--format")
     if out.suffix.lower() not in (".csv", ".parquet"): raise typer.BadParameter("is neither .csv nor .parquet", param_hint="--out")
     from qualivision.inference.bulk import score_set as run
     try:

@@ -93,6 +93,16 @@ def test_known_sets(read):
     check_set(known_set("DIVIDE-3k"), table)
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_lines_of_every_known_set(read, name):
+    "Three lines as the set has them, by its name alone; the overall opinion is the last column."
+    known = SETS[name]
+    assert known.columns == ("name,aesthetic,technical,overall" if name == "DIVIDE-3k" else "name,_,_,mos")
+    table = read("a.mp4,1,2,3\nb.mp4,2,3,4\nc.mp4,3,4,5\n", known=known)
+    check_set(known, table)
+    assert table.overall.tolist() == [3, 4, 5] and ("technical" in table) == (name == "DIVIDE-3k")
+
+
 def test_places(tmp_path):
     for name in ("one/a.mp4", "two/b.mp4"): (tmp_path/name).parent.mkdir(exist_ok=True); (tmp_path/name).write_bytes(b"x")
     folders = [tmp_path/"one", tmp_path/"two"]

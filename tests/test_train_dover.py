@@ -216,7 +216,8 @@ def test_scores_are_pseudo_labels(call, videos):
     ("train --data l.csv", "folder"), ("train --data l.csv --out x --model vjepa2", "vjepa2"),
     ("train --data l.csv --out x --profile paper", "--data"),
     ("transfer --data l.csv --out x.safetensors --model cover", "cover"), ("score-set . --model cover --out a.csv --head h.safetensors", "DOVER"),
-    ("infer-datasets l.csv --model cover --head h.safetensors", "DOVER")])
+    ("infer-datasets l.csv --model cover --head h.safetensors", "DOVER"),
+    ("score-set . --model dover --out a.csv --head h.safetensors --format dover", "no place for mos")])
 def test_wrong_use(call, args, said):
     status, out, err = call(*args.split())
     assert status == 2 and not out and said in err
