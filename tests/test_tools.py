@@ -164,6 +164,32 @@ def test_cover_and_pictures(call, here, tmp_path, monkeypatch):
     with pytest.raises(official.OfficialError, match="no image encoder"): official.clip_tower(Small().state_dict())
 
 
+SEEDED = ["dover 0.mp4 --weights small.pth --json", "dover 0.mp4 --weights small.pth", "dover 0.mp4 --mobile --weights small.pth --json",
+          "cover 0.mp4 --weights cover.pth --clip clip.pth --json", "infer-datasets KoNViD.txt --weights small.pth --out OUT/scores --json",
+          "score-set list.txt --model dover --weights small.pth --out OUT/s.csv",
+          "score-set list.txt --model dover --weights small.pth --out OUT/s.csv --format dover --workers 3",
+          "score-set list.txt --model dover-mobile --weights small.pth --out OUT/s.parquet",
+          "score-set list.txt --model cover --weights cover.pth --clip clip.pth --out OUT/s.csv --format cover"]
+
+
+@pytest.mark.parametrize("command", SEEDED)
+def test_same_seed_same_bytes(call, here, tmp_path, command):
+    "Every command that draws: twice the same bytes on stdout and in its files, others with another seed."
+    (here/"list.txt").write_text("0.mp4\n1.mp4\n")
+    (here/"KoNViD.txt").write_text("".join(f"{k}.mp4, -1, -1, {m}\n" for k, m in enumerate((2.5, 3.5, 1.5, 4.))))
+    def run(seed):
+        shutil.rmtree(tmp_path/"out", ignore_errors=True)
+        args = command.replace("OUT", str(tmp_path/"out")).split()
+        r = CliRunner().invoke(app, [*args, "--seed", str(seed)])
+        assert r.exit_code == 0, r.output
+        files = {p.name: p.read_bytes() for p in tmp_path.rglob("out/**/*") if p.suffix in (".csv", ".parquet")}
+        assert bool(files) == ("OUT" in command)
+        return r.stdout.replace(f'"seed": {seed}', "").replace(f"seed {seed}", ""), files
+    first, again, other = run(3), run(3), run(4)
+    assert first == again
+    assert first[0] != other[0] if not first[1] else all(first[1][name] != other[1][name] for name in first[1])
+
+
 WRONG = ["dover", "dover 1.mp4 --seed -1", "dover 1.mp4 --fused best", "cover", "score-set . --model dover", "score-set . --model nr --out a.csv",
          "score-set . --model dover --out a.txt", "score-set . --model dover --out a.csv --format cover", "data pull", "infer-datasets",
          "score-set . --model qualivision --out a.csv --format dover", "infer-datasets a b --name LSVQ", "infer-datasets a --model qualivision"]
