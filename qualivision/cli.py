@@ -411,7 +411,7 @@ def _official(name, files, weights, clip, seed, form, sets, small, device, as_js
         records = [{"video": f, **dict.fromkeys((*branches, "ranks")), "seed": seed, "weights": None, "error": str(e)} for f in files]
     if as_json: print_json(records)
     else:
-        if scorer.no_ranks: print(wrapped(f"\n{scorer.no_ranks}"))
+        if scorer.no_ranks: print("\n" + wrapped(scorer.no_ranks))
         print("\n" + wrapped(f"{name}, {scorer.weights['file']}, SHA-256 {scorer.weights['sha256'][:12]}…, seed {seed}"
                              f"{'' if name == 'cover' else f', fused: {form} constants, 0–1'}. Licence: {scorer.weights['licence']}."))
         if own := scorer.weights.get("head"):
@@ -459,6 +459,7 @@ def score_set(source: Annotated[Path, typer.Argument(help="Folder of videos, CSV
     _of(model, SCORERS, "--model"); _of(form, ("own", "cover", "dover"), "--format")
     if form != "own" and (form == "cover") != (model == "cover") or (form == "dover" and model == "qualivision"):
         raise typer.BadParameter(f"{model} has no scores of the form {form}", param_hint="--format")
+    if form == "dover" and fused != "official": raise typer.BadParameter("the form dover has the official constants", param_hint="--fused")
     if head and form != "own": raise typer.BadParameter(f"the columns of {form} have no place for mos", param_hint="--format")
     if out.suffix.lower() not in (".csv", ".parquet"): raise typer.BadParameter("is neither .csv nor .parquet", param_hint="--out")
     from qualivision.inference.bulk import score_set as run

@@ -132,7 +132,7 @@ def test_the_real_mobile_network(call, tmp_path, monkeypatch):
     status, (r,), _ = call("dover", "1.mp4", "--mobile", "--weights", tmp_path/"m.pth", "--json")
     assert status == 0 and r["error"] is None and np.isfinite([r["technical"], r["aesthetic"]]).all()
     status, (r,), err = call("dover", "1.mp4", "--mobile", "--weights", "small.pth", "--json")
-    assert status == 1 and "do not fit" in r["error"] and "missing" in err and r["weights"] is None
+    assert status == 1 and r["error"].startswith("small.pth: these weights do not fit DOVERMobile") and "missing" in err and r["weights"] is None
 
 
 @pytest.mark.parametrize("args,pull", [("dover", "dover"), ("dover --mobile", "dover-mobile"), ("cover", "cover"),
@@ -161,7 +161,7 @@ def test_cover_and_pictures(call, here, tmp_path, monkeypatch):
     status, rows, _ = call("cover", tmp_path/"4k.mp4", tmp_path/"b.png", "--weights", "cover.pth", "--clip", "clip.pth", "--json")
     assert status == 1 and rows[0]["error"] is None and "b.png" in rows[1]["error"]
     assert "qualivision cover" in call("dover", tmp_path/"a.png", "--weights", "small.pth", "--json")[1][0]["error"]
-    with pytest.raises(official.OfficialError, match="no image encoder"): official.clip_tower(Small().state_dict())
+    with pytest.raises(official.OfficialError, match="^small.pth: .*no image encoder"): official.load_model("cover", "cover.pth", "small.pth")
 
 
 SEEDED = ["dover 0.mp4 --weights small.pth --json", "dover 0.mp4 --weights small.pth", "dover 0.mp4 --mobile --weights small.pth --json",
@@ -192,7 +192,8 @@ def test_same_seed_same_bytes(call, here, tmp_path, command):
 
 WRONG = ["dover", "dover 1.mp4 --seed -1", "dover 1.mp4 --fused best", "cover", "score-set . --model dover", "score-set . --model nr --out a.csv",
          "score-set . --model dover --out a.txt", "score-set . --model dover --out a.csv --format cover", "data pull", "infer-datasets",
-         "score-set . --model qualivision --out a.csv --format dover", "infer-datasets a b --name LSVQ", "infer-datasets a --model qualivision"]
+         "score-set . --model qualivision --out a.csv --format dover", "score-set . --model dover --out a.csv --format dover --fused corrected",
+         "infer-datasets a b --name LSVQ", "infer-datasets a --model qualivision"]
 
 
 def test_wrong_use_is_status_2(call):
@@ -434,7 +435,7 @@ def test_pull(call, hub, tmp_path, monkeypatch):
     status, about, err = call("data", "pull", "lsvq", "--to", tmp_path/"lsvq", "--json")
     assert status == 0 and about["files"] == about["fetched"] == 2 and "PatchVQ" in err
     assert (tmp_path/"lsvq"/"ia"/"a.mp4").read_bytes() == noise
-    assert {p.name for p in (tmp_path/"lsvq").iterdir()} == {"ia", "README.md", ".pulled.json"}
+    assert {p.name for p in (tmp_path/"lsvq").iterdir()} == {"ia", "README.md", ".pulled.json", ".pulled.lock"}
     assert [r for _, r in Hub.asked if r], "the broken connection was taken up where it broke"
     count = len(Hub.asked)
     assert call("data", "pull", "LSVQ", "--to", tmp_path/"lsvq", "--json")[1]["fetched"] == 0 and len(Hub.asked) == count + 1
@@ -446,7 +447,20 @@ def test_pull(call, hub, tmp_path, monkeypatch):
     Usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda p: Usage(10, 9, 1))
     with pytest.raises(DataError, match="GB are free"): pull_set("LSVQ", tmp_path/"new", progress=False)
-    assert not any((tmp_path/"new").iterdir())
+    assert {p.name for p in (tmp_path/"new").iterdir()} <= {".pulled.lock"}
+
+
+def test_one_process_pulls_into_a_folder(hub, tmp_path):
+    "Two would write into one part; the second is told, and the first is not disturbed. A list of what was pulled that is none is refused."
+    from filelock import FileLock
+    hub("README.md", b"a data set")
+    with FileLock(tmp_path/".pulled.lock"):
+        with pytest.raises(DataError, match="another process pulls"): pull_set("LSVQ", tmp_path, progress=False)
+    assert {p.name for p in tmp_path.iterdir()} == {".pulled.lock"} and pull_set("LSVQ", tmp_path, progress=False)["fetched"] == 1
+    for text in ("no JSON", "[1, 2]", "3"):
+        (tmp_path/".pulled.json").write_text(text)
+        with pytest.raises(DataError, match="not the list"): pull_set("LSVQ", tmp_path, progress=False)
+    with pytest.raises(DataError, match="nothing can be written"): pull_set("LSVQ", tmp_path/"README.md"/"x", progress=False)
 
 
 def test_pull_that_cannot_be(call, hub, tmp_path, monkeypatch):

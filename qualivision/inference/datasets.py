@@ -150,14 +150,24 @@ def pull_set(name: str,
              endpoint: str | None = None    # of the hub; None: $HF_ENDPOINT or huggingface.co
             ) -> dict:                      # name, folder, files, licence
     "Fetches a data set from the hub, file by file, and unpacks it; a second run goes on. Raises DataError, WeightsError."
+    from filelock import FileLock, Timeout
     from huggingface_hub import constants
     s, to = known_set(name), Path(to)
     if not s.repo: raise DataError(s.name, "its owners do not offer it for download by a program", f"Get it from {s.address} ({s.licence}).")
-    endpoint = (endpoint or constants.ENDPOINT).rstrip("/")
-    files, marks = _listing(s, endpoint), to / ".pulled.json"
-    to.mkdir(parents=True, exist_ok=True)
-    try: done = json.loads(marks.read_text()) if marks.exists() else {}
-    except ValueError as e: raise DataError(marks, "this is not JSON", "Remove it; the files are then fetched again.") from e
+    endpoint, lock = (endpoint or constants.ENDPOINT).rstrip("/"), FileLock(to / ".pulled.lock", timeout=0)
+    files = _listing(s, endpoint)
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as e: raise DataError(to, "another process pulls into this folder", "Wait for it, or choose another folder.") from e
+    except OSError as e: raise DataError(to, f"nothing can be written there ({e.strerror})", "Choose another folder.") from e
+    with lock: fetched = _pull_files(s, to, files, endpoint, keep, progress)
+    return {"name": s.name, "folder": str(to), "files": len(files), "fetched": fetched, "licence": s.licence}
+
+def _pull_files(s, to, files, endpoint, keep, progress) -> int:   # how many were fetched now
+    marks = to / ".pulled.json"
+    try: done = dict(json.loads(marks.read_text())) if marks.exists() else {}
+    except (ValueError, TypeError) as e: raise DataError(marks, "this is not the list of what was pulled", "Remove it and pull again.") from e
     due = [f for f in files if done.get(f[0]) != (f[2] or f[1])]
     _check_space(to, s, due, keep)
     for file, size, sha in due:
@@ -174,7 +184,7 @@ def pull_set(name: str,
         part = marks.with_name(".pulled.json.new")
         part.write_text(json.dumps(done, indent=1, sort_keys=True))
         os.replace(part, marks)
-    return {"name": s.name, "folder": str(to), "files": len(files), "fetched": len(due), "licence": s.licence}
+    return len(due)
 
 def _check_space(to: Path, s: KnownSet, due: list, keep: bool):
     "What is to come, and what it takes unpacked: videos do not shrink in an archive. Raises DataError."

@@ -57,7 +57,8 @@ def _weights(name: str, path=None) -> tuple[dict[str, Tensor], dict]:   # state 
     return state, {"file": file.name if path is None else str(path), "sha256": file_sha256(file), "licence": e.licence, "trained_on": seen}
 
 # %% ../../nbs/inference/41_official.ipynb #9e986a11
-def clip_tower(state: dict[str, Tensor]   # from transformers, or under OpenAI's `visual.` names
+def clip_tower(state: dict[str, Tensor],  # from transformers, or under OpenAI's `visual.` names
+               source="CLIP"              # the file that it was read from, for the message
               ) -> CLIPImage:
     "The image encoder that a state describes, loaded. Raises WeightsError, or OfficialError where it is no image encoder."
     if any(k.startswith("vision_model.") for k in state): state = clip_from_transformers(state)
@@ -65,11 +66,11 @@ def clip_tower(state: dict[str, Tensor]   # from transformers, or under OpenAI's
     try:
         (width, _, patch, _), (tokens, _), (_, out) = (shape[f"visual.{k}"] for k in ("conv1.weight", "positional_embedding", "proj"))
     except (KeyError, ValueError) as e:
-        raise OfficialError("CLIP", f"these weights hold no image encoder ({e} is not there)", f"`qualivision weights pull {CLIP}`.") from e
+        raise OfficialError(source, f"these weights hold no image encoder ({e} is not there)", f"`qualivision weights pull {CLIP}`.") from e
     layers = len({k.split(".")[3] for k in shape if k.startswith("visual.transformer.resblocks.")})
     tower = CLIPImage.without_weights(width=width, layers=layers, heads=max(1, width // 64), patch=patch,
                                       size=patch * round((tokens - 1) ** .5), out=out)
-    load_strict(tower, state)
+    load_strict(tower, state, source=source)
     return tower
 
 def load_model(name: str,            # dover, dover++, dover-mobile or cover
@@ -82,8 +83,8 @@ def load_model(name: str,            # dover, dover++, dover-mobile or cover
     if name != "cover": model = KINDS[name]()
     else:
         file = _pulled(CLIP) if clip is None else Path(clip)
-        model, about["clip_sha256"] = KINDS[name](clip=clip_tower(read_state(file))), file_sha256(file)
-    load_strict(model, state, getattr(model, "may_miss", ()))
+        model, about["clip_sha256"] = KINDS[name](clip=clip_tower(read_state(file), file)), file_sha256(file)
+    load_strict(model, state, getattr(model, "may_miss", ()), about["file"])
     return model.eval(), about
 
 # %% ../../nbs/inference/41_official.ipynb #d139e285
