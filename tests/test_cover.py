@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qualivision.models.cover import COVER, CLIPImage, clip_from_transformers, overall
+from qualivision.models.cover import COVER, CLIPImage, ImageAttention, clip_from_transformers, overall
 from qualivision.models.dover import ViewError, score
 from qualivision.models.weights import WeightsError, load_strict
 from weights_formula import MAP, agrees, fill, outputs_of, view, views_of, weights_sha256
@@ -99,15 +99,14 @@ def test_no_positions_and_any_size():
         assert torch.equal(a, rest) and torch.allclose(a, tower(flipped), atol=1e-4)
 
 
-def test_frames_are_read_in_groups():
-    "Groups of four bound the memory and change nothing, whatever is left over."
-    model, frames = small(), view(0, (2, 3, 9, 40, 32))
-    sizes = []
-    model.clip.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    with torch.no_grad():
-        together = model.semantics(frames)
-        alone = F.normalize(model.clip(frames.transpose(1, 2).flatten(0, 1)), dim=-1).unflatten(0, (2, 9))
-    assert sizes == [8, 8, 2, 18] and torch.allclose(together, alone, atol=1e-6)
+def test_heads_in_groups_are_heads_at_once():
+    "Four at a time, and what is left over."
+    torch.manual_seed(0)
+    for heads in (1, 6, 16):
+        attention, x = ImageAttention(96, heads), torch.randn(2, 5, 96)
+        q, k, v = F.linear(x, attention.in_proj_weight).view(2, 5, 3, heads, 96 // heads).permute(2, 0, 3, 1, 4)
+        at_once = attention.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(2, 5, 96))
+        assert torch.allclose(attention(x), at_once, atol=1e-6)
 
 
 def test_image_encoder_is_beside_the_model():

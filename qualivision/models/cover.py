@@ -33,8 +33,9 @@ class ImageAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                                                       # (F,N,C)
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)                                 # (F,N,3C)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)                   # each (F,heads,N,C/heads)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))  # (F,N,C)
+        four = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).split(4, 2)          # each (3,F,4,N,C/heads)
+        x = torch.cat([F.scaled_dot_product_attention(*heads) for heads in four], 1)              # (F,heads,N,C/heads)
+        return self.out_proj(x.transpose(1, 2).flatten(2))                                        # (F,N,C)
 
 
 class ImageBlock(nn.Module):
@@ -195,9 +196,8 @@ class COVER(Branches):
                             "Two technical and aesthetic frames go with each semantic one; a picture is one frame in all three.")
 
     def semantics(self, view: Tensor) -> Tensor:                                                  # (B,3,T,H,W) → (B,T,768)
-        "The embedding of each frame, of length 1; four frames of a clip at a time."
-        parts = [self.clip(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)) for x in view.split(4, 2)]
-        return F.normalize(torch.cat(parts, 1), dim=-1)
+        "The embedding of each frame, of length 1."
+        return F.normalize(self.clip(view.transpose(1, 2).flatten(0, 1)), dim=-1).unflatten(0, (view.shape[0], -1))
 
     def features(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         "What the heads see: semantic (B,768,T,7,7), technical and aesthetic after their gates (B,768,T,h,w). Raises `ViewError`."
