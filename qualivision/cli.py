@@ -588,6 +588,7 @@ def export(out: Annotated[Path, typer.Option(help="The file to write, model.onnx
     try:
         onnx_packages()
         network, about = load_model(name, weights, clip)
+        if name == "cover": say("COVER is 19 TFLOPs a clip: comparing the file with PyTorch takes up to an hour on a CPU")
         made = export_onnx(network, out, **sources(name, weights, clip), **{k: v for k, v in about.items() if k != "file"})
     except QualiVisionError as e: failed(e, as_json)
     if as_json: return print_json({**made, "licence": about["licence"]})

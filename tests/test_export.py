@@ -139,6 +139,19 @@ def test_command(folder):
     agree(model, exported, {"technical": view(0, (3, 3, 4, 224, 224)), "aesthetic": view(1, (1, 3, 6, 224, 224))})
 
 
+def test_command_for_cover_tells_both_sources(monkeypatch, tmp_path):
+    "What goes into the file beside COVER's own licence: the image encoder's."
+    about = dict(file="/x/COVER.pth", sha256="1" * 64, licence="MIT", trained_on="YouTube-UGC", clip_sha256="2" * 64)
+    written = {}
+    monkeypatch.setattr("qualivision.inference.official.load_model", lambda *_: (None, about))
+    monkeypatch.setattr("qualivision.inference.export.onnx_packages", list)
+    monkeypatch.setattr("qualivision.inference.export.export_onnx",
+                        lambda model, out, **extra: written.update(extra) or dict(file=str(out), bytes=1, inputs={}, difference=0.))
+    r = CliRunner().invoke(app, ["export", "--model", "cover", "--clip", "/home/me/clip.safetensors", "--out", str(tmp_path/"c.onnx"), "--json"])
+    assert r.exit_code == 0 and json.loads(r.stdout)["licence"] == "MIT" and "hour" in r.stderr
+    assert written == {k: v for k, v in about.items() if k != "file"} | sources("cover", clip="clip.safetensors")
+
+
 def test_refused(small, folder, monkeypatch):
     call = CliRunner().invoke
     assert call(app, ["export", "--model", "vjepa2", "--out", str(folder/"x.onnx")]).exit_code == 2
