@@ -80,7 +80,7 @@ def read_manifest(file: str | Path,
                 return
             rows = csv.reader(f, strict=True, skipinitialspace=True)
             header = [c.strip().lower() for c in next(rows, [])]
-            if "\0" in "".join(header): raise BulkError(file, "it is no text", "Give a folder of videos, a CSV or a .txt.")
+            if "\0" in "".join(header): raise BulkError(file, "it is no text in UTF-8", "Save it as CSV in UTF-8, or give a folder of videos.")
             at, text = (next((header.index(c) for c in names if c in header), None) for names in (NAME_COLUMNS, PROMPT_COLUMNS))
             if at is None: raise BulkError(file, f"no column holds names (it has: {', '.join(header) or 'none'})", "Call it video or video_name.")
             if text is None and prompts: raise BulkError(file, "no column holds prompts", "This model reads them: call the column Prompt.")
