@@ -339,6 +339,7 @@ def test_wrong_heads_are_refused(call, videos, head):
                        (*usual, "--head", "gone.safetensors"): "no such file"}.items():
         status, rows, err = call("dover", videos/"0.mp4", *args, "--json")
         assert status == 1 and said in rows[0]["error"] and said in err and rows[0]["mos"] is rows[0]["technical"] is None, (args, err)
+        assert rows[0]["error"].startswith(f"{args[-1]}: "), rows[0]["error"]
 
 
 def test_a_head_goes_with_its_model_s_name(call, videos):

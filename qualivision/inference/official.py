@@ -136,7 +136,9 @@ def own_heads(model: Branches, name: str,     # a DOVER with its weights, which 
     if KINDS.get(trained) is not KINDS[name]:
         raise OfficialError(file, f"these heads are of {trained or 'a model that is not named'}, and this is {name}", "Use that model.")
     fusion, official = _constants(about, file), deepcopy(parts(model, "_head").state_dict())
-    if sha is None: load_head(model, file)
+    if sha is None:
+        try: load_head(model, file)
+        except WeightsError as e: raise OfficialError(file, e.cause, e.remedy if e.what == str(file) else "Use heads of this model.") from e
     heads = deepcopy(parts(model, "_head"))
     load_strict(parts(model, "_head"), official)
     about = {"file": str(file), "sha256": sha or file_sha256(file), **{k: about.get(k) for k in ("data", "videos", "licence")}}

@@ -434,7 +434,7 @@ def transfer(data, out,                                 # see `read_ratings`; th
     with kept_rng():
         seed_all(config.seed)
         net = KINDS[model](checkpointing=not head_only)
-    if not from_scratch: load_strict(net, read_state(weights_file(source)))
+    if not from_scratch: load_strict(net, read_state(weights_file(source)), source=source)
     net, hashes = net.to(pick_device(device)), FileHashes(cache)
     data_hash = value_hash(sorted([hashes(row["path"]), *(str(v) for k, v in row.items() if k != "path")] for row in table.to_dict("records")))
     hashes.save()
