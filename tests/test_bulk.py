@@ -167,7 +167,7 @@ class Both(Length):
         n = path.stat().st_size / 50
         return dict(technical=-n, aesthetic=n, fused=fused_score(-n, n))
     def prepare(self, path):
-        if "03" in str(path): raise BulkError(path, "it is damaged", "Copy it again.")
+        if Path(path).name.startswith("03"): raise BulkError(path, "it is damaged", "Copy it again.")
         return Path(path)
 
 
