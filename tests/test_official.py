@@ -166,8 +166,8 @@ class Trap:
 
 
 @pytest.mark.parametrize("wrong,said", [("code", "it wants to call posix.system"), ("cut", "not a file of PyTorch weights, or not a whole one"),
-                                        ("another model", r"DOVERMobile: .* \d+ missing: .* \d+ unexpected: .* \d+ of another shape"),
-                                        ("no head", r"DOVERMobile: .*284 tensors match, .* 4 missing: technical_head\.fc_hid\.weight")])
+                                        ("another model", r"do not fit DOVERMobile .* \d+ missing: .* \d+ unexpected: .* \d+ of another shape"),
+                                        ("no head", r"do not fit DOVERMobile .*284 tensors match, .* 4 missing: technical_head\.fc_hid\.weight")])
 def test_what_is_not_the_models_file_is_refused(wrong, said, filled, pulled, tmp_path):
     state, path = filled("dover_mobile").state_dict(), pulled("dover-mobile")
     if wrong == "code": state["x"] = Trap(tmp_path/"ran")
@@ -176,7 +176,7 @@ def test_what_is_not_the_models_file_is_refused(wrong, said, filled, pulled, tmp
     torch.save(state, path)
     if wrong == "cut": path.write_bytes(path.read_bytes()[:10_000_000])
     for weights in (None, path):
-        with pytest.raises(WeightsError, match=said): load_model("dover-mobile", weights)
+        with pytest.raises(WeightsError, match=rf"DOVER-Mobile\.pth: .*{said}"): load_model("dover-mobile", weights)
     assert not (tmp_path/"ran").exists()
 
 
