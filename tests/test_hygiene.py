@@ -107,12 +107,16 @@ def test_notebooks_hold_no_errors():
     assert not stopped, stopped
 
 
+README = ("generate README.md again: jupyter execute --inplace nbs/index.ipynb, nbdev_clean, then jupyter nbconvert --to markdown --stdout --no-input "
+          "--RegexRemovePreprocessor.patterns=\"['^#\\|\\s*hide']\" nbs/index.ipynb > README.md")
+
+
 def test_readme_is_the_index():
     "README.md is nbs/index.ipynb in markdown, byte for byte."
     index = ROOT/"nbs"/"index.ipynb"
     if not index.exists(): pytest.skip("there is no nbs/index.ipynb yet")
-    made = run("-m", "nbconvert", "--to", "markdown", "--stdout", "--RegexRemovePreprocessor.patterns=['^#\\|\\s*hide']", index, cwd=ROOT).stdout
-    assert (ROOT/"README.md").read_text(encoding="utf-8") == made, "generate README.md from nbs/index.ipynb again (see LOG.md or the index itself)"
+    made = run("-m", "nbconvert", "--to", "markdown", "--stdout", "--no-input", "--RegexRemovePreprocessor.patterns=['^#\\|\\s*hide']", index, cwd=ROOT).stdout
+    assert (ROOT/"README.md").read_text(encoding="utf-8") == made, README
 
 
 # ---- the code -------------------------------------------------------------------------------------------------------
