@@ -147,7 +147,7 @@ def test_command_for_cover_tells_both_sources(monkeypatch, tmp_path):
     monkeypatch.setattr("qualivision.inference.export.onnx_packages", list)
     monkeypatch.setattr("qualivision.inference.export.export_onnx",
                         lambda model, out, **extra: written.update(extra) or dict(file=str(out), bytes=1, inputs={}, difference=0.))
-    r = CliRunner().invoke(app, ["export", "--model", "cover", "--clip", "/home/me/clip.safetensors", "--out", str(tmp_path/"c.onnx"), "--json"])
+    r = CliRunner().invoke(app, ["export", "--model", "cover", "--clip", "deep/below/clip.safetensors", "--out", str(tmp_path/"c.onnx"), "--json"])
     assert r.exit_code == 0 and json.loads(r.stdout)["licence"] == "MIT" and "hour" in r.stderr
     assert written == {k: v for k, v in about.items() if k != "file"} | sources("cover", clip="clip.safetensors")
 
@@ -173,7 +173,7 @@ def test_refused(small, folder, monkeypatch):
 
 def test_where_weights_come_from():
     assert sources("dover") == {"source": "https://huggingface.co/teowu/DOVER/resolve/main/DOVER.pth"}
-    about = sources("cover", "/home/me/mine.pth")
+    about = sources("cover", "deep/below/mine.pth")
     assert about["source"].startswith("mine.pth, a file of the user's; cover is published at https://github.com/vztu/COVER")
     assert about["clip_source"].startswith("https://huggingface.co/openai/clip") and about["clip_licence"] == "MIT"
 
