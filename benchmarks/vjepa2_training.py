@@ -93,7 +93,7 @@ def train(way, config, clips, count, epochs, folder, batch=BATCH, device="cpu", 
 
 def child(way, epochs, count, folder):
     "One run on the CPU; prints its numbers as JSON."
-    config = replace(CONFIGS["vjepa2_embedded"], micro_batch=4)
+    config = CONFIGS["vjepa2_embedded"]
     VJepaMos(replace(config, layers=1, hidden_size=48, encoder_heads=2))      # what transformers imports late
     before = peak()
     seconds, videos, loss = train(way, config, Clips(folder, count, config), count, epochs, f"{folder}/features-{time.time_ns()}")

@@ -107,7 +107,8 @@ def test_notebooks_hold_no_errors():
     assert not stopped, stopped
 
 
-README = ("generate README.md again: jupyter execute --inplace nbs/index.ipynb, nbdev_clean, then jupyter nbconvert --to markdown --stdout --no-input "
+README = ("generate README.md again: jupyter execute --inplace nbs/index.ipynb, nbdev_clean, "
+          "then jupyter nbconvert --to markdown --stdout --no-input "
           "--RegexRemovePreprocessor.patterns=\"['^#\\|\\s*hide']\" nbs/index.ipynb > README.md")
 
 
@@ -115,7 +116,8 @@ def test_readme_is_the_index():
     "README.md is nbs/index.ipynb in markdown, byte for byte."
     index = ROOT/"nbs"/"index.ipynb"
     if not index.exists(): pytest.skip("there is no nbs/index.ipynb yet")
-    made = run("-m", "nbconvert", "--to", "markdown", "--stdout", "--no-input", "--RegexRemovePreprocessor.patterns=['^#\\|\\s*hide']", index, cwd=ROOT).stdout
+    hide = "--RegexRemovePreprocessor.patterns=['^#\\|\\s*hide']"
+    made = run("-m", "nbconvert", "--to", "markdown", "--stdout", "--no-input", hide, index, cwd=ROOT).stdout
     assert (ROOT/"README.md").read_text(encoding="utf-8") == made, README
 
 
