@@ -63,3 +63,13 @@ def official_numbers() -> dict:
     "What the official code gave, stage by stage, with weights and inputs from `weights_formula`."
     import numpy as np
     return dict(np.load(ROOT/"tests/fixtures/official_parity.npz"))
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    "Tiny networks are faster with one thread."
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

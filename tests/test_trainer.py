@@ -28,14 +28,7 @@ from qualivision.training.trainer import (TrainConfig, TrainError, fit, make_acc
                                           steps_per_epoch, take_step, training_loss, validate, warmup_cosine)
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

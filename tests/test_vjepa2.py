@@ -23,15 +23,8 @@ CONFIG = model_config("vjepa2_embedded", dict(frames=4, size=32, patch=16, hidde
                                               frozen_dtype="float32", fusion_width=16, heads=2, fused_dim=16))
 ENCODER = dict(frames=4, size=32, hidden_size=48, num_hidden_layers=6, num_attention_heads=4, num_pooler_layers=1,
                pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=2)
+pytestmark = pytest.mark.usefixtures("one_thread")
 FROZEN = tuple(f"video.encoder.layer.{i}." for i in range(5)) + ("video.encoder.embeddings.",)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
