@@ -120,7 +120,7 @@ def test_training_from_the_cache_is_training_without_it(data, tmp_path, dtype, f
 
 def test_cached_features_are_small_where_everything_is_frozen(data, tmp_path):
     sets = prepare_data(data, sampling_of(CONFIG), tiny_text(), data.parent/"cache", progress=False)
-    for freeze, names in ((.85, {"statistics", "places", "tokens"}), (1., {"statistics", "places", "features", "grid"})):
+    for freeze, names in ((.85, {"statistics", "places", "colours", "tokens"}), (1., {"statistics", "places", "colours", "features", "grid"})):
         model = VJepaMos(replace(CONFIG, freeze=freeze, pooling="mean", frozen_dtype="bfloat16"))
         cache = FeatureCache(tmp_path, sets.val.cache, model)
         assert cache.build(sets.val.paths[:1], progress=False) == 1
