@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from qualivision.models.convnext3d import ConvNeXt3D, DepthwiseConv3d, PointwiseConv3d
 from qualivision.models.fusion import QualityAwareFusion, SingleTokenFusion
-from qualivision.models.qualivision import CONFIGS, STATISTICS, DoverConfig, DoverPlusPlus, documented_dover
+from qualivision.models.qualivision import CONFIGS, STATISTICS, VJEPA_EMBEDDED, DoverConfig, DoverPlusPlus, VJepaMos, documented_dover
 from qualivision.models.weights import WeightsError
 from qualivision.quality import QualiVisionError
 from weights_formula import clip, weight
@@ -279,6 +279,30 @@ def test_other_prompts_share_the_encoded_clip(small):
         raw = [torch.logit((small(frames, t)["mos"][:, 1] - 1) / 4) for t in (text, others[:, 0], others[:, 1])]
     assert out["match_logits"].shape == (3, 3) and torch.allclose(out["match_logits"], torch.stack(raw, 1), atol=1e-4)
     assert "match_logits" not in small(frames, text)
+
+
+@pytest.mark.parametrize("bank", [(), ("traditional",)])
+@pytest.mark.parametrize("kind", ["dover", "vjepa2"])
+def test_causes_asked_by_name(kind, bank):
+    "The answers come out by themselves, add nothing at first, and depend on the prompt as they should."
+    torch.manual_seed(0)
+    named = dict(causes=("blur", "noise", "flicker"), attributes=("colour", "motion"), bank=bank)
+    if kind == "dover": model = DoverPlusPlus(replace(SMALL, **named))
+    else: model = VJepaMos(replace(VJEPA_EMBEDDED, frames=4, size=36, patch=12, hidden_size=48, layers=2, encoder_heads=2, grid=(2, 1, 1),
+                                   text_dim=12, fusion_width=32, fused_dim=32, frozen_dtype="float32", colours=("overall",) if bank else (), **named))
+    model.eval()
+    frames, text = batch()
+    with torch.no_grad(): out, other = model(frames, text), model(frames, text.flip(0))
+    assert out["severity"].shape == (2, 3) and out["agreement"].shape == (2, 2) and all(0 < x < 1 for x in out["severity"].flatten())
+    assert torch.equal(out["severity"], other["severity"]) and not torch.equal(out["agreement"], other["agreement"])
+    with torch.no_grad():
+        before = out["mos"]
+        model.causes.path[-1].weight.normal_()
+        assert not torch.allclose(model(frames, text)["mos"], before)      # and then they do
+        model.causes.path[-1].weight.zero_()
+        assert torch.equal(model(frames, text)["mos"], before)
+    plain = DoverPlusPlus(SMALL) if kind == "dover" else VJepaMos(VJEPA_EMBEDDED)
+    assert not any(name.startswith("causes.") for name in plain.state_dict()) and "severity" in out and len(model.causes.names[0]) == 3
 
 
 def test_eight_clips_by_heart():

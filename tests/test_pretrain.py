@@ -15,9 +15,10 @@ import torch
 import yaml
 
 from qualivision.data.simulate import SEED, SPLITS, plan
-from qualivision.data.stream import Reserved, lesson, reserved
-from qualivision.models.transfer import body_names, start_from_body, unpack
-from qualivision.models.weights import WeightsError, read_state
+from qualivision.data.stream import CAUSE_NAMES, Reserved, lesson, reserved
+from qualivision.models.transfer import body_names, config_for, start_from_body, unpack
+from qualivision.models import weights
+from qualivision.models.weights import REGISTRY, Entry, WeightsError, read_state
 from qualivision.pipeline import pretrain as stage
 from qualivision.training import trainer
 from qualivision.training.trainer import Task, TrainError, model_config, train_model
@@ -119,9 +120,15 @@ def test_a_profile_without_settings_says_so(tmp_path):
 
 # --- training from it ---
 
+def config(body=None, **kw):
+    "Of the model of this file; with a body, asking for what it can name."
+    plain = model_config("vjepa2_embedded", {**{k: v for k, v in MODEL.items() if k != "config"}, **kw})
+    return config_for(plain, body) if body else plain
+
+
 def start(made, tmp_path, monkeypatch, **kw):
     "Trains a step from the body; the model as it was before the first step."
-    root, seen = tiny.data_set(tmp_path/"set"), {}
+    root, seen = tmp_path/"set" if (tmp_path/"set").exists() else tiny.data_set(tmp_path/"set"), {}
     real = trainer.fit
 
     def spy(model, *args, **kwargs):
@@ -139,6 +146,19 @@ def test_training_starts_from_the_body(made, tmp_path, monkeypatch):
     assert len(body) > 50 and all(torch.equal(state[name], value.to(state[name].dtype)) for name, value in body.items())
     about = json.loads((tmp_path/"out"/"model.json").read_text())
     assert about["body"] == json.loads((made/"model.json").read_text())["sha256"] and about["licence"] == "MIT"
+    assert about["config"]["causes"] == list(CAUSE_NAMES) and "causes.path.0.weight" in body
+
+
+def test_a_body_is_known_by_its_name(made, tmp_path, monkeypatch):
+    e = Entry("qualivision/tool", "model.safetensors", "MIT", "a test", shipped="pretrained/tool")
+    monkeypatch.setitem(REGISTRY, e.name, e)
+    monkeypatch.setattr(weights, "_repository", lambda: tmp_path)
+    with pytest.raises(WeightsError, match="dvc pull pretrained.dvc"): start("qualivision/tool", tmp_path, monkeypatch)
+    shutil.copytree(made, tmp_path/"pretrained"/"tool")
+    result, state = start("qualivision/tool", tmp_path, monkeypatch)
+    about = json.loads((tmp_path/"out"/"model.json").read_text())
+    assert result["finished"] and about["pretrained"] == "qualivision/tool" and about["body"] and about["licence"] == "MIT"
+    assert {r["name"]: r["path"] for r in weights.list_weights()}["qualivision/tool"] == str(tmp_path/"pretrained"/"tool"/"model.safetensors")
 
 
 def test_a_body_has_no_trunk(made, tmp_path, monkeypatch):
@@ -148,9 +168,10 @@ def test_a_body_has_no_trunk(made, tmp_path, monkeypatch):
 def test_a_body_that_does_not_fit_is_refused(made, tmp_path):
     from qualivision.models.qualivision import VJepaMos
     with pytest.raises(WeightsError, match="do not fit"):
-        start_from_body(VJepaMos(model_config("vjepa2_embedded", {**{k: v for k, v in MODEL.items() if k != "config"}, "layers": 3})), made)
+        start_from_body(VJepaMos(config(made, layers=3)), made)
+    with pytest.raises(WeightsError, match="causes.*unexpected|unexpected.*causes"): start_from_body(VJepaMos(config()), made)
     shutil.copytree(made, tmp_path/"other")
     (tmp_path/"other"/"model.safetensors").write_bytes(b"x" + (made/"model.safetensors").read_bytes()[1:])
-    model = VJepaMos(model_config("vjepa2_embedded", {k: v for k, v in MODEL.items() if k != "config"}))
+    model = VJepaMos(config(made))
     with pytest.raises(WeightsError, match="not the file"): start_from_body(model, tmp_path/"other")
     assert len(body_names(model)) == len(unpack(read_state(made/"model.safetensors"))) and stage.SECTIONS["vjepa2"]

@@ -56,15 +56,15 @@ class Lesson:
     seed: int
     causes: Causes               # severities, and the scene
     prompts: tuple               # the first describes the clip; each of the others is wrong in one attribute
-    wrong: tuple                 # which attribute, for each of those
+    said: tuple                  # the scene that each prompt describes
 
     @property
     def severity(self) -> np.ndarray:     # (10,) float32, in the order of CAUSE_NAMES, 0–1
         return np.array([self.causes.severity[c] for c in CAUSE_NAMES], np.float32)
 
     @property
-    def attributes(self) -> np.ndarray:   # (6,) int64, in the order of VALUES
-        return np.array([values.index(getattr(self.causes.shown, a)) for a, values in VALUES.items()])
+    def attributes(self) -> np.ndarray:   # (1+others,6) int64: what each prompt says, in the order of VALUES; first what is true
+        return np.array([[values.index(getattr(s, a)) for a, values in VALUES.items()] for s in self.said])
 
     def frames(self) -> np.ndarray:       # (48,144,144,3) uint8
         return render(self.causes, stream(self.seed, f"pair {self.index // 2}", "", "pixels"))
@@ -92,14 +92,14 @@ def lesson(seed: int,                       # of the stream; not the one of the 
     scene = _until(lambda: Scene(**{a: v[int(rng.integers(len(v)))] for a, v in VALUES.items()}),
                    lambda s: s not in taken.scenes and side_of(s) == side)
     rng = stream(seed, f"lesson {index}", side, "lesson")
-    prompts, wrong = [_sentence(scene, rng, taken)], []
+    prompts, said = [_sentence(scene, rng, taken)], [scene]
     for _ in range(others):
         def change():
             a = ATTRIBUTES[int(rng.choice(len(ATTRIBUTES), p=(.3, .3, .2, .2)))]
-            return a, replace(scene, **{a: VALUES[a][int(rng.integers(len(VALUES[a])))]})
-        attribute, other = _until(change, lambda c: c[1] != scene and c[1] not in taken.scenes)
-        prompts.append(_sentence(other, rng, taken)), wrong.append(attribute)
-    return Lesson(index, seed, Causes(draw_severity(rng), scene), tuple(prompts), tuple(wrong))
+            return replace(scene, **{a: VALUES[a][int(rng.integers(len(VALUES[a])))]})
+        other = _until(change, lambda s: s != scene and s not in taken.scenes)
+        prompts.append(_sentence(other, rng, taken)), said.append(other)
+    return Lesson(index, seed, Causes(draw_severity(rng), scene), tuple(prompts), tuple(said))
 
 def _until(draw, good):
     for _ in range(10_000):
@@ -121,7 +121,7 @@ class Lessons:
     "A number of lessons, shown."
     frames: Tensor        # (N,3,T,S,S) uint8
     severity: Tensor      # (N,10) float32, 0–1
-    attributes: Tensor    # (N,6) int64
+    attributes: Tensor    # (N,1+others,6) int64: what each prompt says; the first is true
     prompts: list         # N × (1 + others)
 
 def _make(index, seed, side, others, taken, sampling):

@@ -6,8 +6,8 @@
 __all__ = ['MEAN', 'STD', 'GAIN', 'STATISTICS', 'DOCUMENTED', 'PUBLISHED', 'EMBEDDED', 'CONFIGS', 'TRADITIONAL', 'ALIGNMENT',
            'AESTHETIC', 'VJEPA_DOCUMENTED', 'VJEPA_EMBEDDED', 'input_channels', 'pool_statistics', 'RunningNorm',
            'PooledBatchNorm', 'pooled_norm', 'filter_statistics', 'FilterBank', 'ColourStatistics', 'BankPath',
-           'grid_tokens', 'config_of', 'DoverConfig', 'numbered', 'VideoBranch', 'MosPredictor', 'FiveMos',
-           'DoverPlusPlus', 'working_dtype', 'documented_dover', 'VJepaConfig', 'ConcatHead', 'VJepaMos',
+           'CauseHeads', 'grid_tokens', 'config_of', 'DoverConfig', 'numbered', 'VideoBranch', 'MosPredictor',
+           'FiveMos', 'DoverPlusPlus', 'working_dtype', 'documented_dover', 'VJepaConfig', 'ConcatHead', 'VJepaMos',
            'fresh_encoder', 'config_of_encoder', 'pretrained_vjepa', 'DocumentedVJepaHead', 'documented_vjepa_head']
 
 # %% ../../nbs/models/14_qualivision.ipynb #43e04a2c
@@ -205,6 +205,46 @@ class BankPath(nn.Module):
         where = F.one_hot(torch.tensor(self.places, device=added.device), len(DIMENSIONS)).float()
         return added @ where
 
+# %% ../../nbs/models/14_qualivision.ipynb #b61375fb
+class CauseHeads(nn.Module):
+    "What is wrong with a clip and what of its prompt it shows, each by name; and what these answers add to the raw scores, at first nothing."
+    def __init__(self,
+                 causes: tuple,         # names of C defects
+                 attributes: tuple,     # names of A parts of a prompt
+                 features: int,         # width of the pooled features
+                 tokens: int,           # width of a token
+                 text_dim: int,         # width of the prompt embedding
+                 statistics=0,          # of fixed filters and colours, where the model has them
+                 rank=16,               # of the comparison of each attribute
+                 hidden=32):            # width of the path to the scores
+        super().__init__()
+        self.names, A = (tuple(causes), tuple(attributes)), len(attributes)
+        self.norms = nn.ModuleList([nn.LayerNorm(features), nn.LayerNorm(tokens)])
+        width = features + tokens + statistics                                       # W
+        if statistics: self.usual = RunningNorm(statistics)
+        self.severity = nn.Linear(width, len(causes))
+        self.clip, self.text_norm, self.text = nn.Linear(width, A * rank), nn.LayerNorm(text_dim), nn.Linear(text_dim, A * rank)
+        self.bias, self.rank = nn.Parameter(torch.zeros(A)), rank
+        self.path = nn.Sequential(nn.Linear(len(causes) + A, hidden), nn.GELU(), nn.Linear(hidden, len(DIMENSIONS)))
+        nn.init.zeros_(self.path[-1].weight), nn.init.zeros_(self.path[-1].bias)
+
+    def look(self, features: Tensor, tokens: Tensor, statistics=()) -> dict[str, Tensor]:   # (B,F), (B,N,·), each (B,·)
+        "What is known before the prompt comes: seen (B,W), severity (B,C) raw."
+        seen = [norm(x.float()) for norm, x in zip(self.norms, (features, tokens.mean(1)))]
+        if statistics: seen.append(self.usual(torch.cat([x.float() for x in statistics], 1)).clamp(-4, 4))
+        seen = torch.cat(seen, 1)
+        return {"seen": seen, "severity": self.severity(seen).float()}
+
+    def agree(self, video: dict, text: Tensor) -> Tensor:                            # of encode_video; (B,D) → (B,A) raw
+        "Whether the clip shows what the prompt says of each attribute."
+        A = len(self.names[1])
+        clip, said = self.clip(video["seen"]).unflatten(1, (A, -1)), self.text(self.text_norm(text)).unflatten(1, (A, -1))   # (B,A,rank)
+        return (clip.float() * said.float()).sum(2) / math.sqrt(self.rank) + self.bias
+
+    def forward(self, video: dict, text: Tensor) -> Tensor:                          # → (B,5)
+        "What the answers add to the raw scores."
+        return self.path(torch.cat([video["severity"].sigmoid(), self.agree(video, text).sigmoid()], 1)).float()
+
 # %% ../../nbs/models/14_qualivision.ipynb #cde6d22b
 def grid_tokens(maps: list[Tensor],    # each (B,C,T,H,W)
                 grid: tuple,           # (t,h,w) cells
@@ -267,6 +307,8 @@ class DoverConfig:
     pooled_dropout: float = 0.                    # of the pooled statistics
     wide: bool = False                            # filter statistics of the stem: as features, and on a linear path to the scores
     bank: tuple = ()                              # the scores to which statistics of a fixed filter bank add, on a linear path
+    causes: tuple = ()                            # defects that the model is asked for by name, see CauseHeads
+    attributes: tuple = ()                        # and parts of the prompt
     feature_dim: int = 1024                       # width of dover_features
     # text, fusion, heads
     text_dim: int = 1024                          # width D of the prompt embedding
@@ -353,12 +395,22 @@ class FiveMos(nn.Module):
         raw, fused, weights = self.judge(video, text)                                                # (B,5), (B,256), (B,4)
         out = {"mos": self.score(raw), self.FEATURES: video["features"], "text_features": text, "fused_features": fused}
         if weights is not None: out["quality_weights"] = weights
+        if self.asks: out |= {"severity": video["severity"].sigmoid(), "agreement": self.causes.agree(video, text).sigmoid()}   # (B,C), (B,A)
         out |= {f"{head}_score": self.score(video[head]) for head in ("aesthetic", "technical") if head in video}      # (B,1), (B,1)
         if others is not None:
             again = {name: value.repeat_interleave(others.shape[1], 0) for name, value in video.items()}
             alien = self.judge(again, others.flatten(0, 1))[0][:, ALIGNMENT].view(others.shape[:2])  # (B,K)
             out["match_logits"] = torch.cat([raw[:, ALIGNMENT, None], alien], 1)                     # (B,1+K)  its own prompt first
         return out
+
+    def ask(self, video: dict[str, Tensor], statistics=()) -> dict[str, Tensor]:     # (B,·), of the fixed filters and colours
+        "Encoded videos with what the cause heads see in them, where there are any."
+        return video | self.causes.look(video["features"], video["tokens"], statistics) if self.asks else video
+
+    @property
+    def asks(self) -> bool:
+        "Whether the model names causes."
+        return bool(self.config.causes or self.config.attributes)
 
     def extract_features(self, frames, text) -> dict[str, Tensor]:   # arguments as forward
         "All but the scores: the pooled video features, text_features, fused_features, quality_weights, and the two extra heads where there are any."
@@ -403,6 +455,8 @@ class DoverPlusPlus(FiveMos):
             self.fusion = QualityAwareFusion(width, **shared, pooled_dim=c.feature_dim, places=places, prompt_dropout=c.prompt_dropout)
         else: raise QualiVisionError(f"fusion={c.fusion!r}", "there is no such fusion", "Use quality or single.")
         self.mos_predictor = MosPredictor(c.fused_dim, c.head_dropout)
+        if self.asks: self.causes = CauseHeads(c.causes, c.attributes, c.feature_dim, c.feature_dim if c.fusion == "single" else width, c.text_dim,
+                                         self.dover_model.bank.statistics.features if c.bank else 0)
 
     def encode_video(self, frames: Tensor) -> dict[str, Tensor]:
         "What is known of the video before the prompt comes: features (B,1024), tokens (B,N,·), raw scores of the two heads and the wide path."
@@ -413,19 +467,21 @@ class DoverPlusPlus(FiveMos):
         if c.wide: pooled = [filter_statistics(stem), *pooled]
         pooled = video.pooled_norm(torch.cat(pooled, 1))                                             # (B,P)
         wide = video.wide(pooled[:, :9 * c.dims[0]]).float() if c.wide else pooled.new_zeros(len(pooled), len(DIMENSIONS))   # (B,5)
-        if c.bank: wide = wide + video.bank(video.bank.statistics(frames))
+        fixed = [video.bank.statistics(frames)] if c.bank else []                                    # (B,864)
+        if c.bank: wide = wide + video.bank(*fixed)
         pooled = video.pooled_dropout(pooled)
         one = c.fusion == "single"                                                                   # as published: the video is one token
         tokens = pooled.unsqueeze(1) if one else grid_tokens([maps[s] for s in c.token_stages], c.grid, c.token_spread)
-        return dict(features=video.feature_extractor(pooled),                                        # (B,1024)
+        return self.ask(dict(features=video.feature_extractor(pooled),                                        # (B,1024)
                     tokens=tokens,                                                                   # (B,N,·)
                     aesthetic=video.aesthetic_head(pooled).float() + wide[:, AESTHETIC, None],       # (B,1)
-                    technical=video.technical_head(pooled).float() + wide[:, TRADITIONAL, None], wide=wide)
+                    technical=video.technical_head(pooled).float() + wide[:, TRADITIONAL, None], wide=wide), fixed)
 
     def judge(self, video: dict[str, Tensor], text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Five raw scores (B,5), fused features (B,256) and quality weights (B,4) of encoded videos under prompts (B,D)."
         fused, weights = self.fusion(video["tokens"], video["features"], text)
         raw = self.mos_predictor(fused).float() + video["wide"]
+        if self.asks: raw = raw + self.causes(video, text)
         if self.config.heads_add:
             raw = raw.clone()                                                                        # the heads hold the wide path already
             raw[:, TRADITIONAL] += (video["technical"][:, 0] - video["wide"][:, TRADITIONAL])
@@ -477,6 +533,8 @@ class VJepaConfig:
     token_spread: bool = False                    # see grid_tokens
     token_embedding: bool = False                 # the grid holds the patch embedding as well as the last layer
     bank: tuple = ()                              # the scores to which statistics of a fixed filter bank add, on a linear path
+    causes: tuple = ()                            # defects that the model is asked for by name, see CauseHeads
+    attributes: tuple = ()                        # and parts of the prompt
     colours: tuple = ()                           # and those to which ColourStatistics add
     # text, fusion, head
     text_dim: int = 1024
@@ -538,6 +596,9 @@ class VJepaMos(FiveMos):
                                              c.fused_dim, D, math.prod(c.grid) if c.places else 0, c.prompt_dropout)
             self.mos_predictor = MosPredictor(c.fused_dim, c.head_dropout)
         else: raise QualiVisionError(f"fusion={c.fusion!r}", "there is no such fusion", "Use quality or concat.")
+        if self.asks:
+            fixed = sum(getattr(self, path).statistics.features for path in ("bank", "colours") if hasattr(self, path))
+            self.causes = CauseHeads(c.causes, c.attributes, D, (1 + c.token_spread) * (1 + c.token_embedding) * D, c.text_dim, fixed)
         self.freeze(c.freeze)
 
     def freeze(self, ratio: float) -> FreezeReport:     # of this whole model's parameters
@@ -591,7 +652,7 @@ class VJepaMos(FiveMos):
             paths = (("bank", "statistics"), ("colours", "colours"))
             wide = sum(getattr(self, path)(known[name]) for path, name in paths if name in known)            # (B,5)
             video |= dict(wide=wide, aesthetic=wide[:, AESTHETIC, None], technical=wide[:, TRADITIONAL, None])
-        return video
+        return self.ask(video, [known[name] for name in ("statistics", "colours") if name in known])
 
     def learn(self, tokens: Tensor) -> dict[str, Tensor]:                                # (B,N,D)
         "Layers that learn, pooling, and the grid that the prompt looks at."
@@ -612,10 +673,12 @@ class VJepaMos(FiveMos):
     def judge(self, video: dict[str, Tensor], text: Tensor) -> tuple:
         "Five raw scores (B,5), fused features (B,256) and quality weights (B,4; None in the published form) of encoded videos under prompts (B,D)."
         if self.config.fusion == "concat":
-            raw, fused = self.head(video["features"], text)
-            return raw.float() + video["wide"], fused, None
-        fused, weights = self.fusion(video["tokens"], video["features"], text)
-        return self.mos_predictor(fused).float() + video["wide"], fused, weights
+            (raw, fused), weights = self.head(video["features"], text), None
+        else:
+            fused, weights = self.fusion(video["tokens"], video["features"], text)
+            raw = self.mos_predictor(fused)
+        raw = raw.float() + video["wide"]
+        return raw + self.causes(video, text) if self.asks else raw, fused, weights
 
     def as_map(self, tokens: Tensor) -> Tensor:                                          # (B,N,D) → (B,D,t,h,w)
         "Tokens in their places."

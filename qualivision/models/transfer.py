@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['IN_BLOCK', 'BRANCH', 'OTHERS', 'BODY', 'SCALE', 'official_names', 'fitted', 'TransferReport', 'backbone_from_dover',
            'weights_file', 'inherited_licence', 'start_from_dover', 'parts', 'save_head', 'about_head', 'load_head',
-           'body_names', 'pack', 'unpack', 'BodyReport', 'save_body', 'is_body', 'start_from_body']
+           'body_names', 'pack', 'unpack', 'BodyReport', 'save_body', 'body_folder', 'config_for', 'start_from_body']
 
 # %% ../../nbs/models/15_transfer.ipynb #e1192b27
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -197,8 +197,9 @@ def load_head(model: nn.Module,   # with the backbones that the heads were train
     return load_strict(parts(model, "_head"), read_state(file)), about
 
 # %% ../../nbs/models/15_transfer.ipynb #477e3631
-BODY = {"DoverPlusPlus": ("dover_model.backbone.", "dover_model.pooled_norm.", "dover_model.feature_extractor.", "fusion.", "mos_predictor."),
-        "VJepaMos": ("video.", "fusion.", "mos_predictor.")}     # what pretraining leaves behind, by the beginnings of its names
+BODY = {"DoverPlusPlus": ("dover_model.backbone.", "dover_model.pooled_norm.", "dover_model.feature_extractor.", "fusion.", "mos_predictor.",
+                          "causes."),
+        "VJepaMos": ("video.", "fusion.", "mos_predictor.", "causes.")}     # what pretraining leaves behind, by the beginnings of its names
 SCALE = ".scale8"                                                # beside a tensor in 8 bits: one number for each row
 
 
@@ -251,9 +252,19 @@ def save_body(folder,                # made if it is not there: model.safetensor
     (folder / "model.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def is_body(source) -> bool:
-    "Whether a folder holds a body, by what its model.json says."
-    return Path(source).is_dir() and "body_of" in about_file(source)
+def body_folder(source      # a folder, a name of the registry, or nothing
+               ) -> Path | None:
+    "The folder of a body, if that is what is named. Raises `WeightsError` where a named one is not on this machine."
+    if not source: return None
+    if _named(source): return pull(str(source)).parent if entry(str(source)).shipped else None
+    return Path(source) if Path(source).is_dir() and "body_of" in about_file(source) else None
+
+
+def config_for(config,          # of a five-MOS model
+               folder: Path):   # that `save_body` wrote
+    "The configuration, asking for what the body can name."
+    about = about_file(folder).get("config", {})
+    return replace(config, **{name: tuple(about[name]) for name in ("causes", "attributes") if name in about})
 
 
 def start_from_body(model: FiveMos,  # its body is replaced, the rest stays as it is

@@ -214,20 +214,23 @@ def load_checkpoint(folder) -> tuple[dict[str, Tensor], dict]:   # state dict, m
 # %% ../../nbs/models/09_weights.ipynb #74c0e186
 @dataclass(frozen=True)
 class Entry:
-    "Weights that others published."
+    "Weights that others published, or that come with this repository."
     name: str
     file: str                   # the file of weights itself
     licence: str
     trained_on: str
     repo: str = ""              # on the Hugging Face hub,
     revision: str = "main"      # and which commit of it; or
-    url: str = ""               # the address of the file
+    url: str = ""               # the address of the file; or
+    shipped: str = ""           # a folder of this repository, restored by DVC
     bytes: int | None = None    # None: not known beforehand
     sha256: str | None = None   # None: the first download records it
     beside: tuple = ()          # patterns of what is fetched with it, of a hub repository
 
     @property
-    def address(self) -> str: return self.url or f"https://huggingface.co/{self.repo}/resolve/{self.revision}/{self.file}"
+    def address(self) -> str:
+        if self.shipped: return f"{self.shipped}/{self.file}, by dvc pull {self.shipped.split('/')[0]}.dvc"
+        return self.url or f"https://huggingface.co/{self.repo}/resolve/{self.revision}/{self.file}"
 
 
 S_LAB = "S-Lab License 1.0: non-commercial use only"
@@ -274,6 +277,12 @@ def entry(name: str) -> Entry:
 def weights_folder() -> Path:
     "Where weights are kept: $QUALIVISION_WEIGHTS, or qualivision/ in the user's cache."
     return Path(os.environ.get("QUALIVISION_WEIGHTS") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qualivision")
+
+
+def _repository() -> Path:
+    "Where this package lies: a clone of the repository."
+    import qualivision
+    return Path(qualivision.__file__).resolve().parents[1]
 
 
 def _hashes(folder: Path) -> dict:
@@ -395,6 +404,7 @@ def _bar(name, have, total, shown):
 def find(e: Entry, folder: Path, complete: bool = False   # with all that belongs beside it
         ) -> Path | None:
     "The file of an entry, if it is on this machine."
+    if e.shipped: return path if (path := _repository() / e.shipped / e.file).exists() else None
     if e.url: return path if (path := folder / e.file).exists() else None
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -413,6 +423,9 @@ def pull(name: str,                   # of the registry
     from huggingface_hub import constants
     e, folder = entry(name), Path(folder or weights_folder())
     path = find(e, folder, complete=True)
+    if e.shipped:                                           # the model.json beside it vouches for it, see chapter 15
+        if path is None: raise WeightsError(e.name, f"{e.shipped} is not in {_repository()}", "Restore it there: dvc pull pretrained.dvc.")
+        return path
     if path is not None:
         verify(path, e, folder)
         return path

@@ -15,18 +15,18 @@ from ..models.qualivision import DoverPlusPlus, VJepaMos
 from ..models.text import TextEncoder
 from ..models.transfer import save_body
 from .params import ParamsError, keep_memory, known_model, read_params, run_stage
-from ..training.pretrain import PretrainConfig, plain_encoder, pretrain
+from ..training.pretrain import PretrainConfig, asking, plain_encoder, pretrain
 from ..training.trainer import kept_rng, kind_of, model_config, sampling_of, seed_all, write_history
 
 # %% ../../nbs/pipeline/66_pretrain.ipynb #f6952cfe
 SECTIONS = {"dover": ("text", "pretrain", "dover"), "vjepa2": ("text", "pretrain", "vjepa2")}     # model → what its pretraining reads
 
-def card(model: str, config, settings: PretrainConfig, encoder: TextEncoder, history: list[dict]) -> dict:
+def card(model: str, config, settings: PretrainConfig, encoder: TextEncoder, history: list[dict], code: str) -> dict:
     "What model.json says of a pretrained body."
     lessons, last = history[-1]["clips"], history[-1]
-    figures = {k: v for k, v in last.items() if k.startswith(("judged_", "severity_", "attribute_"))}
+    figures = {k: v for k, v in last.items() if k.startswith(("judged_", "severity_", "attribute_", "match_"))}
     return {"model": f"qualivision-{model}-embedded", "licence": "MIT", "config": asdict(config), "text_encoder": encoder.name,
-            "text_encoder_key": encoder.key, "pretrain": settings.deciding(), "code_hash": code_hash("pipeline.pretrain"),
+            "text_encoder_key": encoder.key, "pretrain": settings.deciding(), "code_hash": code,
             "command": f"dvc repro pretrain/dvc.yaml:pretrain@{model}",
             "trained_on": f"{lessons} simulated clips with known causes, seed {settings.seed}; no opinions, no real video",
             "left_out": f"{len(reserved().scenes)} scenes and {len(reserved().prompts)} prompts of the embedded validation and test splits",
@@ -47,16 +47,17 @@ def main(
     if not section:
         raise ParamsError(f"pretrain.{model}", "there are no settings for it", "This profile starts from published weights; add a section.")
     settings, values = PretrainConfig.of(section), dict(p[model]["model"])
-    config, encoder = model_config(values.pop("config"), values), TextEncoder(p["text"]["encoder"])
+    config, encoder = asking(model_config(values.pop("config"), values)), TextEncoder(p["text"]["encoder"])
     if kind_of(config) != model: raise ParamsError(f"{model}.model.config", f"it is a configuration of {kind_of(config)}", "Name one of this model.")
-    folder = Path("runs/pretrain")/f"{model}-{value_hash([settings.deciding(), asdict(config), encoder.key, code_hash('pipeline.pretrain')])[:12]}"
+    code = code_hash("pipeline.pretrain")                          # of what runs, whatever is edited meanwhile
+    folder = Path("runs/pretrain")/f"{model}-{value_hash([settings.deciding(), asdict(config), encoder.key, code])[:12]}"
     with kept_rng():
         seed_all(settings.seed)
         net = DoverPlusPlus(config) if model == "dover" else VJepaMos(config)
         if model == "vjepa2": net.freeze(0)
         result = pretrain(net, settings, sampling_of(config), plain_encoder(encoder), folder, stop_after, progress)
     if result["finished"]:
-        save_body(Path(out)/model, net, card(model, config, settings, encoder, result["history"]))
+        save_body(Path(out)/model, net, card(model, config, settings, encoder, result["history"], code))
         write_history(Path(out)/model/"curves.csv", result["history"])
     return result
 

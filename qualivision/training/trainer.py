@@ -36,7 +36,7 @@ from ..evaluation.metrics import MetricError, plcc, srocc
 from ..models.qualivision import CONFIGS, DoverConfig, DoverPlusPlus, VJepaConfig, VJepaMos, pretrained_vjepa
 from ..models.vjepa2 import FeatureCache, pretrained_folder
 from ..models.text import TextEncoder, encoder_of_width
-from ..models.transfer import inherited_licence, is_body, start_from_body, start_from_dover
+from ..models.transfer import body_folder, config_for, inherited_licence, start_from_body, start_from_dover
 from ..models.weights import about_file, load_checkpoint, load_strict, save_checkpoint
 from ..quality import DIMENSIONS, QualiVisionError
 from .contrast import ContrastPrompts, contrast_loss
@@ -730,24 +730,25 @@ def train_model(task: Task,
                 progress: bool = True,           # on stderr
                 ) -> dict:                       # that of `fit`, with checkpoint, run, data_hash, params_hash, note
     "Trains a five-MOS model on a data set and publishes its best weights. Raises TrainError, DatasetError, VideoError, WeightsError."
-    kind, cache = kind_of(config), Path(task.cache)
+    kind, cache, body = kind_of(config), Path(task.cache), body_folder(task.pretrained)
+    if body: config = config_for(config, body)
     sampling, encoder = sampling_of(config), TextEncoder(task.text or encoder_of_width(config.text_dim), cache=cache / "text")
     if encoder.dim != config.text_dim:
         raise TrainError(f"text encoder {encoder.name}", f"it is {encoder.dim} wide and the model's text_dim {config.text_dim}", "Make them equal.")
     if trunk and (kind != "vjepa2" or task.pretrained):
         raise TrainError("trunk", "it trains a V-JEPA 2 encoder that starts from noise", "Leave it out for other models and pretrained encoders.")
     sets = prepare_data(task.data, sampling, encoder, cache, task.augment, train.seed, progress, task.split)
-    body = about_file(task.pretrained) if task.pretrained and is_body(task.pretrained) else None
-    licence = inherited_licence(task.pretrained, task.licence) if task.pretrained and (body or kind == "dover") else task.licence
+    about = about_file(body) if body else None
+    licence = inherited_licence(body or task.pretrained, task.licence) if task.pretrained and (body or kind == "dover") else task.licence
     params = {"config": asdict(config), "train": train.deciding(), "text": encoder.name, "augment": task.augment, "split": task.split,
               **({"trunk": trunk.deciding()} if trunk else {}), **({"pretrained": task.pretrained} if task.pretrained else {}),
-              **({"body": body["sha256"]} if body else {})}
+              **({"body": about["sha256"]} if body else {})}
     meta = {"model": NAMES[kind], "config": asdict(config), "sampling": asdict(sampling), "text_encoder": encoder.name,
             "text_encoder_key": encoder.key,
             "trained_on": f"{task.trained_on or 'labels of ' + Path(task.data).resolve().name}, data {sets.hash[:12]}",
             "licence": licence, "data_hash": sets.hash, "params_hash": value_hash(params), "source_hash": code_hash("training.trainer"),
             "splits": sets.note, **({"pretrained": task.pretrained} if task.pretrained else {}),
-            **({"body": body["sha256"], "body_trained_on": body["trained_on"]} if body else {})}
+            **({"body": about["sha256"], "body_trained_on": about["trained_on"]} if body else {})}
     folder = Path(task.runs or f"runs/{kind}") / value_hash(meta | params)[:12]
     rest = dict(stop_after=stop_after, meta=meta, progress=progress, encode=encoder.encode)
     with kept_rng():
@@ -784,7 +785,8 @@ def build_dover(config: DoverConfig, pretrained: str | None = None, progress: bo
     "The model, with a pretrained body or the backbone of official DOVER weights, where some are named. Raises WeightsError."
     model = DoverPlusPlus(config)
     if pretrained:
-        report = start_from_body(model, pretrained) if is_body(pretrained) else start_from_dover(model, pretrained)
+        body = body_folder(pretrained)
+        report = start_from_body(model, body) if body else start_from_dover(model, pretrained)
         if progress: print(f"{pretrained}: {report}", file=sys.stderr)
     return model
 
@@ -792,9 +794,9 @@ def build_dover(config: DoverConfig, pretrained: str | None = None, progress: bo
 def build_vjepa(config: VJepaConfig, pretrained: str | None = None, progress: bool = True) -> VJepaMos:
     "The model, with a pretrained body or around a pretrained encoder, where one is named. Raises WeightsError."
     if not pretrained: return VJepaMos(config)
-    if is_body(pretrained):
+    if body := body_folder(pretrained):
         model = VJepaMos(config)
-        report = start_from_body(model, pretrained)
+        report = start_from_body(model, body)
     else: model, report = pretrained_vjepa(config, pretrained_folder(pretrained), pretrained)
     if progress: print(f"{report}\n{model.freeze(config.freeze)}", file=sys.stderr)
     return model
