@@ -30,6 +30,7 @@ setup(
         "wandb": cfg["wandb_requirements"].split(),
         "tensorboard": cfg["tensorboard_requirements"].split(),
         "onnx": cfg["onnx_requirements"].split(),
+        "clips": cfg["clips_requirements"].split(),
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

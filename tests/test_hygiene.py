@@ -20,7 +20,7 @@ from chapters import PACKAGE, ROOT, modules
 NOTEBOOK_BYTES = 150_000        # a committed notebook, outputs included
 FILE_BYTES = 1_000_000          # any other file that git tracks, outside of the embedded remote
 STORE = "dvcstore"
-SHIPPED = ("data.dvc",)         # the .dvc files whose data travel in dvcstore/: the embedded set, and nobody else's
+SHIPPED = ("data.dvc", "pretrained.dvc")    # the .dvc files whose data travel in dvcstore/: embedded set and pretrained bodies, nothing of others
 
 # an absolute path into somebody's machine; the words alone, and paths that merely end like this, are fine
 MACHINE_PATH = re.compile(r"(?<![\w.~$}-])/(?:(?:work|root|tmp)\b|(?:home|Users)/\w)|\bfile:///|\b[A-Z]:\\\\?Users\b")

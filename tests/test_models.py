@@ -305,6 +305,27 @@ def test_causes_asked_by_name(kind, bank):
     assert not any(name.startswith("causes.") for name in plain.state_dict()) and "severity" in out and len(model.causes.names[0]) == 3
 
 
+@pytest.mark.parametrize("change", [{}, dict(fusion="single"), dict(causes=("blur",), attributes=("colour",), bank=("traditional",), wide=True)])
+def test_a_frozen_backbone_stays_and_can_be_kept(change):
+    "It has no gradient and stays in eval mode; from what it made of each clip comes the same as from the clips; another backbone has another key."
+    torch.manual_seed(0)
+    model = DoverPlusPlus(replace(SMALL, freeze_backbone=True, pooled_norm="batch", **change)).train()
+    frames, text = batch(n=3)
+    kept = model.prefix(frames)
+    assert model.frozen and not model.dover_model.backbone.training and not any(p.requires_grad for p in model.dover_model.backbone.parameters())
+    outs = []
+    for x in (frames, kept):
+        torch.manual_seed(1); model.zero_grad()
+        out = model(x, text)["mos"]
+        out.sum().backward()
+        outs.append((out.detach(), model.fusion.text_proj.weight.grad.clone()))
+    assert torch.equal(outs[0][0], outs[1][0]) and torch.equal(outs[0][1], outs[1][1])
+    one, key = model.prefix(frames[1:2]), model.frozen_key()
+    assert all(torch.equal(one[name], kept[name][1:2]) for name in kept)
+    with torch.no_grad(): model.dover_model.backbone[0].weight.mul_(1.01)
+    assert model.frozen_key() != key
+
+
 def test_eight_clips_by_heart():
     torch.manual_seed(0)
     model = DoverPlusPlus(replace(SMALL, dropout=0., head_dropout=0.)).train()

@@ -35,7 +35,9 @@ def params(folder: Path) -> Path:
     "A folder to run the stage in."
     folder.mkdir()
     (folder/"params.yaml").write_text(yaml.safe_dump({"profile": "mini", "mini": {
-        "text": {"encoder": "minilm"}, "pretrain": {"vjepa2": SHORT, "dover": None}, "vjepa2": {"model": MODEL}, "dover": {"model": {}}}}))
+        "text": {"encoder": "minilm"},
+        "pretrain": {"vjepa2": SHORT, "dover": None, "short": {"windows": 1, "masked_windows": 0}},
+        "vjepa2": {"model": MODEL}, "dover": {"model": {}}}}))
     return folder
 
 
@@ -110,6 +112,21 @@ def test_killed_it_ends_as_an_undisturbed_run(made, tmp_path):
     assert "window 1/" not in err                       # it went on
     for name in ("model.safetensors", "model.json", "curves.csv"):
         assert (made/name).read_bytes() == (folder/"work"/"pretrain"/"vjepa2"/name).read_bytes(), name
+
+
+def test_a_short_run_leaves_its_figures(tmp_path):
+    folder, found = params(tmp_path/"short"), []
+    for _ in range(2):
+        process = run(folder, "vjepa2", "short")
+        err = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, err
+        found.append((folder/"results"/"pretrain-short"/"vjepa2.json").read_bytes())
+        shutil.rmtree(folder/"runs")
+    about = json.loads(found[0])
+    assert found[0] == found[1] and about["pretrain"]["windows"] == 1 and "judged_severity" in about["figures"]
+    assert not (folder/"work"/"pretrain").exists()
+    process = run(folder, "vjepa2", "long")
+    assert "full or short" in process.communicate(timeout=100)[1] and process.returncode == 1
 
 
 def test_a_profile_without_settings_says_so(tmp_path):

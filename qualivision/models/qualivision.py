@@ -205,7 +205,7 @@ class BankPath(nn.Module):
         where = F.one_hot(torch.tensor(self.places, device=added.device), len(DIMENSIONS)).float()
         return added @ where
 
-# %% ../../nbs/models/14_qualivision.ipynb #b61375fb
+# %% ../../nbs/models/14_qualivision.ipynb #77f915d5
 class CauseHeads(nn.Module):
     "What is wrong with a clip and what of its prompt it shows, each by name; and what these answers add to the raw scores, at first nothing."
     def __init__(self,
@@ -296,6 +296,7 @@ class DoverConfig:
     expand: int = 4
     checkpointing: bool = False
     channels_last: bool = True
+    freeze_backbone: bool = False                 # fixed, so that what it makes of a clip can be kept
     # from maps to vectors
     grid: tuple = (4, 4, 4)                       # tokens that the prompt can look at: time, height, width
     token_stages: tuple = (3,)                    # of which maps the tokens are made
@@ -403,6 +404,14 @@ class FiveMos(nn.Module):
             out["match_logits"] = torch.cat([raw[:, ALIGNMENT, None], alien], 1)                     # (B,1+K)  its own prompt first
         return out
 
+    def prefix(self, frames: Tensor) -> dict[str, Tensor]:          # (B,3,T,H,W) uint8, or float in [0,1]
+        "What the part that may be frozen makes of each clip; once it is frozen of each by itself, in full precision, so that it can be kept."
+        if not self.frozen: return self._prefix(frames)
+        kind = frames.device.type
+        with torch.no_grad(), torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
+            clips = [self._prefix(clip) for clip in frames.split(1)]
+        return {name: torch.cat([clip[name] for clip in clips]) for name in clips[0]}
+
     def ask(self, video: dict[str, Tensor], statistics=()) -> dict[str, Tensor]:     # (B,·), of the fixed filters and colours
         "Encoded videos with what the cause heads see in them, where there are any."
         return video | self.causes.look(video["features"], video["tokens"], statistics) if self.asks else video
@@ -431,14 +440,19 @@ class FiveMos(nn.Module):
                                    "Give one prompt per clip, from the encoder that the model was trained with.")
         return text
 
-    def role(self, name: str) -> str:          # "text" | "video" | "head"
-        "Which of the three learning rates a parameter has, where they differ."
-        return "text" if name.startswith("fusion.text_") else "video" if name.startswith("dover_model.backbone.") else "head"
+    VIDEO = ()                                     # the beginnings of the names of the layers that look at pixels
+    PRETRAINED = ("fusion.", "mos_predictor.", "causes.", "dover_model.feature_extractor.", "dover_model.pooled_norm.", "video.")
+
+    def role(self, name: str) -> str:          # "text" | "video" | "body" | "head"
+        "Which learning rate a parameter has: text projection, layers of the backbone, what else pretraining has left behind, and what is new."
+        if name.startswith("fusion.text_"): return "text"
+        if name.startswith(self.VIDEO): return "video"
+        return "body" if self.asks and name.startswith(self.PRETRAINED) and not name.startswith("causes.path.") else "head"
 
 
 class DoverPlusPlus(FiveMos):
     "The DOVER++ five-MOS model."
-    FEATURES = "dover_features"
+    FEATURES, VIDEO = "dover_features", ("dover_model.backbone.",)
 
     def __init__(self,
                  config: DoverConfig = EMBEDDED,    # sizes and choices
@@ -457,25 +471,44 @@ class DoverPlusPlus(FiveMos):
         self.mos_predictor = MosPredictor(c.fused_dim, c.head_dropout)
         if self.asks: self.causes = CauseHeads(c.causes, c.attributes, c.feature_dim, c.feature_dim if c.fusion == "single" else width, c.text_dim,
                                          self.dover_model.bank.statistics.features if c.bank else 0)
+        freeze_module(self.dover_model.backbone, c.freeze_backbone)
 
-    def encode_video(self, frames: Tensor) -> dict[str, Tensor]:
-        "What is known of the video before the prompt comes: features (B,1024), tokens (B,N,·), raw scores of the two heads and the wide path."
+    @property
+    def frozen(self) -> bool:
+        "Whether the backbone is."
+        return self.config.freeze_backbone
+
+    def frozen_key(self) -> str:
+        "Names what `prefix` computes. Two models of one key give the same."
+        c = self.config
+        made = [c.stages, c.statistics, c.log_statistics, c.wide, bool(c.bank), c.token_stages, c.grid, c.token_spread]
+        made += [c.difference, c.highpass, c.normalise]
+        return " ".join(map(str, [*made, state_hash(self.dover_model.backbone)]))
+
+    def _prefix(self, frames):                                      # pooled (B,P) not yet normalised, tokens (B,N,·), statistics (B,864) of the bank
         c, video = self.config, self.dover_model
         x = input_channels(frames, c.normalise, c.difference, c.highpass, working_dtype(frames))     # (B,3–5,T,H,W)
         stem, *maps = video.backbone(x, stem=True)                                                   # 4 × (B,dim,T',h,w)
         pooled = [pool_statistics(x if s == -1 else maps[s], c.statistics, c.log_statistics) for s in c.stages]
         if c.wide: pooled = [filter_statistics(stem), *pooled]
-        pooled = video.pooled_norm(torch.cat(pooled, 1))                                             # (B,P)
+        out = {"pooled": torch.cat(pooled, 1)}
+        if c.fusion != "single": out["tokens"] = grid_tokens([maps[s] for s in c.token_stages], c.grid, c.token_spread)
+        return out | ({"statistics": video.bank.statistics(frames)} if c.bank else {})
+
+    def encode_video(self, frames) -> dict[str, Tensor]:            # frames, or what `prefix` made of them
+        "What is known of the video before the prompt comes: features (B,1024), tokens (B,N,·), raw scores of the two heads and the wide path."
+        c, video = self.config, self.dover_model
+        known = self.prefix(frames) if isinstance(frames, Tensor) else frames
+        pooled = video.pooled_norm(known["pooled"].float())                                          # (B,P)
         wide = video.wide(pooled[:, :9 * c.dims[0]]).float() if c.wide else pooled.new_zeros(len(pooled), len(DIMENSIONS))   # (B,5)
-        fixed = [video.bank.statistics(frames)] if c.bank else []                                    # (B,864)
-        if c.bank: wide = wide + video.bank(*fixed)
+        if c.bank: wide = wide + video.bank(known["statistics"])
         pooled = video.pooled_dropout(pooled)
-        one = c.fusion == "single"                                                                   # as published: the video is one token
-        tokens = pooled.unsqueeze(1) if one else grid_tokens([maps[s] for s in c.token_stages], c.grid, c.token_spread)
-        return self.ask(dict(features=video.feature_extractor(pooled),                                        # (B,1024)
-                    tokens=tokens,                                                                   # (B,N,·)
-                    aesthetic=video.aesthetic_head(pooled).float() + wide[:, AESTHETIC, None],       # (B,1)
-                    technical=video.technical_head(pooled).float() + wide[:, TRADITIONAL, None], wide=wide), fixed)
+        tokens = pooled.unsqueeze(1) if c.fusion == "single" else known["tokens"]                    # as published: the video is one token
+        return self.ask(dict(features=video.feature_extractor(pooled),                               # (B,1024)
+                             tokens=tokens,                                                          # (B,N,·)
+                             aesthetic=video.aesthetic_head(pooled).float() + wide[:, AESTHETIC, None],       # (B,1)
+                             technical=video.technical_head(pooled).float() + wide[:, TRADITIONAL, None], wide=wide),
+                        [known["statistics"]] if c.bank else [])
 
     def judge(self, video: dict[str, Tensor], text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Five raw scores (B,5), fused features (B,256) and quality weights (B,4) of encoded videos under prompts (B,D)."
@@ -577,7 +610,7 @@ class ConcatHead(nn.Module):
 
 class VJepaMos(FiveMos):
     "The V-JEPA 2 five-MOS model."
-    FEATURES = "vjepa_features"
+    FEATURES, VIDEO = "vjepa_features", ("video.encoder.",)
 
     def __init__(self,
                  config: VJepaConfig = VJEPA_EMBEDDED,   # sizes and choices
@@ -614,15 +647,12 @@ class VJepaMos(FiveMos):
         "Whether the encoder and its pooling are fixed, so that only the head learns."
         return not any(p.requires_grad for p in self.video.parameters())
 
-    def prefix(self, frames: Tensor) -> dict[str, Tensor]:          # (B,3,T,H,W) uint8, or float in [0,1]
-        "What the frozen part makes of each clip by itself: tokens (B,N,D) at the last frozen layer; pooled features if everything is frozen."
-        if not self.video.frozen: return self._prefix(frames)
-        kind = frames.device.type
-        with torch.no_grad(), torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
-            clips = [self._prefix(clip) for clip in frames.split(1)]
-        return {name: torch.cat([clip[name] for clip in clips]) for name in clips[0]}
+    @property
+    def frozen(self) -> bool:
+        "Whether layers are."
+        return self.video.frozen > 0
 
-    def _prefix(self, frames):
+    def _prefix(self, frames):                                      # tokens (B,N,D) at the last frozen layer; pooled features if everything is frozen
         tokens = self.video.embed(input_channels(frames).transpose(1, 2))                # (B,N,D)
         out = {"statistics": self.bank.statistics(frames)} if self.config.bank else {}   # (B,P)
         if self.config.colours: out["colours"] = self.colours.statistics(frames)         # (B,52)
@@ -684,10 +714,6 @@ class VJepaMos(FiveMos):
         "Tokens in their places."
         t, h, w = self.video.grid
         return tokens.unflatten(1, (-1, h, w)).permute(0, 4, 1, 2, 3)
-
-    def role(self, name: str) -> str:          # "text" | "video" | "head"
-        "Which of the three learning rates a parameter has: the text projection, the layers of the encoder, or pooling, fusion and head."
-        return "text" if name.startswith("fusion.text_") else "video" if name.startswith("video.encoder.") else "head"
 
 
 def fresh_encoder(c: VJepaConfig) -> VideoEncoder:

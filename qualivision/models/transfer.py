@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['IN_BLOCK', 'BRANCH', 'OTHERS', 'BODY', 'SCALE', 'official_names', 'fitted', 'TransferReport', 'backbone_from_dover',
            'weights_file', 'inherited_licence', 'start_from_dover', 'parts', 'save_head', 'about_head', 'load_head',
-           'body_names', 'pack', 'unpack', 'BodyReport', 'save_body', 'body_folder', 'config_for', 'start_from_body']
+           'body_names', 'pack', 'unpack', 'BodyReport', 'save_body', 'body_folder', 'config_for', 'start_from_body',
+           'load_body']
 
 # %% ../../nbs/models/15_transfer.ipynb #e1192b27
 import json
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .qualivision import DoverConfig, DoverPlusPlus, FiveMos, VideoBranch
+from .qualivision import DoverConfig, DoverPlusPlus, FiveMos, VideoBranch, VJepaConfig, VJepaMos
 from .vjepa2 import state_hash
 from .weights import REGISTRY, S_LAB, LoadReport, WeightsError, about_file, entry, file_sha256, load_strict, pull, read_state
 
@@ -282,3 +283,14 @@ def start_from_body(model: FiveMos,  # its body is replaced, the rest stays as i
     new = tuple(dict.fromkeys(".".join(name.split(".")[:2]) for name in rest))
     count = sum(v.numel() for v in model.state_dict().values())
     return BodyReport(Path(source).name, len(names), new, sum(v.numel() for v in state.values()) / count)
+
+def load_body(source              # a folder that `save_body` wrote, or a name of the registry
+             ) -> FiveMos:         # in eval mode; it names causes and agreements, its scores have not been trained
+    "The network of a body by itself. Raises `WeightsError`."
+    folder = body_folder(source)
+    if folder is None: raise WeightsError(source, "it holds no pretrained body", "See `qualivision weights list`.")
+    about = about_file(folder)
+    config, kind = (VJepaConfig, VJepaMos) if about["body_of"] == "VJepaMos" else (DoverConfig, DoverPlusPlus)
+    model = kind(config.of(about["config"]))
+    start_from_body(model, folder)
+    return model.eval()

@@ -14,7 +14,7 @@ from ..data.stream import reserved
 from ..models.qualivision import DoverPlusPlus, VJepaMos
 from ..models.text import TextEncoder
 from ..models.transfer import save_body
-from .params import ParamsError, keep_memory, known_model, read_params, run_stage
+from .params import ParamsError, keep_memory, known_model, read_params, run_stage, write_json
 from ..training.pretrain import PretrainConfig, asking, plain_encoder, pretrain
 from ..training.trainer import kept_rng, kind_of, model_config, sampling_of, seed_all, write_history
 
@@ -34,6 +34,7 @@ def card(model: str, config, settings: PretrainConfig, encoder: TextEncoder, his
 
 def main(
     model: str = "dover",                 # dover | vjepa2
+    length: str = "full",                 # full | short, which leaves its figures and no body
     params: str | Path = "params.yaml",
     profile: str | None = None,           # None: the one that the file names
     out: str | Path = "work/pretrain",    # a folder for each model in it
@@ -43,10 +44,11 @@ def main(
     "Pretrains a model and writes its body. Raises ParamsError, PretrainError, WeightsError."
     keep_memory()
     p = read_params(SECTIONS[known_model(model)], params, profile)
-    section = p["pretrain"].get(model)
-    if not section:
+    section, short = p["pretrain"].get(model), p["pretrain"].get("short")
+    if length not in ("full", "short"): raise ParamsError(f"length {length}", "there is no such length", "Choose full or short.")
+    if not section or length == "short" and not short:
         raise ParamsError(f"pretrain.{model}", "there are no settings for it", "This profile starts from published weights; add a section.")
-    settings, values = PretrainConfig.of(section), dict(p[model]["model"])
+    settings, values = PretrainConfig.of({**section, **(short if length == "short" else {})}), dict(p[model]["model"])
     config, encoder = asking(model_config(values.pop("config"), values)), TextEncoder(p["text"]["encoder"])
     if kind_of(config) != model: raise ParamsError(f"{model}.model.config", f"it is a configuration of {kind_of(config)}", "Name one of this model.")
     code = code_hash("pipeline.pretrain")                          # of what runs, whatever is edited meanwhile
@@ -56,7 +58,10 @@ def main(
         net = DoverPlusPlus(config) if model == "dover" else VJepaMos(config)
         if model == "vjepa2": net.freeze(0)
         result = pretrain(net, settings, sampling_of(config), plain_encoder(encoder), folder, stop_after, progress)
-    if result["finished"]:
+    if result["finished"] and length == "short":
+        about = card(model, config, settings, encoder, result["history"], code)
+        write_json(f"results/pretrain-short/{model}.json", {k: about[k] for k in ("pretrain", "trained_on", "judged_on", "figures")})
+    elif result["finished"]:
         save_body(Path(out)/model, net, card(model, config, settings, encoder, result["history"], code))
         write_history(Path(out)/model/"curves.csv", result["history"])
     return result

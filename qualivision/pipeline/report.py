@@ -55,6 +55,7 @@ def stamp(about: dict) -> str:  # of `provenance`
 def origin(model: str, train: dict, videos: int) -> str:   # what train.json holds; clips in training
     "Where a model's weights come from, in a sentence."
     title = PLAIN_TITLES[model]
+    if train.get("body"): return f"{title} starts from {train['pretrained']} ({train['body_trained_on']}) and was fine-tuned on {videos} clips."
     if train.get("pretrained"): return f"{title} starts from the pretrained encoder {train['pretrained']}."
     if "trunk" in train["parameters"]:
         return (f"{title} has no pretraining yet: its encoder, the trunk, was trained from noise on the same {videos} clips with nothing frozen, "
@@ -62,7 +63,8 @@ def origin(model: str, train: dict, videos: int) -> str:   # what train.json hol
     return f"{title} has no pretraining: it was trained from scratch on {videos} clips."
 
 # %% ../../nbs/pipeline/64_report.ipynb #09ed63c1
-PLAIN_TITLES = {**TITLES, "dover": "DOVER++", "vjepa2": "V-JEPA 2", "raters": "ceiling, raters only"}   # row → its name in a table
+PLAIN_TITLES = {**TITLES, "dover": "DOVER++", "vjepa2": "V-JEPA 2", "dover_scratch": "DOVER++ from noise",      # row → its name in a table
+                "vjepa2_scratch": "V-JEPA 2 from noise", "raters": "ceiling, raters only"}
 MARKS = {"dover": "▼▲", "vjepa2": "▽△"}     # model → it is better, the row is
 
 def difference(
@@ -85,8 +87,8 @@ def mark(results: dict, row: str, dimension: str, metric: str, model: str) -> st
     return MARKS[model][0] if wins(cell, metric) else MARKS[model][1] if wins(other, metric) else ""
 
 # %% ../../nbs/pipeline/64_report.ipynb #184f9aef
-SHORT = {"dover": "DOVER++", "vjepa2": "V-JEPA 2", "text_generator": "text+gen.", "low_level": "low-level",
-         "hand_crafted": "handcraft"}   # others as they are
+SHORT = {"dover": "DOVER++", "vjepa2": "V-JEPA 2", "dover_scratch": "D. noise", "vjepa2_scratch": "V. noise", "text_generator": "text+gen.",
+         "low_level": "low-level", "hand_crafted": "handcraft"}   # others as they are
 
 HEADS = dict(zip(DIMENSIONS, ("Tradit.", "Alignm.", "Aesth.", "Tempor.", "Overall")))
 

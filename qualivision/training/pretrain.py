@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PretrainError', 'PretrainConfig', 'asking', 'dropout_of', 'CauseTasks', 'pair_loss', 'block_mask', 'MaskedPrediction',
-           'pair_batches', 'Phase', 'pretrain', 'answers', 'judge', 'plain_encoder']
+           'pair_batches', 'Phase', 'pretrain', 'silence', 'answers', 'judge', 'plain_encoder']
 
 # %% ../../nbs/training/33_pretrain.ipynb #53d8fd54
 import copy
@@ -26,7 +26,7 @@ from ..data.sampling import Sampling
 from ..data.stream import CAUSE_NAMES, VALUES, Lessons, LessonStream
 from ..models.qualivision import ALIGNMENT, FiveMos, input_channels
 from ..models.vjepa2 import VideoEncoder
-from ..quality import QualiVisionError
+from ..quality import DIMENSIONS, QualiVisionError
 from .trainer import deterministic, make_accelerator, parameter_groups, seed_all, warmup_cosine
 
 # %% ../../nbs/training/33_pretrain.ipynb #c1d6247d
@@ -280,8 +280,14 @@ def pretrain(model: FiveMos,               # with fresh weights; learns in place
                     return {"finished": w + 1 == total, "windows": w + 1, "history": history}
             done += phase.windows
     if state["window"] == total: model.load_state_dict(state["model"])
-    model.to("cpu")
+    silence(model.to("cpu"))
     return {"finished": True, "windows": total, "history": history}
+
+@torch.no_grad()
+def silence(model: FiveMos):
+    "The four scores that nobody asked for answer the middle, as in a fresh model; else they would begin with noise."
+    last, others = model.mos_predictor.predictor[-1], [i for i in range(len(DIMENSIONS)) if i != ALIGNMENT]
+    last.weight[others] = 0.; last.bias[others] = 0.
 
 def _learn(phase, window: Lessons, text, optimizer, acc, config, k) -> dict:
     "All passes over a window; means of the losses."

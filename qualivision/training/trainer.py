@@ -33,7 +33,7 @@ from ..data.dataset import ClipCache, EpochSampler, VideoQualityDataset, collate
 from ..data.provenance import code_hash, value_hash
 from ..data.sampling import Sampling
 from ..evaluation.metrics import MetricError, plcc, srocc
-from ..models.qualivision import CONFIGS, DoverConfig, DoverPlusPlus, VJepaConfig, VJepaMos, pretrained_vjepa
+from ..models.qualivision import CONFIGS, DoverConfig, DoverPlusPlus, FiveMos, VJepaConfig, VJepaMos, pretrained_vjepa
 from ..models.vjepa2 import FeatureCache, pretrained_folder
 from ..models.text import TextEncoder, encoder_of_width
 from ..models.transfer import body_folder, config_for, inherited_licence, start_from_body, start_from_dover
@@ -45,7 +45,7 @@ from .losses import HybridLoss, LossError
 # %% ../../nbs/training/31_trainer.ipynb #b9be3f1c
 class TrainError(QualiVisionError): "Training cannot start, or cannot go on."
 
-ROLES = ("text", "video", "head")    # of a parameter, where they learn at different rates
+ROLES = ("text", "video", "body", "head")    # of a parameter, where they learn at different rates
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -713,7 +713,7 @@ class Task:
     split: dict | None = None            # arguments of `resolve_splits`; None: the seed of the training alone
     augment: bool = True                 # mirror half of the clips
     pretrained: str | None = None        # weights to start from: a body of chapter 33; official DOVER++ for DOVER++, an encoder for V-JEPA 2
-    feature_cache: bool = True           # V-JEPA 2: what the frozen part computes is kept on disk
+    feature_cache: bool = True           # what a frozen part computes is kept on disk
 
 NAMES = {"dover": "dover++", "vjepa2": "vjepa2"}     # model → its name in a checkpoint
 
@@ -757,7 +757,7 @@ def train_model(task: Task,
         if trunk: first = train_trunk(model, sets, trunk, trunk_folder(folder), resume, rest)
         if trunk and not first["finished"]: result = first
         else:
-            if kind == "vjepa2" and task.feature_cache: keep_features(model, sets, cache, train.device, progress)
+            if task.feature_cache: keep_features(model, sets, cache, train.device, progress)
             if first and stop_after is not None: rest["stop_after"] = max(stop_after - first["steps"], 1)
             result = fit(model, sets.train, sets.val, train, folder, resume=resume and (folder / "run.json").exists(), **rest)
     if first: result |= {"history": joined(first["history"], result["history"] if result is not first else [])}
@@ -811,9 +811,9 @@ def train_trunk(model: VJepaMos, sets: Prepared, trunk: TrainConfig, folder: Pat
         model.freeze(model.config.freeze)
     return result
 
-def keep_features(model: VJepaMos, sets: Prepared, cache: Path, device: str = "auto", progress: bool = True):
+def keep_features(model: FiveMos, sets: Prepared, cache: Path, device: str = "auto", progress: bool = True):
     "From here on the sets give what the frozen part makes of a clip, in the place of the clip. Nothing is done where nothing is frozen."
-    if not model.video.frozen: return
+    if not model.frozen: return
     device = pick_device(device)
     features = FeatureCache(Path(cache) / "features", sets.train.cache, model.to(device).eval())
     for part in (sets.train, sets.val):
