@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'STARTS', 'fewer', 'epochs_for', 'main']
 
-# %% ../../nbs/pipeline/68_learning.ipynb #bdf2da4e
+# %% ../../nbs/pipeline/68_learning.ipynb #75a9a80b
 import math
 import os
 from dataclasses import asdict, replace
@@ -23,7 +23,7 @@ from .train import plan
 from ..quality import DIMENSIONS, MOS_COLUMNS
 from ..training.trainer import Task, train_model
 
-# %% ../../nbs/pipeline/68_learning.ipynb #0c16e43d
+# %% ../../nbs/pipeline/68_learning.ipynb #057dbfe5
 def fewer(
     splits: dict,            # of `resolve_splits`: tables with video_name, Prompt, path and the five MOS
     clips: int,              # how many training clips, at least; the last prompt comes whole
@@ -46,7 +46,7 @@ def fewer(
         table[["video_name", "Prompt", *MOS_COLUMNS]].to_csv(labels/f"{split}_labels.csv", index=False, lineterminator="\n")
     return count
 
-# %% ../../nbs/pipeline/68_learning.ipynb #9737ced2
+# %% ../../nbs/pipeline/68_learning.ipynb #4535245b
 SECTIONS = {"dover": ("data", "text", "learning", "scratch", "dover"), "vjepa2": ("data", "text", "learning", "scratch", "vjepa2")}
 STARTS = ("pretrained", "noise")
 

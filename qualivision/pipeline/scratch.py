@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['SECTIONS', 'from_noise', 'main']
 
-# %% ../../nbs/pipeline/67_scratch.ipynb #9f4f32e0
+# %% ../../nbs/pipeline/67_scratch.ipynb #37b1f7b2
 from pathlib import Path
 
 from .evaluate import score_to
 from .params import ParamsError, keep_memory, known_model, read_params, run_stage
 from .train import train_to
 
-# %% ../../nbs/pipeline/67_scratch.ipynb #6c06a4b5
+# %% ../../nbs/pipeline/67_scratch.ipynb #5af2c03b
 def from_noise(
     section: dict,     # of the model
     changes: dict,     # its part of `scratch`: parts of the section, each with values that are different
@@ -23,7 +23,7 @@ def from_noise(
     merged = {part: {**(section.get(part) or {}), **(changes.get(part) or {})} for part in parts}
     return {**{k: v for k, v in section.items() if k not in ("pretrained", "trunk")}, **{k: v for k, v in merged.items() if v}, "pretrained": None}
 
-# %% ../../nbs/pipeline/67_scratch.ipynb #4f4d2886
+# %% ../../nbs/pipeline/67_scratch.ipynb #4edbf3d8
 SECTIONS = {"dover": ("data", "text", "evaluate", "scratch", "dover"),      # model → what this reads
             "vjepa2": ("data", "text", "evaluate", "scratch", "vjepa2")}
 
