@@ -30,7 +30,7 @@ SMALL = {   # of the profile embedded: networks that are trained in seconds and 
                   "heads": 2},
         "trunk": {"epochs": 1, "warmup_steps": 1},
         "train": {"epochs": 1, "batch_size": 10, "accumulation": 1, "warmup_steps": 1, "validate_every": 1}},
-    "scratch": {"dover": {"train": {"epochs": 1}}},
+    "scratch": {"dover": {"train": {"epochs": 1, "warmup_steps": 1}}},
     "evaluate": {"resamples": 100, "device": "cpu"}}
 MODELS = ["dover", "vjepa2"]
 STAGES = ["prepare", *(f"{stage}@{model}" for stage in ("train", "evaluate") for model in MODELS), "compare", "report"]

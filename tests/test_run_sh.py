@@ -77,7 +77,7 @@ def test_main_job(machine, shell):
     assert done.returncode == 0, done.stderr
     assert "THE TABLE" in done.stdout and "results/README.md" in done.stdout
     jobs = [a for _, a in machine.asked if a.startswith("-m dvc")]
-    assert jobs == ["-m dvc pull data.dvc", "-m dvc repro"]
+    assert jobs == ["-m dvc pull data.dvc pretrained.dvc", "-m dvc repro"]
 
 
 def test_example(machine):
@@ -145,7 +145,7 @@ def test_second_run_installs_nothing(machine, tmp_path, how):
 def test_tests_need_more_than_the_main_job_and_not_the_other_way_round(machine):
     machine()
     machine("test")
-    assert machine.installs()[-1].endswith(".[dev,wandb,tensorboard,onnx]")
+    assert machine.installs()[-1].endswith(".[dev,wandb,tensorboard,onnx,clips]")
     machine("test")
     assert machine.installs() == []
     machine()
