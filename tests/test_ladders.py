@@ -24,6 +24,14 @@ def real(name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
+def taken() -> dict[str, np.ndarray]:
+    "The steps of the shipped body."
+    real("bikes")
+    if not BODY.is_dir(): pytest.skip("there is no pretrained/: dvc pull pretrained.dvc")
+    return steps(load_body(BODY))
+
+
+@pytest.fixture(scope="module")
 def film() -> np.ndarray:
     y, x = np.mgrid[:48, :64]
     return np.stack([np.stack([120 + 80 * np.sin((x + 2 * t) / 5 + c) for c in range(3)], -1) + 0 * y[..., None] for t in range(30)]).astype(np.uint8)
@@ -67,14 +75,17 @@ def steps(model) -> dict[str, np.ndarray]:
     return {way: np.concatenate(x) for way, x in found.items()}
 
 
-def test_a_pretrained_model_goes_down_with_real_clips():
+@pytest.mark.xfail(reason="dropped frames: 19 of 30 steps, so that it is 86 % in all (LOG.md)", strict=True)
+def test_nine_of_ten_steps_of_all_ways(taken):
+    "What was asked for. It is not reached; once it is, this says so."
+    assert np.concatenate(list(taken.values())).mean() >= .9
+
+
+def test_a_pretrained_model_goes_down_with_real_clips(taken):
     """Nine of ten steps of codec, blur and noise; a model with random weights does not.
 
     Of dropped frames it is fewer (LOG.md): sixteen of 48 frames are seen, and after the third step the severity is near its end."""
-    real("bikes")
-    if not BODY.is_dir(): pytest.skip("there is no pretrained/: dvc pull pretrained.dvc")
     model = load_body(BODY)
-    taken = steps(model)
     def seen(found): return np.concatenate([found[way] for way in ("codec", "blur", "noise")]).mean()
     assert seen(taken) >= .9 and taken["drops"].mean() > .55, {way: f"{x.mean():.2f}" for way, x in taken.items()}
     torch.manual_seed(0)

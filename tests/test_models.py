@@ -297,9 +297,9 @@ def test_causes_asked_by_name(kind, bank):
     assert torch.equal(out["severity"], other["severity"]) and not torch.equal(out["agreement"], other["agreement"])
     with torch.no_grad():
         before = out["mos"]
-        model.causes.path[-1].weight.normal_()
+        model.causes.path.weight.normal_()
         assert not torch.allclose(model(frames, text)["mos"], before)      # and then they do
-        model.causes.path[-1].weight.zero_()
+        model.causes.path.weight.zero_()
         assert torch.equal(model(frames, text)["mos"], before)
     plain = DoverPlusPlus(SMALL) if kind == "dover" else VJepaMos(VJEPA_EMBEDDED)
     assert not any(name.startswith("causes.") for name in plain.state_dict()) and "severity" in out and len(model.causes.names[0]) == 3

@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -14,8 +15,12 @@ import pytest
 import yaml
 
 from chapters import ROOT
+from qualivision.models.qualivision import DoverPlusPlus
+from qualivision.models.transfer import save_body
 from qualivision.pipeline.report import readme_results
 from qualivision.quality import DIMENSIONS
+from qualivision.training.pretrain import asking
+from qualivision.training.trainer import model_config
 
 PROMPTS = {"train": 6, "val": 2, "test": 4}     # of five clips each
 SMALL = {   # of the profile embedded: networks that are trained in seconds and know nothing
@@ -31,6 +36,7 @@ SMALL = {   # of the profile embedded: networks that are trained in seconds and 
         "trunk": {"epochs": 1, "warmup_steps": 1},
         "train": {"epochs": 1, "batch_size": 10, "accumulation": 1, "warmup_steps": 1, "validate_every": 1}},
     "scratch": {"dover": {"train": {"epochs": 1, "warmup_steps": 1}}},
+    "learning": {"clips": [5, 30], "seeds": [0, 1], "steps": 3},
     "evaluate": {"resamples": 100, "device": "cpu"}}
 MODELS = ["dover", "vjepa2"]
 STAGES = ["prepare", *(f"{stage}@{model}" for stage in ("train", "evaluate") for model in MODELS), "compare", "report"]
@@ -248,3 +254,29 @@ def test_rows_from_noise(repository):
         kept.rmdir()
         repository.dvc("repro")
     assert repository.results() == before
+
+
+def test_learning_curves(repository):
+    "Both starts, both amounts, both seeds; with a body that fits these small sizes. It goes on where it was killed."
+    before = (repository.at/"params.yaml").read_text()
+    values = yaml.safe_load(before)["embedded"]["dover"]["model"]
+    config = asking(model_config(values["config"], {k: v for k, v in values.items() if k != "config"}))
+    save_body(repository.at/"work"/"body", DoverPlusPlus(config), {"licence": "MIT", "trained_on": "nothing", "config": asdict(config)})
+    repository.params(lambda values: values["embedded"]["dover"].update(pretrained="work/body"))
+    kept = repository.at/"results"/"learning-dover.json"
+    try:
+        repository.dvc("repro", "learning/dvc.yaml")
+        curves, content = repository.json("learning-dover.json")["curves"], kept.read_bytes()
+        assert list(curves) == ["pretrained", "noise"] and all(list(c) == ["5", "30"] for c in curves.values())
+        for cell in (c for start in curves.values() for amount in start.values() for c in amount.values()):
+            assert cell["low"] <= cell["mean"] <= cell["high"] and len(cell["seeds"]) == 2
+        assert curves["pretrained"] != curves["noise"]
+        runs = sorted((repository.at/"runs"/"learning").glob("*/*.json"))
+        assert len(runs) == 8
+        runs[3].unlink(); kept.unlink()
+        again = {p: p.stat().st_mtime_ns for p in runs if p.exists()}
+        repository.dvc("repro", "learning/dvc.yaml")
+        assert kept.read_bytes() == content and all(p.stat().st_mtime_ns == t for p, t in again.items())
+    finally:
+        kept.unlink(missing_ok=True)
+        (repository.at/"params.yaml").write_text(before)

@@ -18,9 +18,11 @@ from qualivision.data.simulate import SEED, SPLITS, plan
 from qualivision.data.stream import CAUSE_NAMES, Reserved, lesson, reserved
 from qualivision.models.transfer import body_names, config_for, start_from_body, unpack
 from qualivision.models import weights
+from qualivision.models.qualivision import DoverPlusPlus, VJepaMos
 from qualivision.models.weights import REGISTRY, Entry, WeightsError, read_state
 from qualivision.pipeline import pretrain as stage
 from qualivision.training import trainer
+from qualivision.training.pretrain import asking
 from qualivision.training.trainer import Task, TrainError, model_config, train_model
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +116,14 @@ def test_killed_it_ends_as_an_undisturbed_run(made, tmp_path):
         assert (made/name).read_bytes() == (folder/"work"/"pretrain"/"vjepa2"/name).read_bytes(), name
 
 
+def test_nothing_is_frozen_in_pretraining():
+    "Though fine-tuning, whose section the configuration comes from, freezes the backbone of both."
+    for kind, name in ((DoverPlusPlus, "embedded"), (VJepaMos, "vjepa2_embedded")):
+        frozen = model_config(name, {"freeze_backbone": True} if kind is DoverPlusPlus else {})
+        assert kind(frozen).frozen and not kind(asking(frozen)).frozen
+        assert all(p.requires_grad for p in kind(asking(frozen)).parameters())
+
+
 def test_a_short_run_leaves_its_figures(tmp_path):
     folder, found = params(tmp_path/"short"), []
     for _ in range(2):
@@ -163,13 +173,13 @@ def test_training_starts_from_the_body(made, tmp_path, monkeypatch):
     assert len(body) > 50 and all(torch.equal(state[name], value.to(state[name].dtype)) for name, value in body.items())
     about = json.loads((tmp_path/"out"/"model.json").read_text())
     assert about["body"] == json.loads((made/"model.json").read_text())["sha256"] and about["licence"] == "MIT"
-    assert about["config"]["causes"] == list(CAUSE_NAMES) and "causes.path.0.weight" in body
+    assert about["config"]["causes"] == list(CAUSE_NAMES) and "causes.path.weight" in body
 
 
 def test_a_body_is_known_by_its_name(made, tmp_path, monkeypatch):
     e = Entry("qualivision/tool", "model.safetensors", "MIT", "a test", shipped="pretrained/tool")
     monkeypatch.setitem(REGISTRY, e.name, e)
-    monkeypatch.setattr(weights, "_repository", lambda: tmp_path)
+    monkeypatch.setattr(weights, "PACKAGE", tmp_path/"qualivision")
     with pytest.raises(WeightsError, match="dvc pull pretrained.dvc"): start("qualivision/tool", tmp_path, monkeypatch)
     shutil.copytree(made, tmp_path/"pretrained"/"tool")
     result, state = start("qualivision/tool", tmp_path, monkeypatch)
@@ -183,7 +193,6 @@ def test_a_body_has_no_trunk(made, tmp_path, monkeypatch):
 
 
 def test_a_body_that_does_not_fit_is_refused(made, tmp_path):
-    from qualivision.models.qualivision import VJepaMos
     with pytest.raises(WeightsError, match="do not fit"):
         start_from_body(VJepaMos(config(made, layers=3)), made)
     with pytest.raises(WeightsError, match="causes.*unexpected|unexpected.*causes"): start_from_body(VJepaMos(config()), made)

@@ -483,5 +483,5 @@ def test_a_file_that_the_hub_did_not_mean(hub, tool, tmp_path):
 def test_every_entry_says_what_it_is():
     for name, e in REGISTRY.items():
         assert e.name == name and e.file and e.licence and e.trained_on
-        assert [bool(e.repo), bool(e.url), bool(e.shipped)].count(True) == 1 and (e.shipped or e.address.startswith("https://"))
+        assert [bool(e.repo), bool(e.url), bool(e.shipped)].count(True) == 1 and e.address.startswith(e.shipped or "https://")
     assert {"dover", "dover++", "dover-mobile"} == {n for n, e in REGISTRY.items() if "non-commercial" in e.licence}

@@ -321,10 +321,12 @@ def crf(causes: Causes) -> float:
     "The constant rate factor that blocking stands for: 25 (clean) to 47."
     return round(25 + 22 * causes.severity["blocking"], 2)
 
-def encode(path, frames, causes: Causes) -> Path:
-    "An H.264 file of a rendered clip; the bytes may differ from call to call (chapter data/03_simulate)."
+def encode(path, frames, causes: Causes,
+           same=False               # the same bytes on every call, without the newer instructions of the processor
+          ) -> Path:
+    "An H.264 file of a rendered clip; unless `same`, the bytes may differ from call to call (chapter data/03_simulate)."
     return write_video(path, frames, fps=FPS, crf=crf(causes), preset="medium", bf=0, g=48, mbtree=1,
-                       **{"x264-params": "scenecut=0:open-gop=0:threads=1"})
+                       **{"x264-params": "scenecut=0:open-gop=0:threads=1" + ":asm=SSE2" * same})
 
 # %% ../../nbs/data/03_simulate.ipynb #a0be6a7d
 def judge(scene: Scene, causes: Causes) -> np.ndarray:

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from .sampling import Sampling
-from .simulate import (ATTRIBUTES, CAUSES, FPS, POOLS, SEED, SPLITS, Causes, Scene, SimulationError, crf, phrase, plan, render, stream)
-from .video import write_video
+from .simulate import (ATTRIBUTES, CAUSES, POOLS, SEED, SPLITS, Causes, Scene, SimulationError, encode, phrase, plan, render, stream)
 
 # %% ../../nbs/data/07_stream.ipynb #4330e701
 CAUSE_NAMES = tuple(c for group in CAUSES.values() for c in group)      # the ten severities of a lesson, in this order
@@ -114,7 +113,7 @@ def show(one: Lesson, sampling: Sampling) -> Tensor:   # (3,T,S,S) uint8
     "The clip of a lesson, encoded, decoded and sampled."
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(dir=place) as folder:
-        return sampling(write_video(Path(folder) / "lesson.mp4", one.frames(), fps=FPS, crf=crf(one.causes), preset="medium", bf=0, g=48))
+        return sampling(encode(Path(folder) / "lesson.mp4", one.frames(), one.causes, same=True))
 
 @dataclass
 class Lessons:

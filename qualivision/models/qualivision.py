@@ -215,8 +215,7 @@ class CauseHeads(nn.Module):
                  tokens: int,           # width of a token
                  text_dim: int,         # width of the prompt embedding
                  statistics=0,          # of fixed filters and colours, where the model has them
-                 rank=16,               # of the comparison of each attribute
-                 hidden=32):            # width of the path to the scores
+                 rank=16):              # of the comparison of each attribute
         super().__init__()
         self.names, A = (tuple(causes), tuple(attributes)), len(attributes)
         self.norms = nn.ModuleList([nn.LayerNorm(features), nn.LayerNorm(tokens)])
@@ -225,8 +224,8 @@ class CauseHeads(nn.Module):
         self.severity = nn.Linear(width, len(causes))
         self.clip, self.text_norm, self.text = nn.Linear(width, A * rank), nn.LayerNorm(text_dim), nn.Linear(text_dim, A * rank)
         self.bias, self.rank = nn.Parameter(torch.zeros(A)), rank
-        self.path = nn.Sequential(nn.Linear(len(causes) + A, hidden), nn.GELU(), nn.Linear(hidden, len(DIMENSIONS)))
-        nn.init.zeros_(self.path[-1].weight), nn.init.zeros_(self.path[-1].bias)
+        self.path = nn.Linear(len(causes) + A, len(DIMENSIONS))
+        nn.init.zeros_(self.path.weight), nn.init.zeros_(self.path.bias)
 
     def look(self, features: Tensor, tokens: Tensor, statistics=()) -> dict[str, Tensor]:   # (B,F), (B,N,·), each (B,·)
         "What is known before the prompt comes: seen (B,W), severity (B,C) raw."
@@ -384,6 +383,8 @@ TRADITIONAL, ALIGNMENT, AESTHETIC = (DIMENSIONS.index(d) for d in ("traditional"
 class FiveMos(nn.Module):
     "What the two models share: a video is encoded once, and judged under a prompt."
     FEATURES = ""                                  # the name of the pooled video features in what comes out
+    VIDEO = ()                                     # the beginnings of the names of the layers that look at pixels,
+    BODY = ()                                      # and of all that pretraining leaves behind
 
     def forward(self,
                 frames,                 # (B,3,T,H,W) uint8, or float in [0,1]; or what a frozen part made of them, see chapter 11
@@ -440,19 +441,18 @@ class FiveMos(nn.Module):
                                    "Give one prompt per clip, from the encoder that the model was trained with.")
         return text
 
-    VIDEO = ()                                     # the beginnings of the names of the layers that look at pixels
-    PRETRAINED = ("fusion.", "mos_predictor.", "causes.", "dover_model.feature_extractor.", "dover_model.pooled_norm.", "video.")
-
-    def role(self, name: str) -> str:          # "text" | "video" | "body" | "head"
-        "Which learning rate a parameter has: text projection, layers of the backbone, what else pretraining has left behind, and what is new."
+    def role(self, name: str) -> str:          # "text" | "video" | "body" | "path" | "head"
+        "Which learning rate a parameter has: text projection, layers of the backbone, what else pretraining has left behind, the way from its answers to the scores, and what is new."
         if name.startswith("fusion.text_"): return "text"
         if name.startswith(self.VIDEO): return "video"
-        return "body" if self.asks and name.startswith(self.PRETRAINED) and not name.startswith("causes.path.") else "head"
+        if name.startswith("causes.path."): return "path"
+        return "body" if self.asks and name.startswith(self.BODY) else "head"
 
 
 class DoverPlusPlus(FiveMos):
     "The DOVER++ five-MOS model."
     FEATURES, VIDEO = "dover_features", ("dover_model.backbone.",)
+    BODY = (*VIDEO, "dover_model.pooled_norm.", "dover_model.feature_extractor.", "fusion.", "mos_predictor.", "causes.")
 
     def __init__(self,
                  config: DoverConfig = EMBEDDED,    # sizes and choices
@@ -610,7 +610,7 @@ class ConcatHead(nn.Module):
 
 class VJepaMos(FiveMos):
     "The V-JEPA 2 five-MOS model."
-    FEATURES, VIDEO = "vjepa_features", ("video.encoder.",)
+    FEATURES, VIDEO, BODY = "vjepa_features", ("video.encoder.",), ("video.", "fusion.", "mos_predictor.", "causes.")
 
     def __init__(self,
                  config: VJepaConfig = VJEPA_EMBEDDED,   # sizes and choices

@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..data.provenance import PACKAGE
 from ..quality import QualiVisionError
 
 # %% ../../nbs/models/09_weights.ipynb #7b1533fe
@@ -281,12 +282,6 @@ def weights_folder() -> Path:
     return Path(os.environ.get("QUALIVISION_WEIGHTS") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qualivision")
 
 
-def _repository() -> Path:
-    "Where this package lies: a clone of the repository."
-    import qualivision
-    return Path(qualivision.__file__).resolve().parents[1]
-
-
 def _hashes(folder: Path) -> dict:
     path = folder / "hashes.json"
     try: return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -406,7 +401,7 @@ def _bar(name, have, total, shown):
 def find(e: Entry, folder: Path, complete: bool = False   # with all that belongs beside it
         ) -> Path | None:
     "The file of an entry, if it is on this machine."
-    if e.shipped: return path if (path := _repository() / e.shipped / e.file).exists() else None
+    if e.shipped: return path if (path := PACKAGE.parent / e.shipped / e.file).exists() else None
     if e.url: return path if (path := folder / e.file).exists() else None
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -426,7 +421,7 @@ def pull(name: str,                   # of the registry
     e, folder = entry(name), Path(folder or weights_folder())
     path = find(e, folder, complete=True)
     if e.shipped:                                           # the model.json beside it vouches for it, see chapter 15
-        if path is None: raise WeightsError(e.name, f"{e.shipped} is not in {_repository()}", "Restore it there: dvc pull pretrained.dvc.")
+        if path is None: raise WeightsError(e.name, f"{e.shipped} is not in {PACKAGE.parent}", "Restore it there: dvc pull pretrained.dvc.")
         return path
     if path is not None:
         verify(path, e, folder)

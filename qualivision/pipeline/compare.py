@@ -93,7 +93,7 @@ def scratch_rows(
         row, of = f"{model}_scratch", Path(folder)/model
         if not (of/"predictions.csv").exists(): continue                 # nobody asked for it
         if read_json(of/"train.json")["data_hash"] != data_hash or read_json(of/"evaluate.json")["split"] != split:
-            omitted[row] = f"{of} is of other data or another split: dvc repro scratch/dvc.yaml"
+            omitted[row] = f"{of} is of other data or another split: make it again, see nbs/pipeline/67_scratch.ipynb"
         else: rows[row] = read_scores(of/"predictions.csv", asked)
     return rows, omitted
 

@@ -56,7 +56,6 @@ def main(
     with kept_rng():
         seed_all(settings.seed)
         net = DoverPlusPlus(config) if model == "dover" else VJepaMos(config)
-        if model == "vjepa2": net.freeze(0)
         result = pretrain(net, settings, sampling_of(config), plain_encoder(encoder), folder, stop_after, progress)
     if result["finished"] and length == "short":
         about = card(model, config, settings, encoder, result["history"], code)

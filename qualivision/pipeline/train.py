@@ -6,12 +6,10 @@
 __all__ = ['SECTIONS', 'plan', 'main', 'train_to', 'best_of', 'same_data']
 
 # %% ../../nbs/pipeline/61_train.ipynb #e3849d95
-from dataclasses import asdict
 from pathlib import Path
 
 from ..data.dataset import data_hash, load_dataset
 from ..data.provenance import code_hash
-from ..models.transfer import body_folder, config_for
 from ..models.weights import about_file
 from .params import (ParamsError, keep_memory, known_model, label_source, read_json, read_params, run_stage, split_rule,
                                          write_json)
@@ -61,8 +59,6 @@ def train_to(
     root = data["root"]
     same_data(root)
     config, settings, trunk, rest = plan(model, section)
-    body = body_folder(rest.get("pretrained"))
-    if body: config = config_for(config, body)
     task = Task(root, checkpoint, text=text, split=split_rule(data), trained_on=label_source(root),
                 licence=data["licence"], **rest)
     result = train_model(task, config, settings, trunk, progress=progress)
@@ -73,8 +69,8 @@ def train_to(
         "trained_on": result["trained_on"], "seed": settings.seed, "step": result["history"][-1]["step"], "best": best_of(result),
         "weights": about_file(checkpoint)["sha256"], "data_hash": result["data_hash"], "params_hash": result["params_hash"],
         "code_hash": code_hash("pipeline.train"), "pretrained": task.pretrained,
-        **({"body": about_file(body)["sha256"], "body_trained_on": about_file(body)["trained_on"]} if body else {}),
-        "parameters": {"text": text, "augment": task.augment, "model": asdict(config), "train": settings.deciding(), **first}})
+        **{k: result[k] for k in ("body", "body_trained_on") if k in result},
+        "parameters": {"text": text, "augment": task.augment, "model": result["config"], "train": settings.deciding(), **first}})
     return result
 
 def best_of(result: dict) -> dict | None:   # epoch, step and score

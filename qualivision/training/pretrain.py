@@ -82,8 +82,9 @@ class PretrainConfig:
 
 # %% ../../nbs/training/33_pretrain.ipynb #f2d1e3c9
 def asking(config):   # of either model → of the same kind
-    "A configuration with heads for all causes and attributes."
-    return replace(config, causes=CAUSE_NAMES, attributes=tuple(VALUES))
+    "A configuration with heads for all causes and attributes, in which nothing is frozen."
+    free = {"freeze": 0.} if hasattr(config, "freeze") else {"freeze_backbone": False}
+    return replace(config, causes=CAUSE_NAMES, attributes=tuple(VALUES), **free)
 
 @contextmanager
 def dropout_of(model: nn.Module, p: float):
@@ -109,7 +110,7 @@ class CauseTasks(nn.Module):
     def forward(self, frames: Tensor,      # (B,3,T,S,S) uint8
                 text: Tensor               # (B,1+K,D) embeddings of prompts, the fitting one first
                ) -> dict:                  # severity (B,10), attributes: list of (B,n), match (B,1+K), agree (B,1+K,6); all raw
-        "What the model says to the four tasks."
+        "What the model says to the tasks."
         video, K = self.model.encode_video(frames), text.shape[1]
         every, text = {name: value.repeat_interleave(K, 0) for name, value in video.items()}, text.flatten(0, 1)             # (B(1+K),·)
         return {"severity": video["severity"], "attributes": [head(video["seen"]) for head in self.attributes],
@@ -117,10 +118,9 @@ class CauseTasks(nn.Module):
                 "agree": self.model.causes.agree(every, text).view(-1, K, len(VALUES))}
 
     def loss(self, batch: dict) -> tuple[Tensor, dict]:
-        "The weighted sum of the four losses, and each of them."
+        "The weighted sum of the losses, and each of them."
         c, said, text = self.config, batch["attributes"], batch["text"]                                                      # (B,1+K,6), (B,1+K,D)
-        strange = [torch.roll(x[:, :1], 2 * k, 0) for k in range(1, c.strangers + 1) for x in (text, said)]                  # whole pairs away
-        text, said = torch.cat([text, *strange[::2]], 1), torch.cat([said, *strange[1::2]], 1)
+        text, said = (torch.cat([x, *(x[:, :1].roll(2 * k, 0) for k in range(1, c.strangers + 1))], 1) for x in (text, said))   # whole pairs away
         true, right = said[:, 0], (said == said[:, :1]).float()                                                              # (B,6), (B,·,6)
         out = self(batch["frames"], text)
         parts = {"severity": F.smooth_l1_loss(out["severity"].float().sigmoid(), batch["severity"], beta=0.1),

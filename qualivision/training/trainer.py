@@ -45,7 +45,7 @@ from .losses import HybridLoss, LossError
 # %% ../../nbs/training/31_trainer.ipynb #b9be3f1c
 class TrainError(QualiVisionError): "Training cannot start, or cannot go on."
 
-ROLES = ("text", "video", "body", "head")    # of a parameter, where they learn at different rates
+ROLES = ("text", "video", "body", "path", "head")    # of a parameter, where they learn at different rates
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -728,7 +728,7 @@ def train_model(task: Task,
                 resume: bool = True,             # go on where a run of the same key stopped
                 stop_after: int | None = None,   # end after this many optimiser steps
                 progress: bool = True,           # on stderr
-                ) -> dict:                       # that of `fit`, with checkpoint, run, data_hash, params_hash, note
+                ) -> dict:                       # that of `fit`, with checkpoint, run, data_hash, params_hash, note, config; body where there is one
     "Trains a five-MOS model on a data set and publishes its best weights. Raises TrainError, DatasetError, VideoError, WeightsError."
     kind, cache, body = kind_of(config), Path(task.cache), body_folder(task.pretrained)
     if body: config = config_for(config, body)
@@ -761,7 +761,8 @@ def train_model(task: Task,
             if first and stop_after is not None: rest["stop_after"] = max(stop_after - first["steps"], 1)
             result = fit(model, sets.train, sets.val, train, folder, resume=resume and (folder / "run.json").exists(), **rest)
     if first: result |= {"history": joined(first["history"], result["history"] if result is not first else [])}
-    result |= {"run": str(folder), "note": sets.note, **{k: meta[k] for k in ("data_hash", "params_hash", "trained_on")}}
+    told = ("data_hash", "params_hash", "trained_on", "config", "body", "body_trained_on")
+    result |= {"run": str(folder), "note": sets.note, **{k: meta[k] for k in told if k in meta}}
     if result["finished"] and result is not first: result["checkpoint"] = _publish_once(result, task.checkpoint or f"checkpoints/{kind}", folder)
     return result
 
