@@ -4,6 +4,7 @@ The repository is the working tree as it is, committed; its parameters are small
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -33,9 +34,10 @@ SMALL = {   # of the profile embedded: networks that are trained in seconds and 
     "vjepa2": {
         "model": {"frames": 6, "size": 64, "hidden_size": 32, "layers": 3, "encoder_heads": 2, "patch": 16, "grid": [3, 2, 2], "fusion_width": 16,
                   "heads": 2},
-        "trunk": {"epochs": 1, "warmup_steps": 1},
+        "pretrained": None, "trunk": {"epochs": 1, "warmup_steps": 1},
         "train": {"epochs": 1, "batch_size": 10, "accumulation": 1, "warmup_steps": 1, "validate_every": 1}},
-    "scratch": {"dover": {"train": {"epochs": 1, "warmup_steps": 1}}},
+    "scratch": {"dover": {"train": {"epochs": 1, "warmup_steps": 1}},
+                "vjepa2": {"model": {"encoder_heads": 2}, "trunk": {"epochs": 2, "warmup_steps": 1}, "train": {"epochs": 1, "warmup_steps": 1}}},
     "learning": {"clips": [5, 30], "seeds": [0, 1], "steps": 3},
     "evaluate": {"resamples": 100, "device": "cpu"}}
 MODELS = ["dover", "vjepa2"]
@@ -96,7 +98,7 @@ def smaller(values: dict):
 def change(values: dict, changes: dict):
     "These values, and in their sections these."
     for k, v in changes.items():
-        if isinstance(v, dict): change(values[k], v)
+        if isinstance(v, dict) and isinstance(values.get(k), dict): change(values[k], v)
         else: values[k] = v
 
 
@@ -238,20 +240,21 @@ def test_paper_profile(repository):
 
 def test_rows_from_noise(repository):
     "The pipeline of its own leaves what the table takes; taken out again, the table is as before."
-    before, kept = repository.results(), repository.at/"results"/"scratch"/"dover"
+    before, kept = repository.results(), repository.at/"results"/"scratch"
     repository.dvc("repro", "scratch/dvc.yaml")
-    made = repository.at/"work"/"scratch"/"dover"
-    kept.mkdir()
-    for name in ("train.json", "curves.csv", "predictions.csv", "evaluate.json"): (kept/name).write_bytes((made/name).read_bytes())
+    for model in MODELS:
+        (kept/model).mkdir()
+        for name in ("train.json", "curves.csv", "predictions.csv", "evaluate.json"):
+            (kept/model/name).write_bytes((repository.at/"work"/"scratch"/model/name).read_bytes())
     repository.dvc("repro")
     try:
         metrics, about = repository.json("metrics.json"), repository.json("compare.json")
-        assert list(metrics)[:3] == [*MODELS, "dover_scratch"] and not about["omitted"]
+        assert list(metrics)[:4] == [*MODELS, "dover_scratch", "vjepa2_scratch"] and not about["omitted"]
         assert "dover_scratch" in metrics["differences"]["dover"] and "D. noise" in (repository.at/"results"/"table.txt").read_text()
         assert repository.json("scratch/dover/train.json")["parameters"]["train"]["epochs"] == 1
+        assert repository.json("scratch/vjepa2/train.json")["parameters"]["trunk"]["epochs"] == 2
     finally:
-        for file in kept.iterdir(): file.unlink()
-        kept.rmdir()
+        for model in MODELS: shutil.rmtree(kept/model)
         repository.dvc("repro")
     assert repository.results() == before
 

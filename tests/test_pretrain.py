@@ -193,8 +193,9 @@ def test_a_body_has_no_trunk(made, tmp_path, monkeypatch):
 
 
 def test_a_body_that_does_not_fit_is_refused(made, tmp_path):
-    with pytest.raises(WeightsError, match="do not fit"):
-        start_from_body(VJepaMos(config(made, layers=3)), made)
+    with pytest.raises(WeightsError, match="layers 2 there and 3 here"): start_from_body(VJepaMos(config(made, layers=3)), made)
+    with pytest.raises(WeightsError, match="encoder_heads"):         # as many numbers, read in another way
+        start_from_body(VJepaMos(config(made, encoder_heads=1)), made)
     with pytest.raises(WeightsError, match="causes.*unexpected|unexpected.*causes"): start_from_body(VJepaMos(config()), made)
     shutil.copytree(made, tmp_path/"other")
     (tmp_path/"other"/"model.safetensors").write_bytes(b"x" + (made/"model.safetensors").read_bytes()[1:])

@@ -245,8 +245,8 @@ def _vjepa2(name, licence, revision, labels=""):
 
 
 REGISTRY = {e.name: e for e in (
-    Entry("qualivision/dover-embedded", "model.safetensors", "MIT", "11,520 simulated clips with known causes; no opinions, no real video",
-          shipped="pretrained/dover"),
+    *(Entry(f"qualivision/{m}-embedded", "model.safetensors", "MIT", "7,680 simulated clips with known causes; no opinions, no real video",
+            shipped=f"pretrained/{m}") for m in ("dover", "vjepa2")),
     Entry("dover", "DOVER.pth", S_LAB, "LSVQ (train), one opinion score a video", repo="teowu/DOVER"),
     Entry("dover++", "DOVER_plus_plus.pth", S_LAB,
           "LSVQ (train) and DIVIDE-MaxWell (train), which holds DIVIDE-3k: aesthetic, technical and overall opinions",

@@ -58,7 +58,7 @@ def origin(model: str, train: dict, videos: int) -> str:   # what train.json hol
     if train.get("body"): return f"{title} starts from {train['pretrained']} ({train['body_trained_on']}) and was fine-tuned on {videos} clips."
     if train.get("pretrained"): return f"{title} starts from the pretrained encoder {train['pretrained']}."
     if "trunk" in train["parameters"]:
-        return (f"{title} has no pretraining yet: its encoder, the trunk, was trained from noise on the same {videos} clips with nothing frozen, "
+        return (f"{title} has no pretraining: its encoder, the trunk, was trained from noise on the same {videos} clips with nothing frozen, "
                 "before its lower layers were frozen.")
     return f"{title} has no pretraining: it was trained from scratch on {videos} clips."
 
