@@ -12,7 +12,7 @@ from qualivision.data.video import write_video
 from qualivision.evaluation.ladders import LADDERS, LadderError, ladder, right_steps, square_clip, worse
 from qualivision.models.transfer import load_body
 
-BODY = Path(__file__).parents[1]/"pretrained"/"dover"
+ROOT = Path(__file__).parents[1]
 STRETCHES = [(name, start) for name in ("carphone_pristine", "bikes", "bigbuckbunny") for start in (0, 60)]
 
 
@@ -23,12 +23,13 @@ def real(name: str) -> Path:
     return Path(next(iter(found.submodule_search_locations)))/"datasets"/"data"/f"{name}.mp4"
 
 
-@pytest.fixture(scope="module")
-def taken() -> dict[str, np.ndarray]:
-    "The steps of the shipped body."
+@pytest.fixture(scope="module", params=["dover", "vjepa2"])
+def body(request) -> Path:
+    "A shipped body."
     real("bikes")
-    if not BODY.is_dir(): pytest.skip("there is no pretrained/: dvc pull pretrained.dvc")
-    return steps(load_body(BODY))
+    folder = ROOT/"pretrained"/request.param
+    if not folder.is_dir(): pytest.skip("there is no pretrained/: dvc pull pretrained.dvc")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -75,20 +76,15 @@ def steps(model) -> dict[str, np.ndarray]:
     return {way: np.concatenate(x) for way, x in found.items()}
 
 
-@pytest.mark.xfail(reason="dropped frames: 19 of 30 steps, so that it is 86 % in all (LOG.md)", strict=True)
-def test_nine_of_ten_steps_of_all_ways(taken):
-    "What was asked for. It is not reached; once it is, this says so."
-    assert np.concatenate(list(taken.values())).mean() >= .9
-
-
-def test_a_pretrained_model_goes_down_with_real_clips(taken):
-    """Nine of ten steps of codec, blur and noise; a model with random weights does not.
+def test_a_pretrained_model_goes_down_with_real_clips(body):
+    """Nine of ten steps of all ways, and of codec, blur and noise; a model with random weights does not.
 
     Of dropped frames it is fewer (LOG.md): sixteen of 48 frames are seen, and after the third step the severity is near its end."""
-    model = load_body(BODY)
-    def seen(found): return np.concatenate([found[way] for way in ("codec", "blur", "noise")]).mean()
-    assert seen(taken) >= .9 and taken["drops"].mean() > .55, {way: f"{x.mean():.2f}" for way, x in taken.items()}
+    model = load_body(body)
+    def of(found, ways): return np.concatenate([found[way] for way in ways]).mean()
+    taken, plain = steps(model), [way for way in LADDERS if way != "drops"]
+    assert of(taken, LADDERS) >= .9 and of(taken, plain) >= .9 and taken["drops"].mean() > .55, {way: f"{x.mean():.2f}" for way, x in taken.items()}
     torch.manual_seed(0)
-    for p in model.dover_model.backbone.parameters(): torch.nn.init.normal_(p, std=.02)
-    torch.nn.init.normal_(model.causes.severity.weight, std=.02)
-    assert seen(steps(model)) < .9
+    for p in model.parameters():
+        if p.ndim > 1: torch.nn.init.normal_(p, std=.02)
+    assert of(steps(model), plain) < .9

@@ -154,7 +154,7 @@ def test_results(repository):
     assert "simulated labels" in about["labels"] and "The labels are simulated." in (repository.at/"results"/"README.md").read_text()
     table = (repository.at/"results"/"table.txt").read_text()
     assert max(map(len, table.splitlines())) <= 60 and all(name in table for name in ("DOVER++", "V-JEPA 2", "text+gen.", "handcraft", "ceiling"))
-    assert "V-JEPA 2 has no pretraining yet: its encoder, the trunk, was trained" in " ".join(table.split())
+    assert "V-JEPA 2 has no pretraining: its encoder, the trunk, was trained" in " ".join(table.split())
     trained = repository.json("vjepa2/train.json")
     assert trained["parameters"]["trunk"]["lr_multipliers"] == {} and trained["parameters"]["train"]["lr_multipliers"] and not trained["pretrained"]
     phases = pd.read_csv(repository.at/"results"/"vjepa2"/"curves.csv")["phase"]

@@ -442,7 +442,7 @@ class FiveMos(nn.Module):
         return text
 
     def role(self, name: str) -> str:          # "text" | "video" | "body" | "path" | "head"
-        "Which learning rate a parameter has: text projection, layers of the backbone, what else pretraining has left behind, the way from its answers to the scores, and what is new."
+        "Which learning rate a parameter has: text projection, backbone, what else was pretrained, from answers to scores, and what is new."
         if name.startswith("fusion.text_"): return "text"
         if name.startswith(self.VIDEO): return "video"
         if name.startswith("causes.path."): return "path"

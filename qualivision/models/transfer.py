@@ -271,7 +271,7 @@ def config_for(config,          # of a five-MOS model
 def start_from_body(model: FiveMos,  # its body is replaced, the rest stays as it is
                     source           # folder that `save_body` wrote
                    ) -> BodyReport:
-    "Give a five-MOS model a pretrained body, strictly: all of it, nothing else, and in the configuration that it was pretrained with. Raises `WeightsError`."
+    "Give a five-MOS model a pretrained body, strictly: all of it, nothing else, and as it was configured. Raises `WeightsError`."
     about, kind, file = about_file(source), type(model).__name__, Path(source) / "model.safetensors"
     if about.get("body_of") != kind:
         raise WeightsError(source, f"it holds a body of {about.get('body_of') or 'nothing'}, not of {kind}", "Name the body of this model.")

@@ -46,21 +46,26 @@ def for_people(about: dict,         # what `card` says
 
 A body to start from, not a judge: it names defects and says which part of a prompt a clip shows; its quality scores have not been trained.
 
-- Trained on: {about['trained_on']}. {masked}{s['windows']} windows of {s['window']} clips, {s['passes']} passes over each, {steps} steps of {s['batch_size']} clips a window.
+- Trained on: {about['trained_on']}.
+  {masked}{s['windows']} windows of {s['window']} clips, {s['passes']} passes over each, {steps} steps of {s['batch_size']} clips a window.
 - Left out: {about['left_out']}.
 - Command: `{about['command']}`; seed {s['seed']}; code `{about['code_hash'][:12]}`.
-- Time: {total / 60:.0f} minutes with {max(r['threads'] for r in last)} threads, {making / 60:.0f} of them for making clips; the longest window {max(r['seconds'] for r in last):.0f} s.
+- Time: {total / 60:.0f} minutes with {max(r['threads'] for r in last)} threads,
+  {making / 60:.0f} of them for making clips; the longest window {max(r['seconds'] for r in last):.0f} s.
 - Licence: {about['licence']}. Prompts are embedded by {about['text_encoder']}.
-- Limits: it has seen nothing but drawn clips of two seconds at 144 pixels, written by one encoder. What it says of real video is tried in nbs/walkthroughs/91_pretraining.ipynb.
+- Limits: it has seen nothing but drawn clips of two seconds at 144 pixels, written by one encoder.
+  What it says of real video is tried in nbs/walkthroughs/91_pretraining.ipynb.
 
-Judged on {about['judged_on']}. severity: Spearman's correlation; attribute: accuracy; match: how often the fitting prompt beats one that is wrong in that attribute (judged match: beats all of them).
+Judged on {about['judged_on']}.
+severity: Spearman's correlation; attribute: accuracy; match: how often the fitting prompt beats one that is wrong in that attribute
+(judged match: beats all of them).
 
 | | |
 |---|---|
 {rows}
 """
 
-# %% ../../nbs/pipeline/66_pretrain.ipynb #b7ed53a3
+# %% ../../nbs/pipeline/66_pretrain.ipynb #c9f7edc4
 def main(
     model: str = "dover",                 # dover | vjepa2
     length: str = "full",                 # full | short, which leaves its figures and no body

@@ -26,7 +26,7 @@ from ..data.sampling import Sampling
 from ..data.stream import CAUSE_NAMES, VALUES, Lessons, LessonStream
 from ..models.qualivision import ALIGNMENT, FiveMos, input_channels
 from ..models.vjepa2 import VideoEncoder
-from ..quality import DIMENSIONS, QualiVisionError
+from ..quality import QualiVisionError
 from .trainer import deterministic, make_accelerator, parameter_groups, seed_all, warmup_cosine
 
 # %% ../../nbs/training/33_pretrain.ipynb #c1d6247d
@@ -285,9 +285,8 @@ def pretrain(model: FiveMos,               # with fresh weights; learns in place
 
 @torch.no_grad()
 def silence(model: FiveMos):
-    "The four scores that nobody asked for answer the middle, as in a fresh model; else they would begin with noise."
-    last, others = model.mos_predictor.predictor[-1], [i for i in range(len(DIMENSIONS)) if i != ALIGNMENT]
-    last.weight[others] = 0.; last.bias[others] = 0.
+    "All scores answer the middle: four were never asked for, and alignment has the scale of a contrast, far too steep for a MOS."
+    for last in (model.mos_predictor.predictor[-1], model.causes.path): last.weight.zero_(), last.bias.zero_()
 
 def _learn(phase, window: Lessons, text, optimizer, acc, config, k) -> dict:
     "All passes over a window; means of the losses."
