@@ -34,11 +34,11 @@ SMALL = {   # of the profile embedded: networks that are trained in seconds and 
     "vjepa2": {
         "model": {"frames": 6, "size": 64, "hidden_size": 32, "layers": 3, "encoder_heads": 2, "patch": 16, "grid": [3, 2, 2], "fusion_width": 16,
                   "heads": 2},
-        "pretrained": None, "trunk": {"epochs": 1, "warmup_steps": 1},
+        "pretrained": None, "trunk": {"epochs": 1, "warmup_steps": 1, "lr_multipliers": {}},
         "train": {"epochs": 1, "batch_size": 10, "accumulation": 1, "warmup_steps": 1, "validate_every": 1}},
     "scratch": {"dover": {"train": {"epochs": 1, "warmup_steps": 1}},
                 "vjepa2": {"model": {"encoder_heads": 2}, "trunk": {"epochs": 2, "warmup_steps": 1}, "train": {"epochs": 1, "warmup_steps": 1}}},
-    "learning": {"clips": [5, 30], "seeds": [0, 1], "steps": 3},
+    "learning": {"clips": [10, 30], "seeds": [0, 1], "steps": 3},
     "evaluate": {"resamples": 100, "device": "cpu"}}
 MODELS = ["dover", "vjepa2"]
 STAGES = ["prepare", *(f"{stage}@{model}" for stage in ("train", "evaluate") for model in MODELS), "compare", "report"]
@@ -270,7 +270,7 @@ def test_learning_curves(repository):
     try:
         repository.dvc("repro", "learning/dvc.yaml")
         curves, content = repository.json("learning-dover.json")["curves"], kept.read_bytes()
-        assert list(curves) == ["pretrained", "noise"] and all(list(c) == ["5", "30"] for c in curves.values())
+        assert list(curves) == ["pretrained", "noise"] and all(list(c) == ["10", "30"] for c in curves.values())
         for cell in (c for start in curves.values() for amount in start.values() for c in amount.values()):
             assert cell["low"] <= cell["mean"] <= cell["high"] and len(cell["seeds"]) == 2
         assert curves["pretrained"] != curves["noise"]
