@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,9 +15,11 @@ import tiny
 import torch
 import yaml
 
-from qualivision.data.simulate import SEED, SPLITS, plan
-from qualivision.data.stream import CAUSE_NAMES, Reserved, lesson, reserved
-from qualivision.models.transfer import body_names, config_for, start_from_body, unpack
+from qualivision.data.sampling import Sampling
+from qualivision.data.simulate import FPS, SEED, SPLITS, crf, plan
+from qualivision.data.stream import CAUSE_NAMES, Reserved, lesson, reserved, show
+from qualivision.data.video import write_video
+from qualivision.models.transfer import body_names, config_for, load_body, start_from_body, unpack
 from qualivision.models import weights
 from qualivision.models.qualivision import DoverPlusPlus, VJepaMos
 from qualivision.models.weights import REGISTRY, Entry, WeightsError, read_state
@@ -39,13 +42,14 @@ def params(folder: Path) -> Path:
     (folder/"params.yaml").write_text(yaml.safe_dump({"profile": "mini", "mini": {
         "text": {"encoder": "minilm"},
         "pretrain": {"vjepa2": SHORT, "dover": None, "short": {"windows": 1, "masked_windows": 0}},
+        "masked": {"seeds": [7, 8], "masked_windows": 2, "windows": 1},
         "vjepa2": {"model": MODEL}, "dover": {"model": {}}}}))
     return folder
 
 
-def run(folder: Path, *arguments, **kw):
+def run(folder: Path, *arguments, module="pretrain", **kw):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "qualivision.pipeline.pretrain", *arguments], cwd=folder, env=env, text=True,
+    return subprocess.Popen([sys.executable, "-m", f"qualivision.pipeline.{module}", *arguments], cwd=folder, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
 
 
@@ -92,6 +96,28 @@ def test_every_prompt_is_checked_those_that_do_not_fit_too():
     assert not {p.lower() for x in again for p in x.prompts} & taken.prompts
 
 
+# --- the lessons look like the data ---
+
+def frozen(clip) -> Path:
+    "The file of a clip in the embedded set."
+    file = ROOT/"data"/clip.split/"videos"/clip.name
+    if not file.exists(): pytest.skip("data/ is not restored: dvc pull data.dvc")
+    return file
+
+
+def test_lessons_pass_through_the_encoder_of_the_data(tmp_path):
+    "How much of the noise is left is up to the encoder: lessons written with other settings would teach what the data do not show."
+    noisy = [c for c in plan(SPLITS, SEED) if c.split == "train" and c.causes.severity["noise"] > .4][:6]
+    seen, lessons, others = Sampling(48, 144), [], []
+    grain = lambda clip: (clip[..., 1:].float() - clip[..., :-1].float()).abs().mean().item()      # of neighbours in a row, grey levels
+    for clip in noisy:
+        data, plain = grain(seen(frozen(clip))), tmp_path/clip.name
+        write_video(plain, clip.frames(), fps=FPS, crf=crf(clip.causes), preset="medium", bf=0, g=48,
+                    **{"x264-params": "scenecut=0:open-gop=0:threads=1"})               # without the macroblock tree, as write_video does by itself
+        lessons.append(abs(grain(show(clip, seen)) / data - 1)), others.append(abs(grain(seen(plain)) / data - 1))
+    assert max(lessons) < .02 and max(others) > .15 and sum(lessons) < .1 * sum(others), (lessons, others)
+
+
 # --- the stage ---
 
 def test_the_body_and_its_card(made):
@@ -99,6 +125,45 @@ def test_the_body_and_its_card(made):
     assert about["body_of"] == "VJepaMos" and about["pretrain"]["seed"] == 7 and "12 simulated clips" in about["trained_on"]
     assert {"judged_severity", "judged_attribute", "judged_match", "severity_freeze", "attribute_motion"} <= set(about["figures"])
     assert [row["phase"] for row in csv.DictReader(open(made/"curves.csv"))] == ["masked", "tasks", "tasks"]
+    told = (made/"README.md").read_text()
+    for fact in (about["trained_on"], about["command"], about["code_hash"][:12], "seed 7", f"| severity: freeze | {about['figures']['severity_freeze']:.2f} |"):
+        assert fact in told, fact
+    assert re.search(r"\d+ minutes with \d threads", told) and "1 windows of masked latent prediction, then 2 windows of 4 clips" in told
+
+
+def test_no_score_has_an_opinion_yet(made):
+    "Pretraining asks for alignment in order only, and for nothing of the other four: all begin in the middle."
+    model = load_body(made)
+    torch.manual_seed(0)
+    with torch.no_grad(): out = model(torch.randint(0, 256, (3, 3, 4, 48, 48), dtype=torch.uint8), torch.randn(3, model.config.text_dim))
+    assert torch.equal(out["mos"], torch.full((3, 5), 3.)) and out["severity"].std(0).max() > 0
+
+
+def test_what_was_pretrained_learns_at_rates_of_its_own():
+    rates = {"body": .01, "path": 10, "head": 1}
+    for kind, name in ((DoverPlusPlus, "embedded"), (VJepaMos, "vjepa2_embedded")):
+        model = kind(asking(model_config(name, {})))
+        roles = {n: model.role(n) for n, _ in model.named_parameters()}
+        assert {n for n, r in roles.items() if r == "path"} == {"causes.path.weight", "causes.path.bias"}
+        assert all(roles[n] == "body" for n in roles if n.startswith(("causes.severity.", "causes.clip.", "mos_predictor.")))
+        of = {id(p): g["lr"] for g in trainer.parameter_groups(model, .05, 1e-3, rates) for p in g["params"]}
+        assert of[id(model.causes.path.weight)] == 1e-2 and of[id(model.causes.severity.weight)] == 1e-5
+        plain = kind(model_config(name, {}))                      # from noise there is no body
+        assert not {"body", "path"} & {plain.role(n) for n, _ in plain.named_parameters()}
+
+
+# --- what is shipped ---
+
+def test_both_bodies_are_small_and_what_the_registry_says():
+    shipped = [REGISTRY[f"qualivision/{m}-embedded"] for m in ("dover", "vjepa2")]
+    if not (ROOT/"pretrained").exists(): pytest.skip("pretrained/ is not restored: dvc pull pretrained.dvc")
+    assert sum(f.stat().st_size for f in (ROOT/"pretrained").rglob("*") if f.is_file()) <= 12e6
+    for e in shipped:
+        about, told = (json.loads((ROOT/e.shipped/"model.json").read_text()), (ROOT/e.shipped/"README.md").read_text())
+        lessons = about["pretrain"]["window"] * about["pretrain"]["windows"]
+        assert about["trained_on"].startswith(f"{lessons} simulated clips") and e.trained_on.startswith(f"{lessons:,} simulated clips")
+        assert e.licence == about["licence"] == "MIT" and about["command"] in told and about["code_hash"][:12] in told
+        assert about["sha256"] == weights.file_sha256(ROOT/e.shipped/"model.safetensors")
 
 
 def test_killed_it_ends_as_an_undisturbed_run(made, tmp_path):
@@ -137,6 +202,26 @@ def test_a_short_run_leaves_its_figures(tmp_path):
     assert not (folder/"work"/"pretrain").exists()
     process = run(folder, "vjepa2", "long")
     assert "full or short" in process.communicate(timeout=100)[1] and process.returncode == 1
+
+
+def test_with_and_without_masked_prediction(tmp_path):
+    "The same tasks after masked prediction and alone, for each seed; what is there is not made again, and comes out the same if it is."
+    folder = params(tmp_path/"masked")
+    file, lines = folder/"results"/"masked-vjepa2.json", []
+    for k in range(2):
+        process = run(folder, module="masked")
+        err = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, err
+        lines.append([line.split(":")[0] for line in err.splitlines() if line.startswith("window")])
+        made = [at for at in folder.glob("runs/masked/*") if json.loads((at/"result.json").read_text())["masked"]]
+        if k == 0: first = file.read_bytes(); shutil.rmtree(made[0])       # one of the masked runs
+    about = json.loads(first)
+    assert len(made) == 2 and file.read_bytes() == first
+    whole = ["window 1/3 masked", "window 2/3 masked", "window 3/3 tasks"]
+    assert lines == [["window 1/1 tasks"] * 2 + whole * 2, whole]
+    assert about["runs"]["masked first"]["7"] != about["runs"]["tasks alone"]["7"] and not about["runs"]["tasks alone"]["8"]["masked"]
+    gain = [about["runs"]["masked first"][s]["judged_severity"] - about["runs"]["tasks alone"][s]["judged_severity"] for s in "78"]
+    assert about["figures"]["difference"]["judged_severity"]["seeds"] == [pytest.approx(g, abs=1e-4) for g in gain]
 
 
 def test_a_profile_without_settings_says_so(tmp_path):

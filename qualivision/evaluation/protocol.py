@@ -248,6 +248,7 @@ def plot_rows(
     metric: str = "srocc",
     titles: dict | None = None,
     ceilings: tuple = (CEILING,),   # rows of oracles
+    from_noise: tuple = (),         # rows of networks that began with random weights
 ):                             # matplotlib Figure
     "Every row's value and 95 % interval, a panel for each dimension, and a legend of both and of the colours."
     import seaborn as sns
@@ -259,8 +260,9 @@ def plot_rows(
     axes = figure.subplots(1, len(DIMENSIONS), sharex=True, sharey=True)
     models = list(results["differences"])
     oracle, simple = (colours[2], "oracle: knows why the labels are what they are"), ("0.45", "baseline: no network has seen the video")
+    noise = (colours[5], "the same kind of network, not pretrained")
     looks = {name: (colours[(0, 1, 4)[models.index(name) % 3]], titles.get(name, name)) if name in models else
-             oracle if name in ceilings else simple for name in names}                        # name → colour, kind
+             oracle if name in ceilings else noise if name in from_noise else simple for name in names}      # name → colour, kind
     for axis, d in zip(axes, DIMENSIONS):
         for y, name in enumerate(names):
             cell = results[name][d][metric]
