@@ -172,11 +172,11 @@ tests() {
     cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
     each=$((cores / 2)); [ "$each" -ge 1 ] || each=1
     status=0
+    export OMP_NUM_THREADS="$each" OPENBLAS_NUM_THREADS="$each" MKL_NUM_THREADS="$each"     # both run two processes
     say "notebooks"
-    OMP_NUM_THREADS=$each OPENBLAS_NUM_THREADS=$each MKL_NUM_THREADS=$each \
-        "$PY" -c 'from nbdev.test import nbdev_test; nbdev_test()' --path nbs --n_workers 2 ||
+    "$PY" -c 'from nbdev.test import nbdev_test; nbdev_test()' --path nbs --n_workers 2 ||
         { status=1; say "notebooks: FAILED (above)"; }
-    MPLBACKEND=Agg "$PY" -m pytest -ra tests "$@" || status=$?
+    MPLBACKEND=Agg "$PY" -m pytest -ra -n 2 --dist loadfile tests "$@" || status=$?     # a file's tests stay together
     return "$status"
 }
 
