@@ -79,11 +79,11 @@ def steps(model) -> dict[str, np.ndarray]:
 def test_a_pretrained_model_goes_down_with_real_clips(body):
     """Nine of ten steps of all ways, and of codec, blur and noise; a model with random weights does not.
 
-    Of dropped frames it is fewer (LOG.md): sixteen of 48 frames are seen, and after the third step the severity is near its end."""
+    Of dropped frames it is fewer (LOG.md): sixteen of 48 frames are seen, and after two to four steps the severity stays or falls."""
     model = load_body(body)
     def of(found, ways): return np.concatenate([found[way] for way in ways]).mean()
     taken, plain = steps(model), [way for way in LADDERS if way != "drops"]
-    assert of(taken, LADDERS) >= .9 and of(taken, plain) >= .9 and taken["drops"].mean() > .55, {way: f"{x.mean():.2f}" for way, x in taken.items()}
+    assert of(taken, LADDERS) >= .9 and of(taken, plain) >= .9 and taken["drops"].mean() > .65, {way: f"{x.mean():.2f}" for way, x in taken.items()}
     torch.manual_seed(0)
     for p in model.parameters():
         if p.ndim > 1: torch.nn.init.normal_(p, std=.02)

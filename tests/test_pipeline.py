@@ -273,7 +273,9 @@ def test_learning_curves(repository):
         assert list(curves) == ["pretrained", "noise"] and all(list(c) == ["10", "30"] for c in curves.values())
         for cell in (c for start in curves.values() for amount in start.values() for c in amount.values()):
             assert cell["low"] <= cell["mean"] <= cell["high"] and len(cell["seeds"]) == 2
-        assert curves["pretrained"] != curves["noise"]
+        folder = next((repository.at/"runs"/"learning").iterdir())
+        about = {start: json.loads((folder/f"{start}-10-0"/"checkpoint"/"model.json").read_text()) for start in curves}
+        assert about["pretrained"]["body"] and not about["noise"].get("body") and curves["pretrained"] != curves["noise"]
         runs = sorted((repository.at/"runs"/"learning").glob("*/*.json"))
         assert len(runs) == 8
         runs[3].unlink(); kept.unlink()

@@ -280,8 +280,9 @@ def test_ablation_in_miniature(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train = dict(batch_size=4, accumulation=1, lr=1e-3, warmup_steps=1, device="cpu", epochs=9)
     model = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(CONFIG).items()}
-    section = dict(model=dict(config="vjepa2_embedded", **model), pretrained=None, trunk=dict(warmup_steps=2), train=train)
-    profile = dict(text=dict(encoder="minilm"), ablation=dict(seeds=[0, 1], trunk_epochs=1, epochs=1), vjepa2=section)
+    section = dict(model=dict(config="vjepa2_embedded", **model), pretrained="qualivision/vjepa2-embedded", trunk=None, train=train)
+    scratch = dict(vjepa2=dict(trunk=dict(warmup_steps=2)))           # a trunk from noise, whatever the model starts from
+    profile = dict(text=dict(encoder="minilm"), ablation=dict(seeds=[0, 1], trunk_epochs=1, epochs=1), vjepa2=section, scratch=scratch)
     whole = dict(profile="embedded", data=dict(root=str(data), seed=0, val_fraction=.1, test_fraction=.1), embedded=profile)
     (tmp_path/"params.yaml").write_text(yaml.safe_dump(whole))
     found = ablation.main()

@@ -167,7 +167,6 @@ def save_head(file,               # .safetensors
               about: dict         # what JSON can hold: licence, trained_on, …
              ) -> dict:           # about, with the hash of the backbones
     "Write the heads alone; the same heads and words give the same bytes."
-    import json
     about = {**about, "backbones": state_hash(*parts(model, "_backbone").children())}
     heads = {k: v.detach().cpu().contiguous() for k, v in parts(model, "_head").state_dict().items()}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -179,7 +178,6 @@ def save_head(file,               # .safetensors
 
 def about_head(file) -> dict:
     "What a file of heads says about itself. Raises `WeightsError`."
-    import json
     try:
         with safe_open(file, framework="pt") as f: return json.loads((f.metadata() or {})["about"])
     except FileNotFoundError as e: raise WeightsError(file, "there is no such file", "Check the path.") from e
@@ -250,7 +248,7 @@ def save_body(folder,                # made if it is not there: model.safetensor
     packed = {k: v.cpu().contiguous() for k, v in pack({name: state[name] for name in names}).items()}
     save_file(packed, folder / "model.safetensors")
     about = {**meta, "body_of": type(model).__name__, "sha256": file_sha256(folder / "model.safetensors")}
-    (folder / "model.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "model.json").write_text(json.dumps(about, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def body_folder(source      # a folder, a name of the registry, or nothing
@@ -278,7 +276,8 @@ def start_from_body(model: FiveMos,  # its body is replaced, the rest stays as i
     if file_sha256(file) != about.get("sha256"):
         raise WeightsError(file, "it is not the file that model.json describes", "Restore both with `dvc pull`.")
     mine, its = asdict(model.config), asdict(type(model.config).of(about.get("config", {})))
-    if differ := [f"{k} {its[k]!r} there and {mine[k]!r} here" for k in about.get("config", {}) if k not in FREE and its[k] != mine[k]]:
+    asked = {k for k in ("causes", "attributes") if mine[k]}                       # a model without these heads fails below, by its tensors
+    if differ := [f"{k} {its[k]!r} there and {mine[k]!r} here" for k in about.get("config", {}) if k not in FREE - asked and its[k] != mine[k]]:
         raise WeightsError(source, "the body was pretrained with another configuration: " + ", ".join(differ), "Ask for the same, or pretrain anew.")
     state, names = unpack(read_state(file)), body_names(model)
     rest = [name for name in model.state_dict() if name not in names]
@@ -288,12 +287,16 @@ def start_from_body(model: FiveMos,  # its body is replaced, the rest stays as i
     return BodyReport(Path(source).name, len(names), new, sum(v.numel() for v in state.values()) / count)
 
 def load_body(source              # a folder that `save_body` wrote, or a name of the registry
-             ) -> FiveMos:         # in eval mode; it names causes and agreements, its scores have not been trained
-    "The network of a body by itself. Raises `WeightsError`."
+             ) -> FiveMos:         # in eval mode; it names causes and agreements, its scores have not been trained: all are 3
+    "The network of a body by itself; what does not belong to the body is zero. Raises `WeightsError`."
     folder = body_folder(source)
     if folder is None: raise WeightsError(source, "it holds no pretrained body", "See `qualivision weights list`.")
     about = about_file(folder)
     config, kind = (VJepaConfig, VJepaMos) if about["body_of"] == "VJepaMos" else (DoverConfig, DoverPlusPlus)
-    model = kind(config.of(about["config"]))
+    with torch.random.fork_rng(devices=[]): model = kind(config.of(about["config"]))
     start_from_body(model, folder)
+    names = set(body_names(model))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name not in names: p.zero_()
     return model.eval()

@@ -16,6 +16,7 @@ from ..data.provenance import code_hash, value_hash
 from ..models.qualivision import VJepaMos
 from ..models.text import TextEncoder
 from .params import ParamsError, keep_memory, label_source, read_json, read_params, run_stage, split_rule, write_json
+from .train import from_noise
 from ..quality import DIMENSIONS
 from ..training.trainer import (TrainConfig, build_vjepa, fit, keep_features, kept_rng, model_config, prepare_data, sampling_of, seed_all,
                                           train_trunk)
@@ -67,13 +68,15 @@ def summarised(found: dict) -> dict:     # variant → seed → dimension → SR
     return out
 
 # %% ../../nbs/pipeline/65_ablation.ipynb #b67cef3f
-SECTIONS = ("data", "text", "vjepa2", "ablation")
+SECTIONS = ("data", "text", "vjepa2", "scratch", "ablation")
 
 def main(params: str | Path = "params.yaml", profile: str | None = None) -> dict:   # as of `summarised`
-    "All variants, all seeds. Raises ParamsError, TrainError, DatasetError, VideoError."
+    "All variants, all seeds. Raises ParamsError, TrainError, DatasetError, VideoError, WeightsError."
     keep_memory()
     p = read_params(SECTIONS, params, profile)
     section, settings, root = p["vjepa2"], p["ablation"], p["data"]["root"]
+    if changes := p["scratch"].get("vjepa2"): section = from_noise(section, changes)     # with published weights there are none
+    section = {"trunk": None, "pretrained": None, **section}
     base = model_config(section["model"]["config"], {k: v for k, v in section["model"].items() if k != "config"})
     shared = {k: v for k, v in section["train"].items() if k != "augment"} | {"tracker": "none", "validate_every": settings["epochs"]}
     encoder, found = TextEncoder(p["text"]["encoder"], cache="cache/text"), {name: {} for name in VARIANTS}

@@ -18,8 +18,7 @@ from ..data.provenance import code_hash, value_hash
 from .ablation import interval
 from .params import (ParamsError, keep_memory, known_model, label_source, read_json, read_params, run_stage, split_rule,
                                          write_json)
-from .scratch import from_noise
-from .train import plan
+from .train import from_noise, plan
 from ..quality import DIMENSIONS, MOS_COLUMNS
 from ..training.trainer import Task, train_model
 

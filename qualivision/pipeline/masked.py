@@ -19,7 +19,7 @@ from ..training.trainer import kept_rng, kind_of, model_config, sampling_of, see
 
 # %% ../../nbs/pipeline/69_masked.ipynb #33078100
 SECTIONS = ("text", "pretrain", "masked", "vjepa2")
-JUDGED = ("judged_severity", "judged_attribute", "judged_match")
+JUDGED = ("judged_severity", "judged_attribute", "judged_agree", "judged_match")
 
 def both_ways(settings: dict,           # the section `masked`: seeds, masked_windows, and any field of PretrainConfig
               base: dict | None         # the section `pretrain.vjepa2`, for what `settings` leaves open
@@ -57,12 +57,13 @@ def main(
                 with kept_rng():
                     seed_all(seed)
                     history = pretrain(VJepaMos(config), settings, sampling_of(config), plain_encoder(encoder), folder, None, progress)["history"]
-                masked = [row for row in history if row["phase"] == "masked"]
-                write_json(folder/"result.json", {**{k: v for k, v in history[-1].items() if k.startswith(("judged_", "severity_", "attribute_", "match_"))},
-                                                  "masked": [[row["masked"], row["spread"]] for row in masked]})
+                figures = {k: v for k, v in history[-1].items() if k.startswith(("judged_", "severity_", "attribute_", "match_", "agree_"))}
+                masked = [[row["masked"], row["spread"]] for row in history if row["phase"] == "masked"]
+                write_json(folder/"result.json", {**figures, "masked": masked})
             found.setdefault(start, {})[seed] = read_json(folder/"result.json")
     about = {"labels": "causes that the simulator knows", "judged_on": "simulated clips of scenes that were not learned from", "code_hash": code,
-             "parameters": p["masked"], "figures": compared(found), "runs": {start: {str(s): row for s, row in seeds.items()} for start, seeds in found.items()}}
+             "parameters": p["masked"], "figures": compared(found),
+             "runs": {start: {str(s): row for s, row in seeds.items()} for start, seeds in found.items()}}
     write_json("results/masked-vjepa2.json", about)
     return about
 

@@ -71,7 +71,9 @@ def write_json(path: str | Path, value):
     "JSON for git: keys in their order, one value on a line, a line end at the end; NaN is an error."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    part = path.with_name(path.name + ".part")          # whoever finds the file finds all of it
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    part.replace(path)
 
 def read_json(path: str | Path):
     "What `write_json` wrote; `ParamsError` where the stage that writes it has not run."

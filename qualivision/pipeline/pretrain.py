@@ -14,9 +14,9 @@ from ..data.provenance import code_hash, value_hash
 from ..data.stream import reserved
 from ..models.qualivision import DoverPlusPlus, VJepaMos
 from ..models.text import TextEncoder
-from ..models.transfer import save_body
+from ..models.transfer import load_body, save_body
 from .params import ParamsError, keep_memory, known_model, read_params, run_stage, write_json
-from ..training.pretrain import PretrainConfig, asking, plain_encoder, pretrain
+from ..training.pretrain import PretrainConfig, asking, figures_of, plain_encoder, pretrain
 from ..training.trainer import kept_rng, kind_of, model_config, sampling_of, seed_all, write_history
 
 # %% ../../nbs/pipeline/66_pretrain.ipynb #f6952cfe
@@ -25,12 +25,12 @@ SECTIONS = {"dover": ("text", "pretrain", "dover"), "vjepa2": ("text", "pretrain
 def card(model: str, config, settings: PretrainConfig, encoder: TextEncoder, history: list[dict], code: str) -> dict:
     "What model.json says of a pretrained body."
     lessons, last = history[-1]["clips"], history[-1]
-    figures = {k: v for k, v in last.items() if k.startswith(("judged_", "severity_", "attribute_", "match_"))}
+    figures = {k: v for k, v in last.items() if k.startswith(("judged_", "severity_", "attribute_", "match_", "agree_"))}
     return {"model": f"qualivision-{model}-embedded", "licence": "MIT", "config": asdict(config), "text_encoder": encoder.name,
             "text_encoder_key": encoder.key, "pretrain": settings.deciding(), "code_hash": code,
             "command": f"dvc repro pretrain/dvc.yaml:pretrain@{model}",
             "trained_on": f"{lessons} simulated clips with known causes, seed {settings.seed}; no opinions, no real video",
-            "left_out": f"{len(reserved().scenes)} scenes and {len(reserved().prompts)} prompts of the embedded validation and test splits",
+            "left_out": f"the {len(reserved().prompts)} prompts of the embedded validation and test splits, and the scenes that they ask for",
             "judged_on": f"{settings.judge_clips} simulated clips of scenes that were not learned from", "figures": figures}
 
 def for_people(about: dict,         # what `card` says
@@ -41,7 +41,8 @@ def for_people(about: dict,         # what `card` says
     total, making, s = sum(r["seconds"] for r in last), sum(r["making"] for r in last), about["pretrain"]
     steps, figures = s["window"] * s["passes"] // s["batch_size"], about["figures"]
     masked = f"{s['masked_windows']} windows of masked latent prediction, then " if s["masked_windows"] else ""
-    rows = "\n".join(f"| {k.replace('_', ': ', 1)} | {v:.2f} |" for k, v in figures.items())
+    shipped = about.get("shipped", {})
+    rows = "\n".join(f"| {k.replace('_', ': ', 1)} | {v:.2f} | {f'{shipped[k]:.2f}' if k in shipped else ''} |" for k, v in figures.items())
     return f"""# {about['model']}
 
 A body to start from, not a judge: it names defects and says which part of a prompt a clip shows; its quality scores have not been trained.
@@ -56,12 +57,13 @@ A body to start from, not a judge: it names defects and says which part of a pro
 - Limits: it has seen nothing but drawn clips of two seconds at 144 pixels, written by one encoder.
   What it says of real video is tried in nbs/walkthroughs/91_pretraining.ipynb.
 
-Judged on {about['judged_on']}.
-severity: Spearman's correlation; attribute: accuracy; match: how often the fitting prompt beats one that is wrong in that attribute
-(judged match: beats all of them).
+Judged on {about['judged_on']}: once the network at the end of pretraining, and once this file, which is packed in 8 bits
+and holds neither the heads that named the contents nor the last layers of the alignment score (they are zero).
+severity: Spearman's correlation. attribute: accuracy. match, agree: how often the fitting prompt gets a higher alignment, or a higher agreement
+in this attribute, than one that is wrong in it (judged match: than all others, of which there are {s['others']}).
 
-| | |
-|---|---|
+| | at the end | this file |
+|---|---|---|
 {rows}
 """
 
@@ -91,11 +93,14 @@ def main(
         seed_all(settings.seed)
         net = DoverPlusPlus(config) if model == "dover" else VJepaMos(config)
         result = pretrain(net, settings, sampling_of(config), plain_encoder(encoder), folder, stop_after, progress)
-    if result["finished"] and length == "short":
-        about = card(model, config, settings, encoder, result["history"], code)
+    if not result["finished"]: return result
+    about = card(model, config, settings, encoder, result["history"], code)
+    if length == "short":
         write_json(f"results/pretrain-short/{model}.json", {k: about[k] for k in ("pretrain", "trained_on", "judged_on", "figures")})
-    elif result["finished"]:
-        about = card(model, config, settings, encoder, result["history"], code)
+    else:
+        save_body(Path(out)/model, net, about)
+        shipped = figures_of(load_body(Path(out)/model), settings, sampling_of(config), plain_encoder(encoder))     # of the file
+        about["shipped"] = {k: v for k, v in shipped.items() if k.startswith(("severity_", "agree_")) or k in ("judged_severity", "judged_agree")}
         save_body(Path(out)/model, net, about)
         speed = [json.loads(line) for line in (folder/"speed.jsonl").read_text().splitlines()]
         (Path(out)/model/"README.md").write_text(for_people(about, speed), encoding="utf-8")

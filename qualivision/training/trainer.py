@@ -739,6 +739,9 @@ def train_model(task: Task,
         raise TrainError("trunk", "it trains a V-JEPA 2 encoder that starts from noise", "Leave it out for other models and pretrained encoders.")
     sets = prepare_data(task.data, sampling, encoder, cache, task.augment, train.seed, progress, task.split)
     about = about_file(body) if body else None
+    if about and about.get("text_encoder_key", encoder.key) != encoder.key:
+        raise TrainError(task.pretrained, f"it was pretrained with the text encoder {about.get('text_encoder')}, and {encoder.name} is another",
+                         f"Set the text encoder to {about.get('text_encoder')}, or start from other weights.")
     licence = inherited_licence(body or task.pretrained, task.licence) if task.pretrained and (body or kind == "dover") else task.licence
     params = {"config": asdict(config), "train": train.deciding(), "text": encoder.name, "augment": task.augment, "split": task.split,
               **({"trunk": trunk.deciding()} if trunk else {}), **({"pretrained": task.pretrained} if task.pretrained else {}),
