@@ -27,7 +27,7 @@ CLEAN = 20        # constant rate factor where the codec is not the point
 # %% ../../nbs/evaluation/24_ladders.ipynb #c9ce3769
 def square_clip(path,            # a video file
                 size: int = 144, # S, pixels a side
-                frames: int = 48,
+                frames: int = 48, # T
                 start: int = 0   # first frame
                ) -> np.ndarray:  # (T,S,S,3) uint8
     "Consecutive frames of a video, the middle square, shrunk by averaging. Raises LadderError, VideoError."
@@ -46,7 +46,7 @@ def worse(frames: np.ndarray,    # (T,S,S,3) uint8
           strength: float,       # 0–1
           seed: int = 0          # of noise and drops
          ) -> tuple[np.ndarray, float]:   # (T,S,S,3) uint8; constant rate factor
-    "A clip made worse in one way; with strength 0 it is the clip as it was."
+    "A clip made worse in one way; with strength 0 it is the clip as it was. Raises LadderError."
     if way not in LADDERS: raise LadderError(way, "there is no such way", f"Choose from {', '.join(LADDERS)}.")
     if not 0 <= strength <= 1: raise LadderError(f"strength {strength}", "it is outside of 0–1", "Choose one within.")
     rng = np.random.default_rng([seed, list(LADDERS).index(way)])           # the same noise and the same places at every strength
@@ -71,10 +71,10 @@ def _held(count: int, share: float, rng) -> np.ndarray:
 def ladder(frames: np.ndarray,   # (T,S,S,3) uint8
            way: str,             # of LADDERS
            sampling: Sampling,   # of the model
-           levels: int = 5,
-           seed: int = 0
+           levels: int = 5,      # steps
+           seed: int = 0         # of noise and drops
           ) -> Tensor:           # (1+levels,3,T',S',S') uint8, from best to worst
-    "A clip and ever worse versions of it, through a file each, as a model sees them."
+    "A clip and ever worse versions of it, through a file each, as a model sees them. Raises LadderError, VideoError."
     seen = []
     with tempfile.TemporaryDirectory() as folder:
         for k in range(levels + 1):
