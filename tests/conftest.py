@@ -65,11 +65,22 @@ def official_numbers() -> dict:
     return dict(np.load(ROOT/"tests/fixtures/official_parity.npz"))
 
 
+def threads(count: int):
+    "torch with this many threads, then as before."
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     "Tiny networks are faster with one thread."
-    import torch
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    yield from threads(1)
+
+
+@pytest.fixture
+def two_threads():
+    "torch enlarges with another kernel where it has one thread alone; its last bit is another, and some pixels round the other way (LOG.md)."
+    yield from threads(2)

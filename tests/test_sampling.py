@@ -146,15 +146,6 @@ def test_official_draws(official):
     assert all(torch.equal(a, b.long()) for a, b in zip(drawn, recorded, strict=True))
 
 
-@pytest.fixture
-def two_threads():
-    "torch enlarges with another kernel where it has one thread alone; its last bit is another, and some pixels round the other way (LOG.md)."
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("two_threads")
 def test_official_pixels(official):
     case, frames = official
