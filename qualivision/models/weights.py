@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..data.provenance import PACKAGE
+from ..files import PACKAGE
 from ..quality import QualiVisionError
 
 # %% ../../nbs/models/09_weights.ipynb #7b1533fe

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.provenance import code_hash, value_hash
+from ..files import code_hash, value_hash
 from ..models.qualivision import VJepaMos
 from ..models.text import TextEncoder
 from .params import ParamsError, keep_memory, label_source, read_json, read_params, run_stage, split_rule, write_json

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.dataset import DatasetError, write_predictions
-from ..data.provenance import code_hash
+from ..files import code_hash
 from ..evaluation.metrics import MetricError
 from ..evaluation.protocol import BASELINES, CEILING, Clips, results_table, run_baselines, save_results
 from ..models.text import TextEncoder

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.dataset import ClipCache, write_predictions
-from ..data.provenance import code_hash
+from ..files import code_hash
 from ..inference.score import Scorer
 from ..models.text import TextEncoder
 from ..models.weights import about_file

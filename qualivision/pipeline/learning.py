@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..data.dataset import load_dataset, resolve_splits
-from ..data.provenance import code_hash, value_hash
+from ..files import code_hash, value_hash
 from .ablation import interval
 from .params import (ParamsError, keep_memory, known_model, label_source, read_json, read_params, run_stage, split_rule,
                                          write_json)

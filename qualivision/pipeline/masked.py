@@ -9,7 +9,7 @@ __all__ = ['SECTIONS', 'JUDGED', 'both_ways', 'compared', 'main']
 from dataclasses import asdict
 from pathlib import Path
 
-from ..data.provenance import code_hash, value_hash
+from ..files import code_hash, value_hash
 from ..models.qualivision import VJepaMos
 from ..models.text import TextEncoder
 from .ablation import interval

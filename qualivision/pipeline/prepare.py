@@ -14,7 +14,7 @@ from ..data.dataset import ClipCache, data_hash, load_dataset, resolve_splits, v
 from ..data.sampling import Sampling
 from ..evaluation.lowlevel import feature_table
 from ..models.text import TextEncoder
-from ..data.provenance import code_hash
+from ..files import code_hash
 from .params import keep_memory, label_source, read_params, run_stage, split_rule, write_json
 
 # %% ../../nbs/pipeline/60_prepare.ipynb #beae1b96

@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from ..data.provenance import code_hash, value_hash
+from ..files import code_hash, value_hash
 from ..data.stream import reserved
 from ..models.qualivision import DoverPlusPlus, VJepaMos
 from ..models.text import TextEncoder

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..data.provenance import value_hash
+from ..files import value_hash
 from ..evaluation.metrics import MetricError
 from ..evaluation.protocol import (NAMES, TITLES, plot_curves, plot_rows, plot_scatter, results_markdown,
                                              save_figure, wins)

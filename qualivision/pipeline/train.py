@@ -9,7 +9,7 @@ __all__ = ['SECTIONS', 'plan', 'from_noise', 'main', 'train_to', 'best_of', 'sam
 from pathlib import Path
 
 from ..data.dataset import data_hash, load_dataset
-from ..data.provenance import code_hash
+from ..files import code_hash
 from ..models.weights import about_file
 from .params import (ParamsError, keep_memory, known_model, label_source, read_json, read_params, run_stage, split_rule,
                                          write_json)

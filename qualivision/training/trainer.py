@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.dataset import ClipCache, EpochSampler, VideoQualityDataset, collate, data_hash, load_dataset, resolve_splits
-from ..data.provenance import code_hash, value_hash
+from ..files import code_hash, value_hash
 from ..data.sampling import Sampling
 from ..evaluation.metrics import MetricError, plcc, srocc
 from ..models.qualivision import CONFIGS, DoverConfig, DoverPlusPlus, FiveMos, VJepaConfig, VJepaMos, pretrained_vjepa

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ..data.dataset import DecodeEachTime, FileHashes, load_dataset
 from ..data.labels import check_set, known_set, place_of, read_labels
-from ..data.provenance import value_hash
+from ..files import value_hash
 from ..data.sampling import DOVER_VIEWS, dover_views
 from ..evaluation.metrics import METRICS, MetricError, bootstrap
 from ..evaluation.ranks import SET_WEIGHTS
