@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.dataset import ClipCache, EpochSampler, VideoQualityDataset, collate, data_hash, load_dataset, resolve_splits
+from ..data.dataset import ClipCache, EpochSampler, VideoQualityDataset, collate, data_hash, load_dataset, read_ahead, resolve_splits
 from ..files import code_hash, value_hash
 from ..data.sampling import Sampling
 from ..evaluation.metrics import MetricError, plcc, srocc
@@ -465,9 +465,8 @@ def _count_skipped(run: Run, group: list[dict]):
                          "Set train.precision to bf16 or no.")
 
 # %% ../../nbs/training/31_trainer.ipynb #f8b9bc19
-def _loader(run: Run, dataset, batches: list[list[int]]):
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=run.config.workers,
-                                       pin_memory=run.accelerator.device.type == "cuda", generator=torch.Generator())
+def _loader(run: Run, dataset, order: list[list[int]]):
+    return read_ahead(dataset, order, collate, run.config.workers, pin_memory=run.accelerator.device.type == "cuda", generator=torch.Generator())
 
 def judged(run: Run) -> nn.Module:
     "The weights that are validated and kept as best."

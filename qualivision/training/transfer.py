@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.dataset import DecodeEachTime, FileHashes, load_dataset
+from ..data.dataset import DecodeEachTime, FileHashes, load_dataset, read_ahead
 from ..data.labels import check_set, known_set, place_of, read_labels
-from ..files import value_hash
+from ..files import check_place, staged, value_hash, write_whole, writing
 from ..data.sampling import DOVER_VIEWS, dover_views
 from ..evaluation.metrics import METRICS, MetricError, bootstrap
 from ..evaluation.ranks import SET_WEIGHTS
@@ -258,9 +258,7 @@ def _unfinished(state, key) -> dict | None:
 
 
 def _keep(state, **values):
-    state.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(values, part := state.with_name(state.name + ".part"))
-    part.replace(state)
+    with staged(state) as part: torch.save(values, part)
 
 # %% ../../nbs/training/32_transfer.ipynb #8aaa6450
 def fusion_constants(scores: dict[str, np.ndarray],   # technical, aesthetic: (N,)
@@ -386,7 +384,7 @@ def train_all(model: nn.Module, table: pd.DataFrame, config: TransferConfig, wor
         if at != epoch:
             views.epoch, at = epoch, epoch
             order = [train[b].tolist() for b in epoch_batches(len(train), config.batch_size, config.seed, epoch)]
-            queue = iter(torch.utils.data.DataLoader(views, batch_sampler=order, num_workers=workers))
+            queue = read_ahead(views, order, workers=workers)
         return next(queue)
 
     def scores_of(x):
@@ -428,6 +426,8 @@ def transfer(data, out,                                 # see `read_ratings`; th
     if head_only and from_scratch: raise RatingsError("from scratch", "heads alone cannot make use of random backbones", "Use end-to-end.")
     if head_only and out.suffix != ".safetensors": raise RatingsError(out, "heads are saved as .safetensors", "Name the file so.")
     if not head_only and config.splits > 1: raise RatingsError("splits", "end to end there is one split", "Repeat with other seeds.")
+    beside = out.with_suffix(".json") if head_only else out / "report.json"
+    for place in (beside, out if head_only else out / "model.json"): check_place(place)
     known = known_set(preset) if preset else None
     table = read_ratings(data, videos, columns, group, known)
     source = weights or model
@@ -451,15 +451,13 @@ def transfer(data, out,                                 # see `read_ratings`; th
         store.build(table.path, progress=progress)
         splits = train_heads(net, table, store, config, progress)
         save_head(out, net, {k: v for k, v in report.items() if k != "config"} | {"fusion": splits[0]["fusion"], "seed": config.seed})
-        beside = out.with_suffix(".json")
     else:
         state, key = out.with_name(out.name + ".run") / "state.pt", value_hash([report, state_hash(net)])
         splits = [train_all(net, table, config, workers, state, key, progress)]
         save_checkpoint(out, net, report | {"fusion": splits[0]["fusion"], "metrics": splits[0]["after"]})
-        state.unlink(missing_ok=True), state.parent.rmdir()
-        beside = out / "report.json"
+        with writing(state): state.unlink(missing_ok=True), state.parent.rmdir()
     report |= {"splits": splits, "over_splits": _over(splits)}
-    beside.write_text(json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(beside, json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return report
 
 
