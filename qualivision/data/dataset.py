@@ -33,7 +33,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from .video import MissingVideo, VideoError, probe, read_frames
-from ..files import FileError, check_place, check_room, file_sha256, progress, staged, write_whole
+from ..files import FileError, check_place, check_room, file_sha256, progress, readable, staged, write_whole
 from ..quality import COLUMNS, MOS_COLUMNS, MOS_MAX, MOS_MIN, Caught, QualiVisionError, Tally, caught, say
 
 # %% ../../nbs/data/04_dataset.ipynb #f23c3a52
@@ -674,6 +674,6 @@ def write_predictions(
         raise DatasetError(path, f"{bad.sum()} videos have no finite scores, first {frame['video_name'].iloc[int(bad.argmax())]}",
                            'Leave them out, or write empty cells with missing="empty".')
     table = pd.DataFrame(scores, columns=list(MOS_COLUMNS))
-    for i, c in enumerate(("video_name", "Prompt")): table.insert(i, c, frame[c].to_numpy())
+    for i, c in enumerate(("video_name", "Prompt")): table.insert(i, c, pd.Series(map(readable, frame[c]), dtype=object))
     write_whole(path, table.to_csv(index=False, float_format="%.6f", lineterminator="\n"))
     return table
