@@ -68,10 +68,11 @@ class Scorer:
               shown: int,                       # N, how many frames the video has
               ) -> tuple[list, dict, tuple]:    # five MOS in the order of DIMENSIONS, None where `reasons` says why; reasons; warnings
         "What a model says of a view, without what it cannot say. Raises TextError for a prompt that cannot be read."
-        text = self.encoder.encode([prompt]).to(self.device)                                # (1,D)
+        warnings = self.encoder.read(prompt).warnings(self.encoder.name)
+        text = self.encoder.embed(prompt)[None].to(self.device)                             # (1,D)
         mos = self.model(frames[None].to(self.device), text)["mos"][0].float().cpu().tolist()    # (5,)
         reasons = {"temporal": "the video has one frame, and motion needs two"} if shown < 2 else {}
-        return [None if d in reasons else m for d, m in zip(DIMENSIONS, mos)], reasons, ()
+        return [None if d in reasons else m for d, m in zip(DIMENSIONS, mos)], reasons, warnings
 
     def score(self, video: str | os.PathLike,  # file
               prompt: str,                     # the text it was generated from

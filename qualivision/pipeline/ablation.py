@@ -79,7 +79,7 @@ def main(params: str | Path = "params.yaml", profile: str | None = None) -> dict
     section = {"trunk": None, "pretrained": None, **section}
     base = model_config(section["model"]["config"], {k: v for k, v in section["model"].items() if k != "config"})
     shared = {k: v for k, v in section["train"].items() if k != "augment"} | {"tracker": "none", "validate_every": settings["epochs"]}
-    encoder, found = TextEncoder(p["text"]["encoder"], cache="cache/text"), {name: {} for name in VARIANTS}
+    encoder, found = TextEncoder(p["text"]["encoder"]), {name: {} for name in VARIANTS}
     key = value_hash([asdict(base), shared, section["trunk"], settings, p["data"], code_hash("pipeline.ablation")])[:12]
     for seed in settings["seeds"]:
         sets = prepare_data(root, sampling_of(base), encoder, "cache", section["train"].get("augment", True), seed, split=split_rule(p["data"]))
