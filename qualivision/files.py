@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'FOREIGN', 'PACKAGE', 'FileError', 'reading', 'writing', 'encoding_of', 'read_text', 'is_address',
-           'read_lines', 'read_rows', 'read_table', 'number', 'check_place', 'staged', 'sync_to_disk', 'write_whole',
-           'check_room', 'Meter', 'progress', 'file_sha256', 'imported', 'code_hash', 'value_hash']
+           'check_cell', 'read_lines', 'read_rows', 'read_table', 'number', 'check_place', 'staged', 'sync_to_disk',
+           'write_whole', 'check_room', 'Meter', 'progress', 'file_sha256', 'imported', 'code_hash', 'value_hash']
 
 # %% ../nbs/03_files.ipynb #fb7746c2
 import ast
@@ -87,7 +87,7 @@ FOREIGN = re.compile("[\udc80-\udcff\0]")     # what a byte that is no UTF-8 bec
 
 def is_address(name: str) -> bool: return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name) is not None
 
-def _check(path, line: int, cell: str, free: bool, encoding):
+def check_cell(path, line: int, cell: str, free: bool, encoding):
     "Raises `FileError` for a foreign byte; where the cell is free to hold one, for a zero byte."
     if cell.isascii() and "\0" not in cell: return
     for bad in FOREIGN.findall(cell):
@@ -102,7 +102,7 @@ def read_lines(path: str | Path,              # a list of names of files
     try:
         with reading(path), open(path, encoding=code, errors="surrogateescape" if code == "utf-8-sig" else "strict") as f:
             for n, line in enumerate(f, 1):
-                _check(path, n, line, True, encoding)
+                check_cell(path, n, line, True, encoding)
                 yield n, line.rstrip("\n")
     except (UnicodeError, LookupError):
         read_text(path, encoding)       # says in which line
@@ -148,7 +148,7 @@ def read_rows(path: str | Path,              # a CSV with a header, or Parquet
             cells = [c.strip() for c in cells]
             free = {i for i, c in enumerate(cells) if c.lower() in names}
             _no_twins(path, cells, cased)
-        for i, cell in enumerate(cells): _check(path, line, cell, i in free and not header, encoding)
+        for i, cell in enumerate(cells): check_cell(path, line, cell, i in free and not header, encoding)
         yield line, cells
 
 # %% ../nbs/03_files.ipynb #82f3258f
