@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.dataset import load_labels, write_predictions
 from ..data.sampling import Sampling
+from ..devices import pick_device
+from ..files import check_place
+from ..files import progress as shown
 from ..models.qualivision import DoverConfig, DoverPlusPlus, VJepaConfig, VJepaMos
 from ..models.text import TextEncoder
 from ..models.weights import load_checkpoint, load_strict
 from ..quality import DIMENSIONS, QualiVisionError, ScoreRecord, Tally, caught
-from ..training.trainer import pick_device
 
 # %% ../../nbs/inference/42_score.ipynb #1f345ea7
 CHECKPOINT = "checkpoints/dover"   # where the pipeline puts what it trained, and where scoring looks first
@@ -101,25 +102,14 @@ def predict(data: str | Path,                     # root of a data set in the Ta
             checkpoint: str | Path,               # folder, or a Scorer
             out: str | Path,                      # CSV with video_name, Prompt and five MOS
             device: str = "auto",                 # auto | cpu | cuda | mps
-            progress: bool = False,               # a bar on stderr
+            progress: bool = False,               # how far it is, on stderr
             ) -> list[ScoreRecord]:               # one per row of the label file
-    "Scores a split and writes the challenge's CSV; rows that failed have empty cells. Raises DatasetError, ScoreError, WeightsError."
+    "Scores a split and writes the challenge's CSV; what has no score has an empty cell. Raises DatasetError, FileError, ScoreError, WeightsError."
+    from qualivision.data.dataset import load_labels, write_predictions      # with pandas, which scoring one video does not need
     frame = load_labels(data, split)
-    _check_place(Path(out))
+    check_place(out)
     scorer = checkpoint if isinstance(checkpoint, Scorer) else Scorer.from_checkpoint(checkpoint, device)
-    records = list(_shown(scorer.score_many(zip(frame["path"], frame["Prompt"])), len(frame), progress))
+    records = list(shown(scorer.score_many(zip(frame["path"], frame["Prompt"])), len(frame), "scoring", progress))
     scores = np.array([[np.nan if getattr(r, d) is None else getattr(r, d) for d in DIMENSIONS] for r in records])
     write_predictions(frame, scores, out, missing="empty")
     return records
-
-def _check_place(out: Path):
-    "ScoreError where no file can be written."
-    if out.is_dir(): raise ScoreError(out, "it is a folder", "Give the name of the CSV file to write.")
-    above = next(p for p in out.absolute().parents if p.exists())          # what is missing below it will be made
-    if not above.is_dir() or not os.access(above, os.W_OK): raise ScoreError(out, f"nothing can be written in {above}", "Choose another folder.")
-
-def _shown(records: Iterator[ScoreRecord], total: int, on: bool) -> Iterator[ScoreRecord]:
-    if not on: return records
-    from rich.console import Console
-    from rich.progress import track
-    return track(records, "scoring", total=total, console=Console(stderr=True))

@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..data.dataset import DatasetError, FileHashes
 from .convnext3d import dct_filters
 from .weights import LoadReport, WeightsError, entry, load_strict, pull, read_state
 from ..quality import QualiVisionError
@@ -269,6 +268,7 @@ class FeatureCache:
                  folder,           # cache folder; encoders and samplings may share it
                  clips,            # `ClipCache` or `DecodeEachTime`: where frames come from
                  model):           # with `frozen_key() -> str` and `prefix(frames (1,3,T,H,W) uint8) -> dict[str, Tensor]`
+        from qualivision.data.dataset import FileHashes      # with pandas, which a score does not need
         self.clips, self.model, self.hashes = clips, model, FileHashes(folder)
         self.key = f"{clips.sampling.key()} {model.frozen_key()} v{FEATURE_FORMAT}"
         self.folder = Path(folder)/f"features-{hashlib.sha256(self.key.encode()).hexdigest()[:16]}"
@@ -281,6 +281,7 @@ class FeatureCache:
     def get(self, path, flip=False) -> dict[str, Tensor]:
         "The features of a video, memory-mapped, without the axis of the batch. Raises `DatasetError` where they were not built."
         features = _open_features(self.file(path, flip))
+        from qualivision.data.dataset import DatasetError
         if features is None: raise DatasetError(path, "its features are not in the cache, or their file is damaged", "Call `build` first.")
         return features
 
@@ -307,6 +308,7 @@ class FeatureCache:
         if progress:
             print(f"feature cache: {size/1e6:.3f} MB a video, {count} to compute, {need/1e9:.2f} GB needed, {free/1e9:.1f} GB free", file=sys.stderr)
         if need > 0.98 * free:
+            from qualivision.data.dataset import DatasetError
             raise DatasetError(self.folder, f"the feature cache needs {need/1e9:.2f} GB for {count} videos, and {free/1e9:.2f} GB are free",
                                "Choose a folder on a larger disk, or train without the cache (feature_cache: false).")
 
