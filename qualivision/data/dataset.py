@@ -195,13 +195,21 @@ def _check_labels(frame, scale):
     return (_rows(frame, outside.any(1), f"MOS outside {low:g}–{high:g}", off)
             + _rows(frame, gone.any(1) & labelled, "missing label in a labelled split", none))
 
-def _check_prompts(frame):
-    "Prompts that are empty, or stand in more than one split."
+def _check_prompts(frame, read=None):
+    "Prompts that are empty, cannot be read, or stand in more than one split."
+    unread = {p: why for p in frame["Prompt"].unique() if read and p.strip() and (why := _unread(p, read))}
     same = frame["Prompt"].map(normalise_prompt)
     where = frame.groupby(same)["split"].transform(lambda s: " and ".join(dict.fromkeys(s)))
     return (_rows(frame, same == "", "no prompt")
+            + _rows(frame, frame["Prompt"].isin(list(unread)), "prompt that cannot be read", lambda r: f"{r['Prompt']!r}: {unread[r['Prompt']]}")
             + _rows(frame.assign(where=where), (where != frame["split"]) & (same != ""), "prompt in two splits",
                     lambda r: f"{r['Prompt']!r} in {r['where']}"))
+
+def _unread(prompt, read):
+    "Why a prompt cannot be read; empty where it can."
+    try: read(prompt)
+    except QualiVisionError as e: return e.cause
+    return ""
 
 def _refuse(problems, what="the data set"):
     "Raise one DatasetError of all problems."
@@ -212,11 +220,12 @@ def _refuse(problems, what="the data set"):
 
 def checked(frame: pd.DataFrame,     # from `load_dataset`
             scale=None,              # of its MOS, see `scale_of`
-            more=()                  # problems that were found before
+            more=(),                 # problems that were found before
+            prompts=None             # raises QualiVisionError for a prompt that cannot be read, such as `TextEncoder.read`
            ) -> pd.DataFrame:        # the same rows with MOS on 1–5, and a new index
     "Every row checked: the way by which labels reach a five-MOS model. Raises one `DatasetError` that lists all problems."
     frame, (low, high) = frame.reset_index(drop=True), scale_of(scale)
-    _refuse([*_check_names(frame), *_check_labels(frame, (low, high)), *_check_prompts(frame), *more])
+    _refuse([*_check_names(frame), *_check_labels(frame, (low, high)), *_check_prompts(frame, prompts), *more])
     if not scale_note(scale): return frame
     mos = frame[list(MOS_COLUMNS)].to_numpy(float)
     if np.nanmax(mos, initial=low) <= low + .05 * (high - low):
@@ -247,11 +256,12 @@ def validate(
     frame: pd.DataFrame,   # from `load_dataset`
     read: bool = False,    # decode every video to its end instead of opening it
     scale=None,            # of its MOS, see `scale_of`
+    prompts=None,          # what reads prompts, see `checked`
 ) -> pd.DataFrame:         # the same rows, with MOS on 1–5
     "Check every row and every file. Raises one `DatasetError` that lists all problems found."
     absent = [c for c in (*COLUMNS, "split", "path") if c not in frame.columns]
     if absent: raise DatasetError("the table", f"it lacks the columns {', '.join(absent)}", "Make it with `load_dataset`.")
-    return checked(frame, scale, _check_files(frame.reset_index(drop=True), read))
+    return checked(frame, scale, _check_files(frame.reset_index(drop=True), read), prompts)
 
 # %% ../../nbs/data/04_dataset.ipynb #55c84356
 def shared_prompts(
@@ -287,9 +297,10 @@ def resolve_splits(
     val_fraction: float = 0.1,   # share of the training prompts for a validation split that has to be made
     test_fraction: float = 0.1,  # the same for a test split
     scale=None,                  # of the MOS, see `scale_of`
+    prompts=None,                # what reads prompts, see `checked`
 ) -> dict:                       # train, val, test: tables whose column split says their role; note: what was done
     "The splits as they will be used, prompt-disjoint, every row checked, MOS on 1–5. Raises `DatasetError`, without labelled training videos too."
-    frame = checked(frame, scale)
+    frame = checked(frame, scale, prompts=prompts)
     have = {s: frame[frame["split"] == s].reset_index(drop=True) for s in SPLITS}
     labelled = {s: bool(f[list(MOS_COLUMNS)].notna().any(axis=None)) for s, f in have.items()}
     if not labelled["train"]:
@@ -655,14 +666,13 @@ def write_predictions(
     frame: pd.DataFrame,      # rows with video_name and Prompt
     scores,                   # (rows,5) array or tensor in the order of DIMENSIONS
     path: str | Path,         # CSV file to write
-    missing: str = "error",   # rows without scores (all five NaN): "error", or "empty" cells
+    missing: str = "error",   # what has no score (NaN): "error", or "empty" cells
 ) -> pd.DataFrame:            # what was written
     "The seven-column CSV of the challenge. Raises `DatasetError` when scores do not fit the rows or are not finite."
     scores = np.asarray(scores.detach().cpu() if torch.is_tensor(scores) else scores, float)
     if scores.shape != (len(frame), 5):
         raise DatasetError(path, f"scores have the shape {scores.shape}", f"{len(frame)} rows need ({len(frame)}, 5).")
-    empty = np.isnan(scores).all(1) & (missing == "empty")
-    bad = ~np.isfinite(scores).all(1) & ~empty
+    bad = ~(np.isfinite(scores) | (np.isnan(scores) & (missing == "empty"))).all(1)
     if bad.any():
         raise DatasetError(path, f"{bad.sum()} videos have no finite scores, first {frame['video_name'].iloc[int(bad.argmax())]}",
                            'Leave them out, or write empty cells with missing="empty".')

@@ -78,10 +78,11 @@ class Scorer:
     def score(self, video: str | os.PathLike,  # file
               prompt: str,                     # the text it was generated from
               ) -> ScoreRecord:
-        "Five scores. Raises VideoError for a bad file, ScoreError for a missing prompt or an address in place of a file."
+        "Five scores. Raises VideoError for a bad file, TextError, ScoreError for a bad prompt or an address in place of a file."
         if not isinstance(prompt, str) or not prompt.strip():
             raise ScoreError(video, "there is no prompt", "Give the text that the video was generated from: alignment is judged against it.")
         if "://" in str(video): raise ScoreError(video, "it is an address, not a file", "Download it and give the path of the file.")
+        self.encoder.read(prompt)                                       # before a video is decoded for nothing
         frames, shown = self.sampling.counted(video)                    # (3,T,S,S) uint8
         scores, reasons, warnings = self.judge(frames, prompt, shown)
         return ScoreRecord.of(str(video), prompt, scores, reasons=reasons, warnings=warnings, **self.about)

@@ -692,7 +692,7 @@ def prepare_data(root: str | Path,                # in the TaobaoVD-GC layout
                  ) -> Prepared:
     "The training and validation sets of a folder. Raises DatasetError, VideoError."
     frame = load_dataset(root)
-    splits, clips = resolve_splits(frame, **(split or {"seed": seed})), ClipCache(cache, sampling)
+    splits, clips = resolve_splits(frame, prompts=encoder.read, **(split or {"seed": seed})), ClipCache(cache, sampling)
     used = [splits["train"], splits["val"]]
     clips.build([p for part in used for p in part["path"]], progress=progress)
     prompts = list(dict.fromkeys(p for part in used for p in part["Prompt"]))
