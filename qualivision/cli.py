@@ -545,7 +545,7 @@ def maps(video: Annotated[Path, typer.Argument(help="A video file.")],
     name = _kind("dover-mobile" if mobile else model, "dover", "dover++", "dover-mobile")
     from qualivision.evaluation.maps import write_maps
     from qualivision.inference.official import load_model
-    from qualivision.training.trainer import pick_device
+    from qualivision.devices import pick_device
     try:
         device = pick_device(device)
         network, about = load_model(name, weights)

@@ -157,10 +157,10 @@ def announce(choice: Choice, on: bool = True):
 # %% ../nbs/08_devices.ipynb #896d2462
 def make_accelerator(device: str = "auto",      # one of DEVICES
                      precision: str = "auto"):  # one of PRECISIONS, or an alias
-    "An `accelerate.Accelerator` on that device; raises DeviceError where the device or the precision is not there."
+    "An `accelerate.Accelerator` on that device, whatever the environment says; raises DeviceError where the device or the precision is not there."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
-    kind, chosen = pick_device(device), resolve_precision(precision, device)
+    kind, chosen = pick_device(device), resolve_precision(precision, device, environment=False)
     alone = not torch.distributed.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=alone); GradientState._reset_state()  # a second run in one process may differ
     return Accelerator(mixed_precision={"fp32": "no"}.get(chosen.name, chosen.name), cpu=kind == "cpu")

@@ -18,8 +18,8 @@ from ..data.sampling import Sampling
 from ..models.qualivision import DoverConfig, DoverPlusPlus, VJepaConfig, VJepaMos
 from ..models.text import TextEncoder
 from ..models.weights import load_checkpoint, load_strict
+from ..devices import pick_device
 from ..quality import DIMENSIONS, QualiVisionError, ScoreRecord
-from ..training.trainer import pick_device
 
 # %% ../../nbs/inference/42_score.ipynb #1f345ea7
 CHECKPOINT = "checkpoints/dover"   # where the pipeline puts what it trained, and where scoring looks first
