@@ -13,6 +13,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+os.environ.pop("QUALIVISION_PRECISION", None)   # tests force both answers themselves
 for role in ("AUTHOR", "COMMITTER"):        # commits in temporary clones, on machines where git has no identity
     os.environ.setdefault(f"GIT_{role}_NAME", "QualiVision")
     os.environ.setdefault(f"GIT_{role}_EMAIL", "qualivision@users.noreply.github.com")
