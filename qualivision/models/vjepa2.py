@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..data.dataset import DatasetError, FileHashes
 from ..devices import cores, one_thread
 from ..files import Meter, check_room, staged
 from .convnext3d import dct_filters
@@ -273,6 +272,7 @@ class FeatureCache:
                  folder,           # cache folder; encoders and samplings may share it
                  clips,            # `ClipCache` or `DecodeEachTime`: where frames come from
                  model):           # with `frozen_key() -> str` and `prefix(frames (1,3,T,H,W) uint8) -> dict[str, Tensor]`
+        from qualivision.data.dataset import FileHashes      # with pandas, which a score does not need
         self.clips, self.model, self.hashes = clips, model, FileHashes(folder)
         self.device, self.size = next(model.parameters()).device, sum(p.nbytes for p in model.parameters())
         self.alone = self.device.type != "cpu" or self.size > LARGE                        # in this process, with all its threads
@@ -288,6 +288,7 @@ class FeatureCache:
     def get(self, path, flip=False) -> dict[str, Tensor]:
         "The features of a video, memory-mapped, without the axis of the batch. Raises `DatasetError` where they were not built."
         features = _open_features(self.file(path, flip))
+        from qualivision.data.dataset import DatasetError
         if features is None: raise DatasetError(path, "its features are not in the cache, or their file is damaged", "Call `build` first.")
         return features
 
@@ -334,6 +335,7 @@ class FeatureCache:
         def each(jobs):
             try: yield from pool.map(_made, jobs)
             except BrokenProcessPool as e:
+                from qualivision.data.dataset import DatasetError
                 raise DatasetError(self.folder, "a process that computed features died, most likely for want of memory",
                                    "What is computed is kept. Close other programs, or use fewer processes (workers: 0).") from e
         return each

@@ -82,7 +82,7 @@ def main(params: str | Path = "params.yaml", profile: str | None = None) -> dict
     shared = {k: v for k, v in section["train"].items() if k != "augment"} | {"tracker": "none", "validate_every": settings["epochs"]}
     first = TrainConfig.of(shared).settled(True)
     base, shared = settled(base, first.device), shared | {"precision": first.precision}
-    encoder, found = TextEncoder(p["text"]["encoder"], cache="cache/text"), {name: {} for name in VARIANTS}
+    encoder, found = TextEncoder(p["text"]["encoder"]), {name: {} for name in VARIANTS}
     key = value_hash([asdict(base), shared, section["trunk"], settings, p["data"], code_hash("pipeline.ablation")])[:12]
     for seed in settings["seeds"]:
         train = TrainConfig.of(shared | {"seed": seed, "epochs": settings["epochs"]})

@@ -50,7 +50,7 @@ def main(params: str | Path = "params.yaml", profile: str | None = None, progres
     root, workers = p["data"]["root"], p["prepare"]["workers"]
     frame = validate(load_dataset(root))
     splits = resolve_splits(frame, **split_rule(p["data"]))
-    asked, encoder = views({"dover": p["dover"], "vjepa2": p["vjepa2"]}), TextEncoder(p["text"]["encoder"], cache="cache/text")
+    asked, encoder = views({"dover": p["dover"], "vjepa2": p["vjepa2"]}), TextEncoder(p["text"]["encoder"])
     used = used_rows(splits)
     for view in dict.fromkeys(asked.values()): ClipCache("cache", view).build(used["path"], workers, progress)
     encoder.encode(list(dict.fromkeys(used["Prompt"])))

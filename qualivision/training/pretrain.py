@@ -426,6 +426,5 @@ def figures_of(model: FiveMos, config: PretrainConfig, sampling: Sampling, encod
 def plain_encoder(encoder):          # TextEncoder
     "Its embeddings without its memory: the prompts of pretraining come once."
     def encode(prompts: list[str]) -> Tensor:   # (N,D) float32, on the CPU, each of length 1
-        made = encoder.model.encode(prompts, batch_size=64, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
-        return made.float().cpu().clone()
+        return torch.stack([encoder.network(p) for p in prompts]).cpu()
     return encode

@@ -648,7 +648,7 @@ class Task:
     data: str | Path                     # root of the data set
     checkpoint: str | Path | None = None # where the best weights go; None: checkpoints/MODEL
     runs: str | Path | None = None       # where the state of unfinished runs lies; None: runs/MODEL
-    cache: str | Path = "cache"          # folder of decoded clips, embeddings and features
+    cache: str | Path = "cache"          # folder of decoded clips and features
     text: str | None = None              # text encoder; None: the one whose width the model has
     trained_on: str = ""                 # what the labels are, e.g. "simulated labels (embedded data set)"
     licence: str = ""                    # of the weights
@@ -681,7 +681,7 @@ def train_model(task: Task,
     checkpoint, runs = Path(task.checkpoint or f"checkpoints/{kind}"), Path(task.runs or f"runs/{kind}")
     for place in (checkpoint / "model.json", runs / "run.json"): check_place(place)
     check_tracker(train.tracker)
-    sampling, encoder = sampling_of(config), TextEncoder(task.text or encoder_of_width(config.text_dim), cache=cache / "text")
+    sampling, encoder = sampling_of(config), TextEncoder(task.text or encoder_of_width(config.text_dim))
     if encoder.dim != config.text_dim:
         raise TrainError(f"text encoder {encoder.name}", f"it is {encoder.dim} wide and the model's text_dim {config.text_dim}", "Make them equal.")
     if trunk and (kind != "vjepa2" or task.pretrained):
