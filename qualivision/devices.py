@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DEVICES', 'PRECISIONS', 'DTYPES', 'ENVIRONMENT', 'DeviceError', 'pick_device', 'on_device', 'out_of_memory',
            'precision_name', 'cpu_has_bf16', 'slowdown', 'Choice', 'native', 'resolve_precision', 'announce',
-           'make_accelerator', 'autocast', 'seed_all', 'kept_rng', 'deterministic', 'one_thread', 'cores']
+           'conv3d_fault', 'make_accelerator', 'autocast', 'seed_all', 'kept_rng', 'deterministic', 'one_thread',
+           'cores']
 
 # %% ../nbs/08_devices.ipynb #7f845953
 import contextlib
@@ -154,13 +155,23 @@ def announce(choice: Choice, on: bool = True):
     for text in ([f"precision: {choice}"] if on and not choice.warning else []) + [f"warning: {choice.warning}"] * bool(choice.warning):
         if text not in _SAID: _SAID.add(text); say(text)
 
+# %% ../nbs/08_devices.ipynb #3c47c385
+def conv3d_fault(version: str | None = None,     # of torch; None: the one that runs
+                 cudnn: int | None = None        # as 91002 for 9.10.2; None: the one that runs
+                 ) -> str | None:                # a sentence
+    "What is wrong with Conv3d in these versions, and what to do; None where nothing is known."
+    version, cudnn = version or torch.__version__, cudnn or torch.backends.cudnn.version()
+    if version.split("+")[0] not in ("2.9.0", "2.9.1") or cudnn is None or cudnn >= 91500: return None
+    return (f"torch {version} with cuDNN {cudnn // 10000}.{cudnn // 100 % 100}: Conv3d in 16 bits takes many times its memory and time. "
+            "Install another torch, or pip install -U 'nvidia-cudnn-cu12>=9.15'.")
+
 # %% ../nbs/08_devices.ipynb #896d2462
 def make_accelerator(device: str = "auto",      # one of DEVICES
                      precision: str = "auto"):  # one of PRECISIONS, or an alias
-    "An `accelerate.Accelerator` on that device; raises DeviceError where the device or the precision is not there."
+    "An `accelerate.Accelerator` on that device, whatever the environment says; raises DeviceError where the device or the precision is not there."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
-    kind, chosen = pick_device(device), resolve_precision(precision, device)
+    kind, chosen = pick_device(device), resolve_precision(precision, device, environment=False)
     alone = not torch.distributed.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=alone); GradientState._reset_state()  # a second run in one process may differ
     return Accelerator(mixed_precision={"fp32": "no"}.get(chosen.name, chosen.name), cpu=kind == "cpu")

@@ -14,6 +14,7 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+os.environ.pop("QUALIVISION_PRECISION", None)   # tests force both answers themselves
 if "PYTEST_XDIST_WORKER" not in os.environ:                             # a worker has it from the process that started it
     KEPT = tempfile.TemporaryDirectory(prefix="qualivision-tests-")     # of prompt embeddings; gone at the end
     os.environ["QUALIVISION_CACHE"] = KEPT.name
