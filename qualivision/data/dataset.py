@@ -666,7 +666,7 @@ def write_predictions(
     frame: pd.DataFrame,      # rows with video_name and Prompt
     scores,                   # (rows,5) array or tensor in the order of DIMENSIONS
     path: str | Path,         # CSV file to write
-    missing: str = "error",   # what has no score (NaN): "error", or "empty" cells
+    missing: str = "error",   # scores that are not there (NaN): "error", or "empty" cells
 ) -> pd.DataFrame:            # what was written
     "The seven-column CSV of the challenge. Raises `DatasetError` when scores do not fit the rows or are not finite."
     scores = np.asarray(scores.detach().cpu() if torch.is_tensor(scores) else scores, float)

@@ -16,7 +16,7 @@ import torch
 from ..data.sampling import Sampling
 from ..devices import pick_device
 from ..files import check_place
-from ..files import progress as shown
+from ..files import progress as with_progress
 from ..models.qualivision import DoverConfig, DoverPlusPlus, VJepaConfig, VJepaMos
 from ..models.text import TextEncoder
 from ..models.weights import load_checkpoint, load_strict
@@ -103,14 +103,14 @@ def predict(data: str | Path,                     # root of a data set in the Ta
             checkpoint: str | Path,               # folder, or a Scorer
             out: str | Path,                      # CSV with video_name, Prompt and five MOS
             device: str = "auto",                 # auto | cpu | cuda | mps
-            progress: bool = False,               # how far it is, on stderr
+            progress: bool = True,                # how far it is, on stderr
             ) -> list[ScoreRecord]:               # one per row of the label file
     "Scores a split and writes the challenge's CSV; what has no score has an empty cell. Raises DatasetError, FileError, ScoreError, WeightsError."
     from qualivision.data.dataset import load_labels, write_predictions      # with pandas, which scoring one video does not need
     frame = load_labels(data, split)
     check_place(out)
     scorer = checkpoint if isinstance(checkpoint, Scorer) else Scorer.from_checkpoint(checkpoint, device)
-    records = list(shown(scorer.score_many(zip(frame["path"], frame["Prompt"])), len(frame), "scoring", progress))
+    records = list(with_progress(scorer.score_many(zip(frame["path"], frame["Prompt"])), len(frame), "scoring", progress))
     scores = np.array([[np.nan if getattr(r, d) is None else getattr(r, d) for d in DIMENSIONS] for r in records])
     write_predictions(frame, scores, out, missing="empty")
     return records
