@@ -554,7 +554,7 @@ def maps(video: Annotated[Path, typer.Argument(help="A video file.")],
     name = _kind("dover-mobile" if mobile else model, "dover", "dover++", "dover-mobile")
     from qualivision.evaluation.maps import write_maps
     from qualivision.inference.official import load_model
-    from qualivision.training.trainer import pick_device
+    from qualivision.devices import pick_device
     device = pick_device(device)
     network, about = load_model(name, weights)
     made = write_maps(network, video, out, seed, device)
@@ -618,6 +618,20 @@ def _decord() -> str:
     except OSError as e: return f"installed, and its library does not load ({e}); PyAV reads every file"
     return f"{decord.__version__}, for the files that it reads rightly"
 
+def _notes(packages: dict) -> list[str]:
+    "What follows from what was found, or is missing."
+    import os
+
+    from qualivision.devices import ENVIRONMENT, conv3d_fault, precision_name
+    notes = [fault] if (fault := conv3d_fault()) else []
+    if forced := os.environ.get(ENVIRONMENT, "").strip():
+        notes.append(f"{ENVIRONMENT}={precision_name(forced, ENVIRONMENT)} overrides what parameters say")
+    if packages["decord"] is None:
+        notes.append("without decord PyAV reads every video: the same frames, decoded from the beginning of the file")
+    if absent := [p for p in ("onnx", "onnxruntime", "onnxscript") if packages[p] is None]:
+        notes.append(f"without {', '.join(absent)} there is no `qualivision export`; nothing else needs it. pip install -e '.[onnx]' brings it")
+    return notes
+
 def _checkpoint(folder: Path) -> dict | None:
     path = folder / "model.json"
     if not path.is_file(): return None
@@ -631,13 +645,15 @@ def examine(checkpoint: Path = CHECKPOINT) -> dict:
     import platform
 
     import torch
+
+    from qualivision.devices import native
     found = [d for d, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())) if there]
     devices = {"available": [*found, "cpu"], "names": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
     build = f"cuda {torch.version.cuda}" if torch.version.cuda else f"hip {torch.version.hip}" if torch.version.hip else "cpu"
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     packages = _versions()
     return {"python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}", "cpus": os.cpu_count(),
-            "packages": packages, "torch": {"build": build, "threads": torch.get_num_threads(), "bf16": bf16}, "devices": devices,
+            "packages": packages, "torch": {"build": build, "threads": torch.get_num_threads()}, "devices": devices,
+            "precision": {d: {"name": (c := native(d)).name, "reason": c.reason} for d in devices["available"]}, "notes": _notes(packages),
             "readers": {"pyav": packages["av"], "decord": _decord()}, "weights": _weights(checkpoint)}
 
 # %% ../nbs/70_cli.ipynb #ae9a306f
@@ -654,7 +670,10 @@ def _lines(report: dict, folder: Path) -> list[str]:
     out = [f"python {report['python']}, {report['system']}, {report['cpus']} CPUs",
            f"torch build: {report['torch']['build']}, {report['torch']['threads']} threads",
            f"devices: {', '.join(report['devices']['available'] + report['devices']['names'])}",
-           "", "packages"] + [f"  {k:24}{v or 'not installed'}" for k, v in report["packages"].items()]
+           "", "precision that is computed natively (what `auto` takes)"]
+    out += [f"  {d:5} {wrapped(c['name'] + ': ' + c['reason'], '        ')}" for d, c in report["precision"].items()]
+    out += ["", "notes"] * bool(report["notes"]) + [wrapped(f"  {n}", "  ") for n in report["notes"]]
+    out += ["", "packages"] + [f"  {k:24}{v or 'not installed'}" for k, v in report["packages"].items()]
     out += ["", "video readers"] + [f"  {k:10}{v or 'not installed'}" for k, v in report["readers"].items()]
     out += ["", "weights"] + [f"  {k}: {v or 'not on this machine'}" for k, v in weights.items()]
     if checkpoint is None: return out + [f"  no checkpoint in {folder}: ./run.sh or qualivision train makes one"]

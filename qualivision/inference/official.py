@@ -22,10 +22,10 @@ from ..evaluation.ranks import fused_score, read_sets, relative_ranks, why_no_ra
 from ..models.cover import COVER, CLIPImage, clip_from_transformers
 from ..models.dover import DOVER, Branches, DOVERMobile
 from ..models.transfer import about_head, load_head, parts
+from ..devices import pick_device
 from ..files import file_sha256, writing
 from ..models.weights import Entry, WeightsError, about_file, entry, find, load_checkpoint, load_strict, read_state, verify, weights_folder
 from ..quality import QualiVisionError, Tally, caught
-from ..training.trainer import pick_device
 from ..training.transfer import predicted_mos
 
 # %% ../../nbs/inference/41_official.ipynb #b74a78e1
@@ -170,7 +170,7 @@ class OfficialScorer:
 
     @classmethod
     def from_weights(cls, name: str = "dover", weights=None, clip=None, device: str = "auto", head=None, **options) -> "OfficialScorer":
-        "The scorer of a published model; see `load_model`, and `own_heads` for a head. Raises OfficialError, WeightsError, TrainError."
+        "The scorer of a published model; see `load_model`, and `own_heads` for a head. Raises OfficialError, WeightsError, DeviceError."
         device = pick_device(device)
         model, about = load_model(name, weights, clip)
         return cls(model, name, about, device=device, own=own_heads(model, name, head, weights) if head else None, **options)
