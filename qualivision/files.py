@@ -210,8 +210,8 @@ def sync_to_disk(path: Path):
     finally: os.close(handle)
 
 def write_whole(path: str | Path, data: bytes | str, sync: bool = True):
-    "Writes all of a file or nothing; text as UTF-8 with its line ends as they are. Raises `FileError`."
-    with staged(path, sync) as part: part.write_bytes(data.encode() if isinstance(data, str) else data)
+    "Writes all of a file or nothing; text as UTF-8 with its line ends and foreign bytes as they are. Raises `FileError`."
+    with staged(path, sync) as part: part.write_bytes(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
 
 # %% ../nbs/03_files.ipynb #d219ea83
 def check_room(folder: str | Path,   # where they will lie; it need not be there yet

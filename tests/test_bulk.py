@@ -13,8 +13,8 @@ import pandas as pd
 import pytest
 from test_tools import Length
 
-from qualivision.evaluation.metrics import MetricError
 from qualivision.evaluation.ranks import RankError, build_set, fused_score
+from qualivision.files import FileError
 from qualivision.inference.bulk import BulkError, read_manifest, score_set
 
 ROOT = Path(__file__).parents[1]
@@ -202,6 +202,6 @@ def test_half_a_row_is_no_failed_video(tmp_path):
         (tmp_path/"s.csv").write_text(text)
         with pytest.raises(RankError, match="1 scores in technical are no numbers"): build_set(tmp_path/"s.csv", "mine", "dover")
     (tmp_path/"s.csv").write_text("")
-    with pytest.raises(MetricError): build_set(tmp_path/"s.csv", "mine", "dover")
+    with pytest.raises(FileError, match="empty"): build_set(tmp_path/"s.csv", "mine", "dover")
     pd.DataFrame({"video": ["a", "b"], "technical": [1., None], "error": [None, "gone"]}).to_parquet(tmp_path/"s.parquet")
     with pytest.raises(RankError, match="two different scores"): build_set(tmp_path/"s.parquet", "mine", "dover")
