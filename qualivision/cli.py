@@ -6,23 +6,25 @@
 __all__ = ['app', 'Json', 'Checkpoint', 'Device', 'CHECKPOINT', 'OPINIONS', 'LEARNING', 'Videos', 'Columns', 'Preset', 'GroupBy',
            'Share', 'Epochs', 'Batch', 'Rate', 'RankWeight', 'SharedWeight', 'TrainSeed', 'Workers', 'weights',
            'MODELS', 'ranks', 'Files', 'Weights', 'Clip', 'Head', 'Seed', 'Sets', 'SmallFrames', 'Fused', 'SCORERS',
-           'data_sets', 'PACKAGES', 'print_json', 'say', 'notice', 'wrapped', 'bar', 'describe', 'origin', 'failed',
-           'score', 'evaluate', 'predict', 'train', 'transfer', 'weights_list', 'weights_pull', 'weights_inspect',
-           'ranks_list', 'ranks_build', 'describe_official', 'dover', 'cover', 'score_set', 'infer_datasets',
-           'data_list', 'data_pull', 'maps', 'gmad', 'export', 'examine', 'doctor', 'main']
+           'data_sets', 'PACKAGES', 'print_json', 'notice', 'wrapped', 'bar', 'describe', 'origin', 'failed', 'score',
+           'evaluate', 'predict', 'train', 'transfer', 'weights_list', 'weights_pull', 'weights_inspect', 'ranks_list',
+           'ranks_build', 'describe_official', 'dover', 'cover', 'score_set', 'infer_datasets', 'data_list',
+           'data_pull', 'maps', 'gmad', 'export', 'examine', 'doctor', 'main']
 
 # %% ../nbs/70_cli.ipynb #6a945a84
 import json
 import shutil
 import sys
 import textwrap
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from .quality import DIMENSIONS, QualiVisionError, ScoreRecord
+from .files import check_place, write_whole
+from .quality import DIMENSIONS, Caught, ScoreRecord, Tally, caught, say
 
 # %% ../nbs/70_cli.ipynb #d6ab69a6
 def _section(formatter, title: str, rows: list):
@@ -53,7 +55,9 @@ class _App(typer.Typer):
     def __init__(self, **options):
         super().__init__(cls=_Group, no_args_is_help=True, rich_markup_mode=None, context_settings={"max_content_width": 110}, **options)
 
-    def command(self, name=None, **options): return super().command(name, cls=_Command, **options)
+    def command(self, name=None, stopped: str = "", **options):      # stopped: what Ctrl-C is answered with
+        add = super().command(name, cls=_Command, **options)
+        return lambda f: add(_ended(f, stopped)) and f
 
 app = _App(add_completion=False, pretty_exceptions_enable=False,
            help="Five mean opinion scores (1–5) for AI-generated video and its prompt; official DOVER and COVER.")
@@ -77,8 +81,6 @@ def print_json(value):
     "JSON on stdout; a NaN anywhere in it is an error."
     print(json.dumps(value, ensure_ascii=not _unicode(), indent=2, allow_nan=False))
 
-def say(text: str): print(text, file=sys.stderr, flush=True)
-
 def notice(trained_on: str) -> str:  # one sentence for people
     "What the scores are worth, as far as the labels go."
     if "simulated" in trained_on.lower():
@@ -96,9 +98,14 @@ def bar(mos: float) -> str:  # 16 characters
     n = round((mos - 1) * 4)
     return full * n + rest * (16 - n)
 
+def _dimension(r: ScoreRecord, d: str) -> str:
+    score, dash = getattr(r, d), "–" if _unicode() else "-"
+    return wrapped(f"  {d:12}{dash:>5}  {r.reasons[d]}", "    ") if score is None else f"  {d:12}{score:5.2f}  {bar(score)}"
+
 def describe(r: ScoreRecord) -> str:
     "One video's scores, or why there are none."
-    if r.error is None: return "\n".join([r.video] + [f"  {d:12}{getattr(r, d):5.2f}  {bar(getattr(r, d))}" for d in DIMENSIONS])
+    if r.error is None:
+        return "\n".join([r.video, *(_dimension(r, d) for d in DIMENSIONS), *(wrapped(f"  note: {w}", "  ") for w in r.warnings)])
     reason = r.error.removeprefix(f"{r.video}: ").removeprefix(f"{Path(r.video)}: ")
     return r.video + "\n" + wrapped(f"  not scored: {reason}", "  ")
 
@@ -110,11 +117,28 @@ def origin(records: list[ScoreRecord]) -> str:
     return "".join("\n" + wrapped(line) for line in count + lines)
 
 # %% ../nbs/70_cli.ipynb #b051aa90
-def failed(error: QualiVisionError, as_json: bool):
+def failed(wrong: Caught,     # what ended a command
+           as_json: bool,
+           rows: list | None = None):   # what stdout gets in place of {"error": …}
     "Says what failed and ends with status 1."
-    say(str(error))
-    if as_json: print_json({"error": str(error)})
+    if wrong.trace: say(wrong.trace.rstrip())
+    say(str(wrong.error))
+    if as_json: print_json({"error": str(wrong.error)} if rows is None else rows)
     raise typer.Exit(1)
+
+_MEANT = (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError)     # how a command ends on purpose, or because its reader has gone
+
+def _ended(command, stopped: str):
+    "A command whose every end has a sentence and a status."
+    @wraps(command)
+    def run(**given):
+        try:
+            with caught(f"qualivision {command.__name__.replace('_', '-')}", _MEANT) as wrong: return command(**given)
+        except KeyboardInterrupt:
+            say(f"Stopped. {stopped}".strip())
+            raise typer.Exit(130) from None
+        failed(wrong, given.get("as_json", False))
+    return run
 
 # %% ../nbs/70_cli.ipynb #d04fa811
 @app.command()
@@ -125,13 +149,11 @@ def score(videos: Annotated[list[str], typer.Argument(help="Video files.")],
     if not prompt.strip(): raise typer.BadParameter("is empty; alignment is judged against it", param_hint="--prompt")
     from qualivision.inference.score import Scorer
     records = []
-    try:
+    with caught(checkpoint, _MEANT) as wrong:      # of the whole; a video's own is in its record
         for r in Scorer.from_checkpoint(checkpoint, device).score_many((v, prompt) for v in videos):
             records.append(r)
             if not as_json: print(describe(r), flush=True)
-    except QualiVisionError as e:      # of the checkpoint; a video's own is in its record
-        if not as_json: failed(e, False)
-        say(str(e)); records = [ScoreRecord.failed(v, prompt, e) for v in videos]
+    if wrong: failed(wrong, as_json, [ScoreRecord.failed(v, prompt, wrong.error).to_dict() for v in videos])
     if as_json: print_json([r.to_dict() for r in records])
     elif about := origin(records): print(about)
     if any(r.error is not None for r in records): raise typer.Exit(1)
@@ -147,8 +169,7 @@ def evaluate(predictions: Annotated[Path, typer.Argument(help="CSV with video_na
     "SROCC, PLCC, KRCC, RMSE per dimension with 95 % intervals."
     if (pred is None) != (target is None): raise typer.BadParameter("--pred and --target go together", param_hint="--pred")
     from qualivision.evaluation.metrics import evaluate_files, format_metrics
-    try: result = evaluate_files(predictions, labels, pred, target, group)
-    except QualiVisionError as e: failed(e, as_json)
+    result = evaluate_files(predictions, labels, pred, target, group)
     if as_json: print_json(result)
     else: print(format_metrics(result))
 
@@ -161,11 +182,13 @@ def predict(data: Annotated[Path, typer.Option(help="Data set in the TaobaoVD-GC
     "Scores a split of a data set, labelled or not, and writes the challenge's CSV."
     if split not in ("train", "val", "test"): raise typer.BadParameter("is not train, val or test", param_hint="--split")
     from qualivision.inference.score import predict as run
-    try: records = run(data, split, checkpoint, out, device, progress=sys.stderr.isatty())
-    except QualiVisionError as e: failed(e, as_json)
+    records = run(data, split, checkpoint, out, device)
     errors = [{"video": r.video, "error": r.error} for r in records if r.error is not None]
-    about = {"out": str(out), "videos": len(records), "failed": errors, "model": records[0].model, "trained_on": records[0].trained_on}
+    notes = [{"video": r.video, "reasons": r.reasons, "warnings": list(r.warnings)} for r in records if r.reasons or r.warnings]
+    about = {"out": str(out), "videos": len(records), "failed": errors, "notes": notes, "model": records[0].model,
+             "trained_on": records[0].trained_on}
     for e in errors: say(e["error"])
+    for n in notes: say(f"{n['video']}: " + "; ".join([f"no {d} score, {why}" for d, why in n["reasons"].items()] + n["warnings"]))
     if as_json: print_json(about)
     else: print(f"{len(records) - len(errors)} of {len(records)} videos scored: {out}\n{wrapped(notice(about['trained_on']))}")
     if errors: raise typer.Exit(1)
@@ -194,12 +217,8 @@ def _fit_dover(data, out, model, head_only, weights, from_scratch, preset, video
     "Trains official DOVER and says what came of it."
     from qualivision.training.transfer import TransferConfig, preset_settings, said
     from qualivision.training.transfer import transfer as run
-    try:
-        config = TransferConfig(**{**preset_settings(preset, head_only), **{k: v for k, v in settings.items() if v is not None}})
-        report = run(data, out, model, head_only, config, weights, from_scratch, preset, videos, columns, group, cache, device, workers or 0,
-                     progress=sys.stderr.isatty())
-    except QualiVisionError as e: failed(e, as_json)
-    except KeyboardInterrupt: say("Stopped. The same command goes on from what it has."); raise typer.Exit(130)
+    config = TransferConfig(**{**preset_settings(preset, head_only), **{k: v for k, v in settings.items() if v is not None}})
+    report = run(data, out, model, head_only, config, weights, from_scratch, preset, videos, columns, group, cache, device, workers or 0)
     if report["left_out"]: say(f"{report['left_out']} rows left out: their videos were not scored")
     if as_json: return print_json(report)
     print(f"{out}\n" + wrapped(said(report["splits"][0])))
@@ -210,7 +229,9 @@ def _fit_dover(data, out, model, head_only, weights, from_scratch, preset, video
     print(f"Use it: qualivision dover VIDEO{' --mobile' if model == 'dover-mobile' else ''} {use}")
     print(wrapped(f"Licence: {report['licence'] or 'yours'}. {notice(report['trained_on'])}"))
 
-@app.command()
+_GOES_ON = "The same command goes on from the last save."
+
+@app.command(stopped=_GOES_ON)
 def train(model: Annotated[str, _opt("dover or vjepa2; with --data dover or dover-mobile.")] = "dover",
           params: Annotated[Path, _opt("File with a section per profile.", "Five-MOS model")] = Path("params.yaml"),
           profile: Annotated[Optional[str], _opt("embedded or paper; default: the one the file names.", "Five-MOS model")] = None,
@@ -235,9 +256,7 @@ def train(model: Annotated[str, _opt("dover or vjepa2; with --data dover or dove
                           **settings)
     if device != "auto": raise typer.BadParameter("goes with --data; params.yaml says it of a five-MOS model", param_hint="--device")
     from qualivision.pipeline.train import main as run
-    try: result = run(model, params=params, profile=profile)
-    except QualiVisionError as e: failed(e, as_json)
-    except KeyboardInterrupt: say("Stopped. The same command goes on from the last save."); raise typer.Exit(130)
+    result = run(model, params=params, profile=profile)
     if as_json: print_json(result)
     else:
         best = result["best"]
@@ -246,7 +265,7 @@ def train(model: Annotated[str, _opt("dover or vjepa2; with --data dover or dove
         print(f"{result['checkpoint']}\n{wrapped(notice(result['trained_on']))}")
 
 # %% ../nbs/70_cli.ipynb #075f6ded
-@app.command()
+@app.command(stopped=_GOES_ON)
 def transfer(data: Annotated[Path, _opt("A file of videos and MOS, a folder with one, a data set in the TaobaoVD-GC layout, or a table that "
                                         "`score-set` wrote.", OPINIONS)],
              out: Annotated[Path, _opt("The heads (a .safetensors file), or the folder of the model. A JSON report goes beside.")],
@@ -276,23 +295,20 @@ MODELS = {"dover": "qualivision.models.dover:DOVER", "dover++": "qualivision.mod
 def weights_list(as_json: Json = False):
     "What can be pulled, from where, under which licence, and what is here already."
     from qualivision.models.weights import list_weights
-    try: rows = list_weights()
-    except QualiVisionError as e: failed(e, as_json)
+    rows = list_weights()
     if as_json: return print_json(rows)
     for r in rows:
         size = f"{r['bytes'] / 1e6:,.0f} MB, " if r["bytes"] else ""
         print(f"{r['name']}\n  {size}{r['path'] or 'not on this machine'}\n" + wrapped(f"  {r['licence']}. Trained on {r['trained_on']}.", "  "))
 
-@weights.command("pull")
+@weights.command("pull", stopped="The same command goes on from what has come.")
 def weights_pull(name: Annotated[str, typer.Argument(help="A name that `weights list` shows.")],
                  offline: Annotated[bool, typer.Option("--offline", help="Only check what is here.")] = False, as_json: Json = False):
     "Fetches weights, or finds them; size and SHA-256 are checked. $QUALIVISION_WEIGHTS says where they are kept."
     from qualivision.models.weights import entry, list_weights, pull
-    try:
-        say(wrapped(f"{entry(name).name}: {entry(name).licence}. Trained on {entry(name).trained_on}."))
-        pull(name, offline=offline)
-        row = next(r for r in list_weights() if r["name"] == entry(name).name)
-    except QualiVisionError as e: failed(e, as_json)
+    say(wrapped(f"{entry(name).name}: {entry(name).licence}. Trained on {entry(name).trained_on}."))
+    pull(name, offline=offline)
+    row = next(r for r in list_weights() if r["name"] == entry(name).name)
     if as_json: print_json(row)
     else: print(f"{row['path']}\nSHA-256 {row['sha256']}")
 
@@ -317,10 +333,8 @@ def weights_inspect(file: Annotated[Path, typer.Argument(help="A .safetensors, .
     "What a file of weights holds, without running anything in it; status 1 where it is not whole or not the model's."
     from qualivision.models.weights import inspect, inspect_file
     module = _module(model) if model else None
-    try:
-        about = inspect_file(file)
-        report = inspect(file, module) if model else None
-    except QualiVisionError as e: failed(e, as_json)
+    about = inspect_file(file)
+    report = inspect(file, module) if model else None
     about["fits"] = {"model": model, **_fit(report)} if report else None
     if as_json: print_json(about)
     else:
@@ -345,8 +359,7 @@ def ranks_list(file: Annotated[Optional[Path], typer.Argument(help="A file of `r
                as_json: Json = False):
     "Which reference sets there are, of which model."
     from qualivision.evaluation.ranks import read_sets
-    try: sets = _about(read_sets(file))
-    except QualiVisionError as e: failed(e, as_json)
+    sets = _about(read_sets(file))
     if as_json: return print_json(sets)
     for s in sets:
         print(f"{s['name']} ({s['model']})")
@@ -359,10 +372,9 @@ def ranks_build(scores: Annotated[list[Path], typer.Argument(help="CSV or Parque
                 out: Annotated[Path, typer.Option(help="JSON file to write; a set of another name in it stays.")], as_json: Json = False):
     "Makes a reference set from scores of your own, to rank later videos in."
     from qualivision.evaluation.ranks import build_set, read_sets, write_sets
-    try:
-        made, lost = build_set(scores, name, model)
-        write_sets(out, [s for s in (read_sets(out) if out.exists() else []) if s.name != name] + [made])
-    except QualiVisionError as e: failed(e, as_json)
+    check_place(out)
+    made, lost = build_set(scores, name, model)
+    write_sets(out, [s for s in (read_sets(out) if out.exists() else []) if s.name != name] + [made])
     if lost: say(f"{lost} rows left out: their videos were not scored")
     if as_json: print_json({"out": str(out), "left_out": lost, **_about([made])[0]})
     else: print(f"{out}: {name} ({model}), " + ", ".join(f"{b} of {d.n} videos" for b, d in made.branches.items()))
@@ -399,16 +411,14 @@ def _official(name, files, weights, clip, seed, form, sets, small, device, as_js
     branches = ("semantic", "technical", "aesthetic", "overall") if name == "cover" else ("technical", "aesthetic", "fused")
     if head: branches = (*branches, "mos")
     records, scorer = [], None
-    try:
+    with caught(name, _MEANT) as wrong:      # of the whole; a video's own is in its record
         scorer = OfficialScorer.from_weights(name, weights, clip, device, head, seed=seed, form=form, sets=read_sets(sets) if sets else None,
                                              **({"grid_before_enlarging": True} if small else {}))
         for r in scorer.score_many(files):
             records.append(r)
             if not as_json: print(describe_official(r), flush=True)
-    except QualiVisionError as e:      # of the weights; a video's own is in its record
-        if not as_json: failed(e, False)
-        say(str(e))
-        records = [{"video": f, **dict.fromkeys((*branches, "ranks")), "seed": seed, "weights": None, "error": str(e)} for f in files]
+    none = {**dict.fromkeys((*branches, "ranks")), "seed": seed, "weights": None, "error": str(wrong.error)}
+    if wrong: failed(wrong, as_json, [{"video": f, **none} for f in files])
     if as_json: print_json(records)
     else:
         if scorer.no_ranks: print("\n" + wrapped(scorer.no_ranks))
@@ -446,7 +456,7 @@ def _scorer(model, weights, clip, checkpoint, seed, form, device, head=None):
     from qualivision.inference.official import OfficialScorer
     return OfficialScorer.from_weights(model, weights, clip, device, head, seed=seed, form=form)
 
-@app.command("score-set")
+@app.command("score-set", stopped="The same command goes on from here.")
 def score_set(source: Annotated[Path, typer.Argument(help="Folder of videos, CSV with a column of names (and prompts), or .txt.")],
               model: Annotated[str, typer.Option(help=", ".join(SCORERS))],
               out: Annotated[Path, typer.Option(help="scores.csv or scores.parquet; a journal lies beside it.")],
@@ -463,17 +473,15 @@ def score_set(source: Annotated[Path, typer.Argument(help="Folder of videos, CSV
     if head and form != "own": raise typer.BadParameter(f"the columns of {form} have no place for mos", param_hint="--format")
     if out.suffix.lower() not in (".csv", ".parquet"): raise typer.BadParameter("is neither .csv nor .parquet", param_hint="--out")
     from qualivision.inference.bulk import score_set as run
-    try:
-        scorer = _scorer(model, weights, clip, checkpoint, seed, fused, device, head)
-        about = run(source, out, scorer, pattern or (), form, workers, sys.stderr.isatty(), say)
-    except QualiVisionError as e: failed(e, as_json)
-    except KeyboardInterrupt: say("Stopped. The same command goes on from here."); raise typer.Exit(130)
+    check_place(out)
+    scorer = _scorer(model, weights, clip, checkpoint, seed, fused, device, head)
+    about = run(source, out, scorer, pattern or (), form, workers, True, say)
     if as_json: print_json(about)
     else: print(f"{about['out']}: {about['videos']} videos, {about['scored']} scored now, {about['kept']} before, {about['failed']} failed")
     if about["failed"]: raise typer.Exit(1)
 
 # %% ../nbs/70_cli.ipynb #dd70587e
-@app.command("infer-datasets")
+@app.command("infer-datasets", stopped="The same command goes on from here.")
 def infer_datasets(labels: Annotated[list[Path], typer.Argument(help="Label files: name, _, _, mos a line, those of DIVIDE-3k, or CSV.")],
                    videos: Annotated[Optional[Path], typer.Option(help="Folder of the videos; default: that of the label file.")] = None,
                    model: Annotated[str, typer.Option(help=", ".join(SCORERS[:4]))] = "dover",
@@ -487,19 +495,22 @@ def infer_datasets(labels: Annotated[list[Path], typer.Argument(help="Label file
     if name and len(labels) > 1: raise typer.BadParameter("goes with one label file", param_hint="--name")
     from qualivision.data.labels import known_set
     from qualivision.inference.datasets import infer_set
-    results = []
-    try:
-        known = known_set(name) if name else None
-        scorer = _scorer(model, weights, clip, CHECKPOINT, seed, "official", device, head)
-        for file in labels:
-            results.append(r := infer_set(file, videos, scorer, out, known, weight, workers=workers, progress=sys.stderr.isatty(), report=say))
-            if not as_json:
-                def numbers(of): return "  ".join(f"{m.upper()} {of[m]:.4f}" for m in ("srocc", "plcc", "krcc", "rmse"))
-                print(wrapped(f"{r['set']:12} {r['scored']:6} videos  {numbers(r)}", "  "), flush=True)
-                if "head" in r: print(wrapped(f"  mos of the heads    {numbers(r['head'])}", "  "), flush=True)
-    except QualiVisionError as e: failed(e, as_json)
+    known, results, tally = known_set(name) if name else None, [], Tally()
+    scorer = _scorer(model, weights, clip, CHECKPOINT, seed, "official", device, head)
+    for file in labels:
+        with caught(file, _MEANT) as wrong:
+            results.append(r := infer_set(file, videos, scorer, out, known, weight, workers=workers, progress=True, report=say))
+            if not as_json: _print_set(r)
+        if wrong and len(labels) == 1: failed(wrong, as_json)
+        tally.add(wrong)
+        if wrong: say(str(wrong.error)); results.append({"labels": str(file), "error": str(wrong.error)})
     if as_json: print_json(results)
-    if any(r["failed"] for r in results): raise typer.Exit(1)
+    if any(r.get("error") or r["failed"] for r in results): raise typer.Exit(1)
+
+def _print_set(r: dict):
+    def numbers(of): return "  ".join(f"{m.upper()} {of[m]:.4f}" for m in ("srocc", "plcc", "krcc", "rmse"))
+    print(wrapped(f"{r['set']:12} {r['scored']:6} videos  {numbers(r)}", "  "), flush=True)
+    if "head" in r: print(wrapped(f"  mos of the heads    {numbers(r['head'])}", "  "), flush=True)
 
 data_sets = _App(help="Public data sets: addresses, licences, downloads.")
 app.add_typer(data_sets, name="data")
@@ -514,18 +525,16 @@ def data_list(as_json: Json = False):
         print(f"{r['name']}\n  {r['address']}\n" + wrapped(f"  {r['about']}. Licence: {r['licence']}."
                                                            f"{' `qualivision data pull` fetches it.' if r['pull'] else ''}", "  "))
 
-@data_sets.command("pull")
+@data_sets.command("pull", stopped="The same command goes on from what has come.")
 def data_pull(name: Annotated[str, typer.Argument(help="A name that `data list` shows.")],
               to: Annotated[Optional[Path], typer.Option(help="Folder; default: datasets/NAME.")] = None,
               keep: Annotated[bool, typer.Option("--keep", help="Keep the archives.")] = False, as_json: Json = False):
     "Fetches and unpacks a data set; broken off, the same command goes on."
     from qualivision.data.labels import known_set
     from qualivision.inference.datasets import pull_set
-    try:
-        s = known_set(name)
-        say(wrapped(f"{s.name}: {s.address}. Licence: {s.licence}."))
-        about = pull_set(s.name, to or Path("datasets") / s.name, keep, sys.stderr.isatty())
-    except QualiVisionError as e: failed(e, as_json)
+    s = known_set(name)
+    say(wrapped(f"{s.name}: {s.address}. Licence: {s.licence}."))
+    about = pull_set(s.name, to or Path("datasets") / s.name, keep)
     if as_json: print_json(about)
     else: print(f"{about['folder']}: {about['files']} files, {about['fetched']} fetched now")
 
@@ -546,11 +555,9 @@ def maps(video: Annotated[Path, typer.Argument(help="A video file.")],
     from qualivision.evaluation.maps import write_maps
     from qualivision.inference.official import load_model
     from qualivision.training.trainer import pick_device
-    try:
-        device = pick_device(device)
-        network, about = load_model(name, weights)
-        made = write_maps(network, video, out, seed, device)
-    except QualiVisionError as e: failed(e, as_json)
+    device = pick_device(device)
+    network, about = load_model(name, weights)
+    made = write_maps(network, video, out, seed, device)
     if as_json: return print_json({"video": str(video), "model": name, "seed": seed, **made, "weights": about})
     for view, value in made["scores"].items(): print(f"{view:12}{value:8.4f}")
     print("\n".join(made["files"].values()))
@@ -565,10 +572,10 @@ def gmad(scores: Annotated[Path, typer.Argument(help="CSV with a row for each vi
          out: Annotated[Optional[Path], typer.Option(help="CSV to write.")] = None, as_json: Json = False):
     "Pairs of videos that are equal for one scorer and far apart for the other: look at them to see who is right."
     from qualivision.evaluation.maps import gmad_file
-    try: found, lost = gmad_file(scores, first, second, pairs, tolerance, other)
-    except QualiVisionError as e: failed(e, as_json)
+    if out: check_place(out)
+    found, lost = gmad_file(scores, first, second, pairs, tolerance, other)
     if lost: say(f"{lost} rows left out: their videos were not scored{' by both' if other else ''}")
-    if out: found.to_csv(out, index=False, lineterminator="\n")
+    if out: write_whole(out, found.to_csv(index=False, lineterminator="\n"))
     if as_json: return print_json({"out": str(out) if out else None, "left_out": lost, "pairs": found.to_dict("records")})
     for defender, rows in found.groupby("defender", sort=False):
         print(f"equal by {defender}; by {rows.attacker.iloc[0]} the first is better, in its standard deviations:")
@@ -585,12 +592,10 @@ def export(out: Annotated[Path, typer.Option(help="The file to write, model.onnx
     name = _kind(model, "dover", "dover++", "dover-mobile", "cover")
     from qualivision.inference.export import export_onnx, onnx_packages, sources
     from qualivision.inference.official import load_model
-    try:
-        onnx_packages()
-        network, about = load_model(name, weights, clip)
-        if name == "cover": say("COVER is 19 TFLOPs a clip: comparing the file with PyTorch takes up to an hour on a CPU")
-        made = export_onnx(network, out, **sources(name, weights, clip), **{k: v for k, v in about.items() if k != "file"})
-    except QualiVisionError as e: failed(e, as_json)
+    onnx_packages()
+    network, about = load_model(name, weights, clip)
+    if name == "cover": say("COVER is 19 TFLOPs a clip: comparing the file with PyTorch takes up to an hour on a CPU")
+    made = export_onnx(network, out, **sources(name, weights, clip), **{k: v for k, v in about.items() if k != "file"})
     if as_json: return print_json({**made, "licence": about["licence"]})
     print(f"{made['file']}: {made['bytes'] / 1e6:,.1f} MB, scores and maps differ from PyTorch's by at most {made['difference']:.1e}")
     for view, shape in made["inputs"].items(): print(f"  {view:12}{'×'.join(map(str, shape))}")
@@ -659,8 +664,7 @@ def _lines(report: dict, folder: Path) -> list[str]:
 @app.command()
 def doctor(checkpoint: Checkpoint = CHECKPOINT, as_json: Json = False):
     "Versions, readers, devices and weights on this machine; status 1 where something that is needed is missing."
-    try: report = examine(checkpoint)
-    except QualiVisionError as e: failed(e, as_json)
+    report = examine(checkpoint)
     if as_json: print_json(report)
     else: print("\n".join(_lines(report, checkpoint)))
     missing = [k for k in ("torch", "av", "safetensors") if report["packages"][k] is None]

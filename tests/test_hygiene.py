@@ -183,6 +183,16 @@ def test_nothing_generated_is_tracked():
     assert not ignored, f"tracked and ignored at once: {ignored}"
 
 
+def test_a_checkout_has_the_same_bytes_everywhere():
+    "With git's autocrlf, Windows' default, code would get other line ends: another code hash, and every stage would count as changed."
+    if not (ROOT/".git").exists(): pytest.skip("not a git checkout")
+    names = git("ls-files", "-z", "--", f"{PACKAGE}/*.py", "nbs", "*.yaml", "run.sh", "results/*.csv").split("\0")
+    differ = [n for n in filter(None, names)
+              if subprocess.run(["git", "-c", "core.autocrlf=true", "cat-file", "--filters", f":{n}"], cwd=ROOT, capture_output=True).stdout
+              != subprocess.run(["git", "cat-file", "blob", f":{n}"], cwd=ROOT, capture_output=True).stdout]
+    assert names and not differ, f"{len(differ)} files, such as {differ[:3]}: .gitattributes must set text=auto eol=lf"
+
+
 def test_scripts_are_executable():
     for name in ("run.sh", ".ci/run"): assert os.access(ROOT/name, os.X_OK), f"chmod +x {name}"
 

@@ -100,9 +100,19 @@ class Sampling:
                  path: str | os.PathLike,   # a video file
                  reader: str = "auto"       # of `read_frames`
                 ) -> Tensor:                # (3,T,S,S) uint8
-        frames = read_frames(path, lambda n: uniform_indices(n, self.count), reader)   # (T,H,W,3)
+        "The view of a video. Raises the `VideoError`s of `read_frames`."
+        return self.counted(path, reader)[0]
+
+    def counted(self, path: str | os.PathLike, reader: str = "auto"
+               ) -> tuple[Tensor, int]:     # (3,T,S,S) uint8; N, how many frames the video has
+        "The view of a video, and how many frames it was made from: of one frame a model sees T copies. Raises as a call does."
+        asked = []
+        def indices(n):
+            asked.append(n)
+            return uniform_indices(n, self.count)
+        frames = read_frames(path, indices, reader)                                    # (T,H,W,3)
         resize = resize_square if self.view == "square" else processor_view
-        return resize(frames, self.size).transpose(0, 1).contiguous()                  # (3,T,S,S)
+        return resize(frames, self.size).transpose(0, 1).contiguous(), asked[-1]
 
 # %% ../../nbs/data/02_sampling.ipynb #51e34dc7
 def uniform_view(path: str | os.PathLike,  # a video file

@@ -18,7 +18,7 @@ from ..data.sampling import Sampling
 from ..models.qualivision import DoverConfig, DoverPlusPlus, VJepaConfig, VJepaMos
 from ..models.text import TextEncoder
 from ..models.weights import load_checkpoint, load_strict
-from ..quality import DIMENSIONS, QualiVisionError, ScoreRecord
+from ..quality import DIMENSIONS, QualiVisionError, ScoreRecord, Tally, caught
 from ..training.trainer import pick_device
 
 # %% ../../nbs/inference/42_score.ipynb #1f345ea7
@@ -63,6 +63,16 @@ class Scorer:
                    meta["trained_on"], meta.get("licence", ""), pick_device(device))
 
     @torch.no_grad()
+    def judge(self, frames: torch.Tensor,       # (3,T,S,S) uint8, as `self.sampling` gives them
+              prompt: str,                      # the text it was generated from
+              shown: int,                       # N, how many frames the video has
+              ) -> tuple[list, dict, tuple]:    # five MOS in the order of DIMENSIONS, None where `reasons` says why; reasons; warnings
+        "What a model says of a view, without what it cannot say. Raises TextError for a prompt that cannot be read."
+        text = self.encoder.encode([prompt]).to(self.device)                                # (1,D)
+        mos = self.model(frames[None].to(self.device), text)["mos"][0].float().cpu().tolist()    # (5,)
+        reasons = {"temporal": "the video has one frame, and motion needs two"} if shown < 2 else {}
+        return [None if d in reasons else m for d, m in zip(DIMENSIONS, mos)], reasons, ()
+
     def score(self, video: str | os.PathLike,  # file
               prompt: str,                     # the text it was generated from
               ) -> ScoreRecord:
@@ -70,17 +80,19 @@ class Scorer:
         if not isinstance(prompt, str) or not prompt.strip():
             raise ScoreError(video, "there is no prompt", "Give the text that the video was generated from: alignment is judged against it.")
         if "://" in str(video): raise ScoreError(video, "it is an address, not a file", "Download it and give the path of the file.")
-        frames = self.sampling(video)[None].to(self.device)             # (1,3,T,S,S) uint8
-        text = self.encoder.encode([prompt]).to(self.device)            # (1,D)
-        mos = self.model(frames, text)["mos"][0].float().cpu().tolist() # (5,)
-        return ScoreRecord.of(str(video), prompt, mos, **self.about)
+        frames, shown = self.sampling.counted(video)                    # (3,T,S,S) uint8
+        scores, reasons, warnings = self.judge(frames, prompt, shown)
+        return ScoreRecord.of(str(video), prompt, scores, reasons=reasons, warnings=warnings, **self.about)
 
     def score_many(self, pairs: Iterable[tuple],  # of (video, prompt)
                    ) -> Iterator[ScoreRecord]:
-        "One record per pair, in order; what cannot be scored becomes a record with its error, and the rest go on."
+        """One record per pair, in order; what cannot be scored becomes a record with its error, and the rest go on.
+        Raises QualiVisionError where the first five fail alike in a way that nobody foresaw."""
+        tally = Tally()
         for video, prompt in pairs:
-            try: yield self.score(video, prompt)
-            except QualiVisionError as e: yield ScoreRecord.failed(str(video), prompt, e, **self.about)
+            with caught(video) as item: record = self.score(video, prompt)
+            tally.add(item)
+            yield ScoreRecord.failed(str(video), prompt, item.error, **self.about) if item else record
 
 # %% ../../nbs/inference/42_score.ipynb #cd0fbff7
 def predict(data: str | Path,                     # root of a data set in the TaobaoVD-GC layout
@@ -95,7 +107,7 @@ def predict(data: str | Path,                     # root of a data set in the Ta
     _check_place(Path(out))
     scorer = checkpoint if isinstance(checkpoint, Scorer) else Scorer.from_checkpoint(checkpoint, device)
     records = list(_shown(scorer.score_many(zip(frame["path"], frame["Prompt"])), len(frame), progress))
-    scores = np.array([[np.nan if r.error else getattr(r, d) for d in DIMENSIONS] for r in records])
+    scores = np.array([[np.nan if getattr(r, d) is None else getattr(r, d) for d in DIMENSIONS] for r in records])
     write_predictions(frame, scores, out, missing="empty")
     return records
 
