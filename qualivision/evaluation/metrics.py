@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'EVALUATED', 'MetricError', 'checked', 'srocc', 'plcc', 'krcc', 'rmse', 'mae', 'challenge', 'logistic',
-           'fit_logistic', 'plcc_logistic', 'bootstrap', 'paired_bootstrap', 'evaluate_frames', 'evaluate_files',
-           'format_metrics']
+           'fit_logistic', 'plcc_logistic', 'bootstrap', 'paired_bootstrap', 'evaluate_frames', 'or_reason',
+           'evaluate_files', 'format_metrics']
 
 # %% ../../nbs/evaluation/20_metrics.ipynb #b446426b
 import warnings
@@ -293,7 +293,8 @@ def _groups(frame: pd.DataFrame, column: str, what: str) -> pd.Series:
     return frame[column]
 
 # %% ../../nbs/evaluation/20_metrics.ipynb #6be76d9d
-def _or_reason(reasons: dict, key: str, compute):  # what it computes; None where that is not defined
+def or_reason(reasons: dict, key: str, compute):  # what it computes
+    "None where that is not defined; `reasons` then says why under that key."
     try: return compute()
     except MetricError as e: reasons[key] = e.cause
 
@@ -302,9 +303,9 @@ def _evaluate(pred, target, groups, n, seed, names) -> dict:
     if (holes := np.isnan(pred) | np.isnan(target)).any():
         reasons = dict.fromkeys(EVALUATED, f"there is no number for {_some(np.asarray(names)[holes])}")
         return {"n": len(target), **dict.fromkeys(EVALUATED), "ci": dict.fromkeys(EVALUATED), "reasons": reasons}
-    values = {m: _or_reason(reasons, m, lambda m=m: METRICS[m][0](pred, target)) for m in EVALUATED}
+    values = {m: or_reason(reasons, m, lambda m=m: METRICS[m][0](pred, target)) for m in EVALUATED}
     defined = [m for m in EVALUATED if values[m] is not None]
-    intervals = {m: _or_reason(reasons, f"ci {m}", lambda m=m: list(bootstrap(pred, target, groups, [m], n, seed)[m])) for m in defined}
+    intervals = {m: or_reason(reasons, f"ci {m}", lambda m=m: list(bootstrap(pred, target, groups, [m], n, seed)[m])) for m in defined}
     return {"n": len(target), **values, "ci": {m: intervals.get(m) for m in EVALUATED}, "reasons": reasons}
 
 # %% ../../nbs/evaluation/20_metrics.ipynb #714a0613
