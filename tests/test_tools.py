@@ -217,7 +217,8 @@ def test_score_set_of_a_folder(call, here, tmp_path, monkeypatch):
         shutil.copy(here/source, folder/name)
     args = "score-set", folder, "--model", "dover", "--weights", "small.pth", "--out", tmp_path/"s.csv"
     status, about, err = call(*args, "--json")
-    assert status == 1 and about == dict(out=str(tmp_path/"s.csv"), model="dover", videos=3, scored=2, kept=0, failed=1) and "bad.mp4" in err
+    assert status == 1 and about == dict(out=str(tmp_path/"s.csv"), model="dover", videos=3, scored=2, kept=0, failed=1,
+                                            passed_over={".txt": 1}) and "bad.mp4" in err
     rows, first = rows_of(tmp_path/"s.csv"), (tmp_path/"s.csv").read_bytes()
     assert [r["video"] for r in rows] == ["b.mp4", "bad.mp4", "more/a.MOV"]
     assert list(rows[0]) == ["video", "technical", "aesthetic", "fused", "error", "sha256"]
@@ -341,7 +342,7 @@ def test_what_stops_a_run_says_so(tmp_path):
     for out, said in ((tmp_path/"o.txt", "neither"), (tmp_path/"a.mp4"/"x.csv", "nothing can be written")):
         with pytest.raises(QualiVisionError, match=said): score_set(tmp_path, out, Length())
     with pytest.raises(BulkError, match="no such scores"): score_set(tmp_path, tmp_path/"p.csv", Length(), form="cover")
-    with pytest.raises(BulkError, match="cannot be read"): list(read_manifest(tmp_path/"gone.csv"))
+    with pytest.raises(FileError, match="cannot be read"): list(read_manifest(tmp_path/"gone.csv"))
     class Greedy(Length):
         def prepare(self, path): raise MemoryError
     assert score_set(tmp_path, tmp_path/"g.csv", Greedy())["failed"] == 1 and "memory ran out" in (tmp_path/"g.csv").read_text()

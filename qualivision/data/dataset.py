@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SPLITS', 'CACHE_FORMAT', 'MIRRORED', 'PLAIN', 'WORDS', 'SHARED', 'Problem', 'DatasetError', 'DatasetWarning',
            'normalise_prompt', 'prompt_group', 'generator_of', 'load_labels', 'load_dataset', 'scale_of', 'scale_note',
-           'checked', 'validate', 'shared_prompts', 'split_by_prompt', 'resolve_splits', 'FileHashes', 'data_hash',
-           'BuildReport', 'Careful', 'ClipCache', 'DecodeEachTime', 'may_flip', 'augmentation', 'VideoQualityDataset',
-           'collate', 'EpochSampler', 'workers_that_fit', 'read_ahead', 'write_predictions']
+           'check_names', 'checked', 'validate', 'shared_prompts', 'split_by_prompt', 'resolve_splits', 'FileHashes',
+           'data_hash', 'BuildReport', 'Careful', 'ClipCache', 'DecodeEachTime', 'may_flip', 'augmentation',
+           'VideoQualityDataset', 'collate', 'EpochSampler', 'workers_that_fit', 'read_ahead', 'write_predictions']
 
 # %% ../../nbs/data/04_dataset.ipynb #b47f8c93
 import hashlib
@@ -217,6 +217,10 @@ def _refuse(problems, what="the data set"):
     if any(p.kind.startswith("MOS outside") for p in problems):
         remedy += " If all MOS are on another scale, say which: data.scale: [0, 100] in params.yaml, or --scale 0-100; they are then mapped to 1–5."
     if problems: raise DatasetError.listing(what, problems, remedy)
+
+def check_names(frame: pd.DataFrame):     # from `load_dataset`
+    "Raise `DatasetError` for names that are missing, come twice in a split, or are no files of it: all that labels on any scale are asked."
+    _refuse(_check_names(frame))
 
 def checked(frame: pd.DataFrame,     # from `load_dataset`
             scale=None,              # of its MOS, see `scale_of`
