@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['READERS', 'VideoError', 'MissingVideo', 'EmptyVideo', 'NotAVideo', 'NoVideoStream', 'TruncatedVideo', 'CorruptVideo',
-           'ReaderUnavailable', 'VideoWarning', 'VideoInfo', 'write_video', 'probe', 'read_frames']
+           'ReaderUnavailable', 'VideoWarning', 'VideoInfo', 'write_video', 'probe', 'read_frames', 'frame_times']
 
 # %% ../../nbs/data/01_video.ipynb #bccdc5d2
 import os, re, warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -326,6 +327,7 @@ class _Look:
     uneven: bool         # packets and frames are not one to one
     turn: tuple          # of `_turn`
     size: tuple          # width, height as stored
+    tick: Fraction       # s, the stream's unit of time
     lost: int | None     # frames promised that are not there; None: some, nobody can tell how many
     cause: str           # what is wrong with the file, "" if nothing is
     cut: bool            # it ends early
@@ -384,7 +386,31 @@ def _look(path: Path) -> _Look:
         name, bits = codec.codec.canonical_name, max(c.bits for c in frame.format.components)
         info = VideoInfo(len(shown), fps, *shape, duration, name, frame.format.name, bits, reader, why)
         return _Look(info, packets, scan.torn, shown, leading, clean, name in _UNEVEN or frame.interlaced_frame, turn,
-                     (frame.width, frame.height), lost, cause, cut)
+                     (frame.width, frame.height), stream.time_base, lost, cause, cut)
+
+# %% ../../nbs/data/01_video.ipynb #f984bc78
+class _Shelf:
+    "What is kept of the frames that were asked for."
+    def __init__(self, path: Path,
+                 wanted: np.ndarray,     # (T,) frame numbers
+                 each: Callable | None,  # frame, position in `wanted` -> what is kept of it; None: the frame
+                 size: tuple):           # height, width
+        self.path, self.each, self.places = path, each, {}
+        for at, k in enumerate(wanted.tolist()): self.places.setdefault(k, []).append(at)
+        self.kept = [None] * len(wanted) if each else np.empty((len(wanted), *size, 3), np.uint8)
+        self.filled = np.zeros(len(wanted), bool)
+
+    def put(self, frame: np.ndarray, k: int):  # (H,W,3) uint8; its number
+        "Every caller of `each` gets an array of its own."
+        for at in self.places[k]:
+            self.kept[at] = self.each(np.array(frame, order="C"), at) if self.each else frame
+            self.filled[at] = True
+
+    def get(self) -> np.ndarray | list:
+        "All of it. Raises `CorruptVideo` if a frame never came: memory that nobody filled is not handed on."
+        missing = sorted(k for k, places in self.places.items() if not self.filled[places].all())
+        if not missing: return self.kept
+        raise CorruptVideo(self.path, f"frame {missing[0]} was counted, and did not come", "Copy or download it again.")
 
 # %% ../../nbs/data/01_video.ipynb #52df7f01
 def _decoder(stream, threads: int):
@@ -397,35 +423,43 @@ def _decoder(stream, threads: int):
     return codec
 
 # %% ../../nbs/data/01_video.ipynb #1317bd4b
+def _whole_packets(container, stream, look: _Look, failed: set):
+    "The packets that a container delivers whole, with their numbers in decoding order; where it breaks off, that counts as a failure."
+    number, packets = -1, container.demux(stream)
+    while True:
+        try: packet = next(packets, None)
+        except av.FFmpegError:
+            if not look.damaged: failed.add(number)                   # otherwise the look has seen that too
+            return
+        if packet is None: return
+        if packet.is_corrupt: continue                                # the look has counted it
+        number += bool(packet.size)
+        yield number, packet
+
 def _pass(path: Path, look: _Look,
-          places: dict | None = None,       # frame -> positions in `out`; None: decode and count, convert nothing
-          out: np.ndarray | None = None,    # (T,H,W,3) uint8, filled here
+          shelf: "_Shelf | None" = None,    # what is kept; None: decode and count, convert nothing
           threads: int = 0,                 # 0: as many as the machine has
           skip: frozenset = frozenset()     # packets whose frames are spoiled
-         ) -> tuple[list, set]:             # packets of the frames shown, in order of display (−1: unknown); packets that failed
+         ) -> tuple[list, set, list]:       # packets of the frames shown, in order of display (−1: unknown); packets that failed; times
     "Decodes the file once, in order from the start, strictly, and keeps only what was asked for."
-    places, rgb, shown, failed, number, by_pts = places or {}, VideoReformatter(), [], set(), -1, look.by_pts()
+    rgb, shown, failed, times, by_pts = VideoReformatter(), [], set(), [], look.by_pts()
     with _open(path) as (container, stream):
         codec = _decoder(stream, threads)
-        try:
-            for packet in container.demux(stream):
-                if packet.is_corrupt: continue                        # the look has counted it
-                number += bool(packet.size)
-                try: frames = codec.decode(packet if packet.size else None)
-                except av.FFmpegError:
-                    failed.add(number)
-                    continue
-                for frame in frames:
-                    which = by_pts.get(frame.pts, -1)
-                    if frame.is_corrupt: failed.add(number if which < 0 else which)
-                    if frame.is_corrupt or which in skip: continue
-                    if (frame.width, frame.height) != look.size:
-                        raise VideoError(path, f"the picture changes its size at frame {len(shown)}", "Encode it at one size.")
-                    for at in places.get(len(shown), ()): out[at] = _upright(rgb, frame, look.turn)
-                    shown.append(which)
-        except av.FFmpegError:
-            if not look.damaged: failed.add(number)                   # the container breaks off; the look has seen that too
-    return shown, failed
+        for number, packet in _whole_packets(container, stream, look, failed):
+            try: frames = codec.decode(packet if packet.size else None)
+            except av.FFmpegError:
+                failed.add(number)
+                continue
+            for frame in frames:
+                which = by_pts.get(frame.pts, -1)
+                if frame.is_corrupt: failed.add(number if which < 0 else which)
+                if frame.is_corrupt or which in skip: continue
+                if (frame.width, frame.height) != look.size:
+                    raise VideoError(path, f"the picture changes its size at frame {len(shown)}", "Encode it at one size.")
+                if shelf is not None and len(shown) in shelf.places: shelf.put(_upright(rgb, frame, look.turn), len(shown))
+                shown.append(which)
+                times.append(frame.dts if frame.pts is None else frame.pts)
+    return shown, failed, times
 
 # %% ../../nbs/data/01_video.ipynb #dac83998
 def _failures(look: _Look, shown: list, failed: set) -> set:  # numbers of packets
@@ -451,16 +485,16 @@ def _spoiled(look: _Look, failed: set) -> frozenset:  # numbers of packets
 
 # %% ../../nbs/data/01_video.ipynb #537bfe10
 def _count(path: Path, look: _Look
-          ) -> tuple[int, int | None, frozenset]:  # frames to show, frames lost (None: nobody can tell how many), spoiled packets
+          ) -> tuple[list, int | None, frozenset]:  # times of the frames to show, frames lost (None: nobody can tell how many), spoiled packets
     "What a strict decode of the whole file finds."
-    shown, failed = _pass(path, look)
-    if not _failures(look, shown, failed) and not look.torn: return len(shown), look.lost, frozenset()
-    shown, failed = _pass(path, look, threads=1)
+    shown, failed, times = _pass(path, look)
+    if not _failures(look, shown, failed) and not look.torn: return times, look.lost, frozenset()
+    shown, failed, times = _pass(path, look, threads=1)
     spoiled, due = _spoiled(look, _failures(look, shown, failed)), look.shown - look.leading
-    if look.by_pts(): good = [i for i in shown if i not in spoiled]
-    else: good, spoiled, due = shown[:min(failed, default=len(shown))], frozenset(), len(due)
+    if look.by_pts(): good = [t for i, t in zip(shown, times) if i not in spoiled]
+    else: good, spoiled, due = times[:min(failed, default=len(shown))], frozenset(), len(due)
     lost = len(due & spoiled) if look.by_pts() else max(0, due - len(good))
-    return len(good), None if look.lost is None else look.lost + lost, spoiled
+    return good, None if look.lost is None else look.lost + lost, spoiled
 
 def _damage(path: Path, look: _Look, shown: int, lost: int | None, damaged: str):
     "Raises what is wrong with the file, or warns of it; nothing happens if it is whole."
@@ -483,19 +517,17 @@ def _resolve(path: Path, indices, frames: int) -> np.ndarray:  # (T,) int64
     if len(bad): raise VideoError(path, f"frame {bad[0]} was asked for, and it has 0 to {frames - 1}", "Ask for frames that exist.")
     return wanted.astype(np.int64)
 
-def _by_pyav(path: Path, look: _Look, indices, damaged: str) -> np.ndarray:  # (T,H,W,3) uint8 RGB
+def _by_pyav(path: Path, look: _Look, indices, damaged: str, each: Callable | None) -> np.ndarray | list:  # of `_Shelf`
     "One decode of the whole file; more where the frames have to be counted first, or some are lost."
     def take(frames, threads=0, skip=frozenset()):
-        wanted, places = _resolve(path, indices, frames), {}
-        for at, k in enumerate(wanted.tolist()): places.setdefault(k, []).append(at)
-        out = np.empty((len(wanted), look.info.height, look.info.width, 3), np.uint8)
-        return out, *_pass(path, look, places, out, threads, skip)
+        shelf = _Shelf(path, _resolve(path, indices, frames), each, (look.info.height, look.info.width))
+        return shelf, *_pass(path, look, shelf, threads, skip)
     if not look.damaged and not look.by_decoding:
-        out, shown, failed = take(look.info.frames)
-        if not _failures(look, shown, failed) and len(shown) == look.info.frames: return out
-    frames, lost, spoiled = _count(path, look)
-    _damage(path, look, frames, lost, damaged)
-    return take(frames, 1, spoiled)[0]
+        shelf, shown, failed, _ = take(look.info.frames)
+        if not _failures(look, shown, failed) and len(shown) == look.info.frames: return shelf.get()
+    times, lost, spoiled = _count(path, look)
+    _damage(path, look, len(times), lost, damaged)
+    return take(len(times), 1, spoiled)[0].get()
 
 # %% ../../nbs/data/01_video.ipynb #20f1c01a
 def _decord():
@@ -504,27 +536,39 @@ def _decord():
     except (ImportError, OSError): return None
     return decord
 
-def _by_decord(path: Path, indices, gpu: bool = False,
-               frames: int | None = None   # how many there should be; None: whatever decord counts
-              ) -> np.ndarray:             # (T,H,W,3) uint8 RGB
-    "What decord returns, unchecked but for the number of frames."
-    decord = _decord()
-    if decord is None:
-        raise ReaderUnavailable(path, "decord is not installed", 'Use reader="auto", or `pip install decord` (x86-64 only).')
-    decord.logging.set_level(decord.logging.QUIET)
-    try:
-        video = decord.VideoReader(os.path.abspath(path), ctx=decord.gpu(0) if gpu else decord.cpu(0))
-        if frames not in (None, len(video)):
-            raise CorruptVideo(path, f"decord counts {len(video)} frames, not {frames}", 'Use reader="pyav".')
-        wanted = _resolve(path, indices, len(video))
-        once, where = np.unique(wanted if len(wanted) else [0], return_inverse=True)
-        batch = video.get_batch(once.tolist())
+@contextmanager
+def _decord_said(path: Path, decord):
+    "Its errors, typed."
+    try: yield
     except (decord.DECORDError, RuntimeError) as e:
         if "CUDA not enabled" in str(e):
             cause = "this build of decord cannot decode on the GPU"
             raise ReaderUnavailable(path, cause, 'Use reader="auto", or build decord with CUDA.') from e
         raise CorruptVideo(path, f"decord cannot read it ({str(e).splitlines()[0][:120]})", 'Use reader="pyav".') from e
-    return (batch.asnumpy() if hasattr(batch, "asnumpy") else batch.numpy())[where[:len(wanted)]]
+
+def _by_decord(path: Path, indices,
+               each: Callable | None = None,   # of `_Shelf`
+               gpu: bool = False,
+               frames: int | None = None       # how many there should be; None: whatever decord counts
+              ) -> np.ndarray | list:          # of `_Shelf`
+    "What decord returns, unchecked but for the number of frames; four at a time where not all are kept."
+    decord = _decord()
+    if decord is None:
+        raise ReaderUnavailable(path, "decord is not installed", 'Use reader="auto", or `pip install decord` (x86-64 only).')
+    decord.logging.set_level(decord.logging.QUIET)
+    with _decord_said(path, decord): video = decord.VideoReader(os.path.abspath(path), ctx=decord.gpu(0) if gpu else decord.cpu(0))
+    def batch(some):  # (T,H,W,3) uint8
+        with _decord_said(path, decord): got = video.get_batch(some.tolist())
+        return got.asnumpy() if hasattr(got, "asnumpy") else got.numpy()
+    if frames not in (None, len(video)):
+        raise CorruptVideo(path, f"decord counts {len(video)} frames, not {frames}", 'Use reader="pyav".')
+    wanted = _resolve(path, indices, len(video))
+    once, where = np.unique(wanted if len(wanted) else np.zeros(1, np.int64), return_inverse=True)
+    if not each: return batch(once)[where[:len(wanted)]]
+    shelf = _Shelf(path, wanted, each, ())
+    for some in np.split(once, range(4, len(once), 4)) if len(wanted) else ():
+        for number, frame in zip(some.tolist(), batch(some)): shelf.put(frame, number)
+    return shelf.get()
 
 # %% ../../nbs/data/01_video.ipynb #637ca378
 READERS = ("auto", "decord", "pyav", "decord-gpu")
@@ -537,6 +581,9 @@ def _file(path: str | os.PathLike) -> Path:
     if path.stat().st_size == 0: raise EmptyVideo(path, "the file has no bytes", "Copy, download or generate it again.")
     return path
 
+def _check_damaged(path: Path, damaged: str):
+    if damaged not in ("error", "warn"): raise VideoError(path, f"damaged={damaged!r}", 'Use damaged="error" or "warn".')
+
 def probe(path: str | os.PathLike  # a video file
          ) -> VideoInfo:
     "What is in a video file. Raises the `VideoError`s of `read_frames`, except for damage that only decoding shows."
@@ -544,29 +591,55 @@ def probe(path: str | os.PathLike  # a video file
     look = _look(path)
     _damage(path, look, look.info.frames, look.lost, "error")
     if not look.by_decoding: return look.info
-    frames, lost, _ = _count(path, look)
-    _damage(path, look, frames, lost, "error")
-    return replace(look.info, frames=frames)
+    times, lost, _ = _count(path, look)
+    _damage(path, look, len(times), lost, "error")
+    return replace(look.info, frames=len(times))
 
 # %% ../../nbs/data/01_video.ipynb #d310d8b2
 def read_frames(path: str | os.PathLike,  # a video file
                 indices,                  # frame numbers, 0 is the first shown; or a function: number of frames -> frame numbers
                 reader: str = "auto",     # auto | decord | pyav | decord-gpu
-                damaged: str = "error"    # "warn": what is left of a damaged file, and a `VideoWarning` that counts the lost frames
-               ) -> np.ndarray:           # (T,H,W,3) uint8 RGB, in the order asked for
+                damaged: str = "error",   # "warn": what is left of a damaged file, and a `VideoWarning` that counts the lost frames
+                each: Callable | None = None   # frame (H,W,3) uint8, position in `indices` -> what is kept of it, so that no video stands whole in memory
+               ) -> np.ndarray | list:    # (T,H,W,3) uint8 RGB, in the order asked for; with `each` the list of its T results
     "Exactly the frames that were asked for. Raises a `VideoError` that names the file, the cause and the remedy."
     path = _file(path)
     if reader not in READERS: raise VideoError(path, f"there is no reader {reader!r}", f"Use one of {', '.join(READERS)}.")
-    if damaged not in ("error", "warn"): raise VideoError(path, f"damaged={damaged!r}", 'Use damaged="error" or "warn".')
+    _check_damaged(path, damaged)
     if reader.startswith("decord") and _decord() is None: return _by_decord(path, indices)     # raises ReaderUnavailable
     look = _look(path)
     if reader.startswith("decord"):
         if look.info.reader != "decord":
             warnings.warn(VideoWarning(path, f"decord may return other frames: {look.info.why}"), stacklevel=2)
-        return _by_decord(path, indices, gpu=reader == "decord-gpu")
-    if reader == "pyav" or look.info.reader == "pyav" or _count(path, look)[:2] != (look.info.frames, 0):
-        return _by_pyav(path, look, indices, damaged)
+        return _by_decord(path, indices, each, gpu=reader == "decord-gpu")
+    if reader == "pyav" or look.info.reader == "pyav" or each: return _by_pyav(path, look, indices, damaged, each)
+    times, lost, _ = _count(path, look)
+    if lost != 0 or len(times) != look.info.frames: return _by_pyav(path, look, indices, damaged, each)
     try: return _by_decord(path, indices, frames=look.info.frames)
     except CorruptVideo as e:                                     # and yet the strict decode has just found the file whole
         warnings.warn(VideoWarning(path, f"{e.cause}; PyAV read it instead"), stacklevel=2)
-        return _by_pyav(path, look, indices, damaged)
+        return _by_pyav(path, look, indices, damaged, each)
+
+# %% ../../nbs/data/01_video.ipynb #bd5f324c
+def _seconds(look: _Look,
+             times: list   # of `_pass`, in units of look.tick
+            ) -> np.ndarray:   # (N,) float64, s
+    "From the first frame on; a clock that jumps back goes on one frame later."
+    ticks = np.array(times, dtype=np.int64)
+    steps = np.diff(ticks)
+    steps[steps < 0] = round(1 / (look.info.fps * look.tick)) if look.info.fps else 1
+    return np.concatenate([[0], np.cumsum(steps)])[:len(ticks)] * float(look.tick)
+
+def frame_times(path: str | os.PathLike,  # a video file
+                damaged: str = "error"    # of `read_frames`
+               ) -> np.ndarray:           # (N,) float64, s: when each frame is shown, the first at 0
+    "The times of all frames that `read_frames` counts. Warns where the file has none; raises the `VideoError`s of `read_frames`."
+    path = _file(path)
+    _check_damaged(path, damaged)
+    look = _look(path)
+    times, lost, _ = _count(path, look)
+    _damage(path, look, len(times), lost, damaged)
+    if None not in times: return _seconds(look, times)
+    if not look.info.fps: raise VideoError(path, "it has neither times nor a frame rate", "Put it into an mp4 with its rate (ffmpeg -r RATE -i OLD -c copy NEW.mp4).")
+    warnings.warn(VideoWarning(path, f"its frames have no times: taken as {look.info.fps:g} frames/s, the rate of its header"), stacklevel=2)
+    return np.arange(len(times)) / look.info.fps
