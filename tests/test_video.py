@@ -284,7 +284,7 @@ def noise(path): path.write_bytes(np.random.default_rng(0).integers(0, 256, 6000
     ("zeros.mp4", lambda p: p.write_bytes(bytes(9000)), "NotAVideo", "no video format"),
     ("still.png", still, "NotAVideo", "still picture"),
     ("still.mp4", still, "NotAVideo", "still picture"),
-    ("still.ppm", pixmap, "NotAVideo", "no video format"),
+    ("still.ppm", pixmap, "NotAVideo", "still picture"),
     ("sound.mp4", sound, "NoVideoStream", "audio"),
     ("sound.wav", sound, "NoVideoStream", "audio")])
 def test_typed_errors(zoo, tmp_path, name, make, error, cause, reader):
