@@ -129,6 +129,7 @@ def markdown(
     def shown(cell):
         if cell["value"] is None: return "–"
         value, interval = shown_cell(cell).split(" ", 1)
+        interval = interval.replace(" ", "\u00a0")             # not broken over two lines
         return f"{value} <sub>{interval}</sub> {''.join(cell['marks']) if marks else ''}".strip()
     lines = [[f"**{title(row)}**" if row in models else title(row), *map(shown, cells)]
              for row, cells in table(results, metric, rows).items()]
