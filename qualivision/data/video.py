@@ -8,9 +8,9 @@ __all__ = ['BACKGROUND', 'READERS', 'VideoError', 'MissingVideo', 'EmptyVideo', 
            'over_background', 'probe', 'read_frames', 'frame_times']
 
 # %% ../../nbs/data/01_video.ipynb #bccdc5d2
-import os, re, stat, warnings
+import errno, os, re, stat, warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -57,30 +57,39 @@ class VideoInfo:
     why: str         # the reason for that choice
 
 # %% ../../nbs/data/01_video.ipynb #dae10c28
-def _encode(container, frames: np.ndarray, rate: Fraction, codec: str, pix_fmt: str, options: dict):
+def _encode(container, frames: np.ndarray, times: list, tick: Fraction, rate: Fraction, codec: str, pix_fmt: str, options: dict):
+    "`times`: in ticks, when each frame is shown, and when the last one ends, where that is not a tick later."
     if av.Codec(codec, "w").name.startswith("libx264"): options = {"mbtree": 0, **options}   # the tree may read memory that nobody filled
     stream = container.add_stream(codec, rate=rate, options={k: str(v) for k, v in options.items()})
     stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pix_fmt
     stream.codec_context.thread_count, rgb, yuv = 1, VideoReformatter(), {}
+    if tick != 1 / rate: stream.codec_context.time_base = tick
     if pix_fmt.startswith("yuv"):
         yuv = {"dst_colorspace": "ITU601", "dst_color_range": "JPEG" if pix_fmt.startswith("yuvj") else "MPEG"}
         stream.codec_context.colorspace, stream.codec_context.color_range = 6, 2 if pix_fmt.startswith("yuvj") else 1
     for k, picture in enumerate(frames):
         frame = rgb.reformat(av.VideoFrame.from_ndarray(picture, format="rgb24"), format=pix_fmt, threads=1, **yuv)
-        frame.pts, frame.time_base = k, 1 / rate
-        container.mux(stream.encode(frame))
-    container.mux(stream.encode())
+        frame.pts, frame.time_base = times[k], tick
+        _mux(container, stream.encode(frame), times)
+    _mux(container, stream.encode(), times)
+
+def _mux(container, packets: list, times: list):
+    for p in packets:
+        if p.pts == times[-2] and times[-1] - times[-2] > 1: p.duration = times[-1] - times[-2]     # no next frame ends the last one
+        container.mux(p)
 
 # %% ../../nbs/data/01_video.ipynb #2a9987da
 def write_video(path: str | os.PathLike,   # where to; the ending chooses the container: .mp4, .mov, .mkv, .webm, .avi, .gif, …
                 frames,                    # (T,H,W,3) uint8 RGB
                 fps: float = 24,           # frames/s
+                times=None,                # (T+1,) s, rising: when each frame is shown, and when the last one ends; None: by `fps`
                 codec: str = "libx264",    # an encoder of PyAV's FFmpeg
                 crf: float | None = None,  # constant quality where the encoder has it, lower is better; None: its default
                 pix_fmt: str = "yuv420p",  # how the encoder stores a pixel; a gif needs "rgb8"
                 **options                  # of the encoder, such as preset="veryfast", g=12
                ) -> Path:
-    "A video file; the same frames and options give the same bytes (x264: not with `mbtree=1`). Raises `VideoError`, and leaves no file."
+    """A video file; the same frames and options give the same bytes (x264: not with `mbtree=1`).
+    Raises `VideoError`, or OSError where the place cannot be written, and leaves no file."""
     path, frames = Path(path), np.ascontiguousarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise VideoError(path, f"frames are {frames.dtype} of shape {frames.shape}", "Give (T,H,W,3) uint8 with T of at least 1.")
@@ -89,11 +98,18 @@ def write_video(path: str | os.PathLike,   # where to; the ending chooses the co
         raise VideoError(path, f"{pix_fmt} needs even sizes, not {size}", 'Crop the frames, or use pix_fmt="yuv444p".')
     if crf is not None: options["crf"] = crf
     if codec == "libx265": options = {"x265-params": "log-level=none:pools=none:frame-threads=1", **options}
+    rate, tick, ticks = Fraction(fps).limit_denominator(1001), None, list(range(len(frames) + 1))
+    if times is not None:
+        tick, ticks = Fraction(1, 90000), [round(90000 * float(t)) for t in times]
+        if len(ticks) != len(frames) + 1 or any(b <= a for a, b in zip(ticks, ticks[1:])):
+            raise VideoError(path, f"{len(ticks)} times do not rise over {len(frames)} frames", "Give one for each frame, and the end of the last.")
+        rate = Fraction(90000 * len(frames), ticks[-1] - ticks[0]).limit_denominator(1001)
     try:
         with av.open(f"file:{path}", "w", container_options={"fflags": "+bitexact"}) as container:
-            _encode(container, frames, Fraction(fps).limit_denominator(1001), codec, pix_fmt, options)
+            _encode(container, frames, ticks, tick or 1 / rate, rate, codec, pix_fmt, options)
     except (av.FFmpegError, ValueError) as e:
-        path.unlink(missing_ok=True)
+        with suppress(OSError): path.unlink(missing_ok=True)             # what came first is what counts
+        if isinstance(e, OSError) and e.errno != errno.EPERM: raise      # the place; EPERM is what encoders say
         cause = f"{codec} with {pix_fmt} cannot be written here ({e})"
         raise VideoError(path, cause, "Choose a codec, pix_fmt and ending that go together.") from e
     return path

@@ -150,7 +150,7 @@ def main(
     settings, root, splits = p["evaluate"], p["data"]["root"], read_splits(p["data"])
     split, note = asked_split(models)
     asked = splits[split]
-    features, encoder = pd.read_csv("work/features.csv", index_col="path"), TextEncoder(p["text"]["encoder"], cache="cache/text")
+    features, encoder = pd.read_csv("work/features.csv", index_col="path"), TextEncoder(p["text"]["encoder"])
     train, clips = (known_about(splits[s], features, encoder) for s in ("train", split))
     (baselines, omitted), (oracles, unknown) = baseline_rows(train, clips), ceiling_rows(root, asked)
     scratch, unmade = scratch_rows(asked, split, read_json("results/splits.json")["data_hash"])

@@ -48,9 +48,9 @@ def main(params: str | Path = "params.yaml", profile: str | None = None, progres
     keep_memory()
     p = read_params(SECTIONS, params, profile)
     root, workers = p["data"]["root"], p["prepare"]["workers"]
-    frame = validate(load_dataset(root))
+    asked, encoder = views({"dover": p["dover"], "vjepa2": p["vjepa2"]}), TextEncoder(p["text"]["encoder"])
+    frame = validate(load_dataset(root), prompts=encoder.read)
     splits = resolve_splits(frame, **split_rule(p["data"]))
-    asked, encoder = views({"dover": p["dover"], "vjepa2": p["vjepa2"]}), TextEncoder(p["text"]["encoder"], cache="cache/text")
     used = used_rows(splits)
     for view in dict.fromkeys(asked.values()): ClipCache("cache", view).build(used["path"], workers, progress)
     encoder.encode(list(dict.fromkeys(used["Prompt"])))
