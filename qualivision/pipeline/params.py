@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from ..data.dataset import load_dataset, resolve_splits
-from ..quality import QualiVisionError
+from ..quality import QualiVisionError, caught
 
 # %% ../../nbs/pipeline/59_params.ipynb #86f44845
 MODELS = ("dover", "vjepa2")    # of the pipeline; each has a section of parameters, a folder of results and one of weights
@@ -90,10 +90,10 @@ def note_machine(stage: str, seconds: float, folder: str | Path = "work"):
     with open(Path(folder)/"machine.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(about) + "\n")
 
 def run_stage(main):   # the stage's main(), which takes the program's arguments
-    "Runs a stage as a program: an error that was foreseen is one message and status 1, and the run is noted."
+    "Runs a stage as a program: an error is one message and status 1, after its traceback where nobody foresaw it; and the run is noted."
     began, arguments = time.perf_counter(), sys.argv[1:]
-    try: main(*arguments)
-    except QualiVisionError as e: sys.exit(str(e))
+    with caught(Path(sys.argv[0]).stem) as wrong: main(*arguments)
+    if wrong: sys.exit(f"{wrong.trace}{wrong.error}")
     note_machine("@".join([Path(sys.argv[0]).stem, *arguments]), time.perf_counter() - began)
 
 # %% ../../nbs/pipeline/59_params.ipynb #5a028d22

@@ -9,7 +9,7 @@ __all__ = ['SECTIONS', 'plan', 'from_noise', 'main', 'train_to', 'best_of', 'sam
 from pathlib import Path
 
 from ..data.dataset import data_hash, load_dataset
-from ..files import code_hash
+from ..files import check_place, code_hash
 from ..models.qualivision import settled
 from ..models.weights import about_file
 from .params import (ParamsError, keep_memory, known_model, label_source, read_json, read_params, run_stage, split_rule,
@@ -72,6 +72,7 @@ def train_to(
 ) -> dict:                 # as of `train_model`
     "Trains as a section says. Raises ParamsError, TrainError, DatasetError, VideoError, WeightsError."
     root = data["root"]
+    for place in (results/"train.json", checkpoint/"model.json"): check_place(place)      # before hours of work, not after them
     same_data(root)
     config, settings, trunk, rest = plan(model, section)
     task = Task(root, checkpoint, text=text, split=split_rule(data), trained_on=label_source(root),
