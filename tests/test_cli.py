@@ -17,7 +17,7 @@ from qualivision.inference.score import Scorer
 from qualivision.quality import COLUMNS, DIMENSIONS, MOS_COLUMNS
 
 ROOT = Path(__file__).parents[1]
-KEYS = ["video", "prompt", *DIMENSIONS, "model", "checkpoint", "trained_on", "error"]
+KEYS = ["video", "prompt", *DIMENSIONS, "model", "checkpoint", "trained_on", "error", "reasons", "warnings"]
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ from qualivision.models.convnext3d import INFLATED, InflatedConvNeXt3D
 from qualivision.models.cover import COVER, CLIPImage
 from qualivision.models.dover import Branches, DOVERMobile, QualityHead
 from qualivision.models.weights import WeightsError
+from qualivision.quality import QualiVisionError
 
 ROOT = Path(__file__).parents[1]
 KEYS = ["video", "technical", "aesthetic", "fused", "ranks", "seed", "weights", "error"]
@@ -338,8 +339,8 @@ def test_what_stops_a_run_says_so(tmp_path):
     (tmp_path/"a.mp4").write_text("x")
     (tmp_path/"o.csv.journal").write_text("this is no database, and it is longer than the head of one" * 20)
     with pytest.raises(BulkError, match="no journal"): score_set(tmp_path, tmp_path/"o.csv", Length())
-    for out, said in ((tmp_path/"o.txt", "neither"), (tmp_path/"a.mp4"/"x.csv", "cannot be made")):
-        with pytest.raises(BulkError, match=said): score_set(tmp_path, out, Length())
+    for out, said in ((tmp_path/"o.txt", "neither"), (tmp_path/"a.mp4"/"x.csv", "nothing can be written")):
+        with pytest.raises(QualiVisionError, match=said): score_set(tmp_path, out, Length())
     with pytest.raises(BulkError, match="no such scores"): score_set(tmp_path, tmp_path/"p.csv", Length(), form="cover")
     with pytest.raises(FileError, match="cannot be read"): list(read_manifest(tmp_path/"gone.csv"))
     class Greedy(Length):
@@ -462,7 +463,7 @@ def test_one_process_pulls_into_a_folder(hub, tmp_path):
     for text in ("no JSON", "[1, 2]", "3"):
         (tmp_path/".pulled.json").write_text(text)
         with pytest.raises(DataError, match="not the list"): pull_set("LSVQ", tmp_path, progress=False)
-    with pytest.raises(DataError, match="nothing can be written"): pull_set("LSVQ", tmp_path/"README.md"/"x", progress=False)
+    with pytest.raises(FileError, match="nothing can be written"): pull_set("LSVQ", tmp_path/"README.md"/"x", progress=False)
 
 
 def test_pull_that_cannot_be(call, hub, tmp_path, monkeypatch):

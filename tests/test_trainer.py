@@ -19,13 +19,14 @@ import torch
 
 from qualivision.data.dataset import collate
 from qualivision.data.sampling import Sampling
+from qualivision.devices import DeviceError, make_accelerator, seed_all
 from qualivision.models.qualivision import DoverPlusPlus
 from qualivision.models.text import TextEncoder
 from qualivision.models.weights import load_checkpoint
 from qualivision.training import trainer
 from qualivision.training.losses import HybridLoss
-from qualivision.training.trainer import (TrainConfig, TrainError, fit, make_accelerator, prepare_data, read_pointer, seed_all, start_run,
-                                          steps_per_epoch, take_step, training_loss, validate, warmup_cosine)
+from qualivision.training.trainer import (TrainConfig, TrainError, fit, prepare_data, read_pointer, start_run, steps_per_epoch,
+                                          take_step, training_loss, validate, warmup_cosine)
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -325,7 +326,7 @@ def test_steps_that_float16_leaves_out_are_counted_and_bounded(sets, tmp_path):
 
 def test_an_absent_device_is_an_error():
     if torch.cuda.is_available(): pytest.skip("this machine has a CUDA device")
-    with pytest.raises(TrainError, match="offers cpu"): make_accelerator("cuda")
+    with pytest.raises(DeviceError, match="offers cpu"): make_accelerator("cuda")
 
 
 # --- precision, processes, workers ---

@@ -186,7 +186,7 @@ def test_the_trunk_is_frozen_as_it_was_learned(data, tmp_path):
     train(data, tmp_path)
     final, _ = load_checkpoint(tmp_path/"out")
     torch.manual_seed(0)
-    from qualivision.training.trainer import seed_all
+    from qualivision.devices import seed_all
     seed_all(0)
     fresh = VJepaMos(CONFIG).state_dict()
     low = [k for k in final if k.startswith(FROZEN)]

@@ -7,7 +7,6 @@ __all__ = ['VIDEOS', 'PROMPT_COLUMNS', 'DISK', 'TABLES', 'FORMS', 'BulkError', '
            'header', 'cells', 'said_of', 'score_set']
 
 # %% ../../nbs/inference/43_bulk.ipynb #a6675c71
-import hashlib
 import json
 import os
 import sqlite3
@@ -15,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
@@ -25,10 +24,10 @@ import torch
 from ..data.sampling import PICTURES
 from ..data.video import MissingVideo
 from ..evaluation.ranks import set_script_scores
-from ..files import NAMES, is_address, read_lines, read_rows
+from ..files import NAMES, check_place, file_sha256, is_address, progress, read_lines, read_rows, readable, staged
 from .score import Scorer, ScoreError
 from ..models.weights import about_file
-from ..quality import DIMENSIONS, MOS_COLUMNS, QualiVisionError
+from ..quality import DIMENSIONS, MOS_COLUMNS, Caught, QualiVisionError, Tally, caught, say
 
 # %% ../../nbs/inference/43_bulk.ipynb #ea67f94e
 class BulkError(QualiVisionError): "A collection that cannot be scored, or a result that cannot be written."
@@ -115,19 +114,18 @@ class FiveMos:
     def __init__(self, scorer: Scorer, most: int = 10_000):     # prompts whose embeddings are kept
         self.scorer, self.most = scorer, most
         about = scorer.about
-        self.settings = {"model": about["model"], "weights": about_file(about["checkpoint"]).get("sha256"), "sampling": scorer.sampling.key()}
+        self.settings = {"model": about["model"], "weights": about_file(about["checkpoint"]).get("sha256"), "sampling": scorer.sampling.key(),
+                         "judged": 2}       # raise it when scores come with other reasons or warnings: rows of before are scored again
 
-    def prepare(self, video) -> torch.Tensor:   # (3,T,S,S) uint8
-        return self.scorer.sampling(video)
+    def prepare(self, video) -> tuple[torch.Tensor, int]:   # (3,T,S,S) uint8; how many frames the video has
+        return self.scorer.sampling.counted(video)
 
-    @torch.no_grad()
-    def rate(self, frames: torch.Tensor, prompt: str) -> dict[str, float]:   # MOS, 1–5
+    def rate(self, views: tuple, prompt: str) -> dict:      # MOS, 1–5, or None; reasons; warnings
         "Five MOS. Raises ScoreError where there is no prompt."
         if not prompt.strip(): raise ScoreError("prompt", "there is none", "Give the text that the video was generated from.")
-        scorer = self.scorer
-        if len(scorer.encoder._known) >= self.most: scorer.encoder._known.clear()
-        mos = scorer.model(frames[None].to(scorer.device), scorer.encoder.encode([prompt]).to(scorer.device))["mos"][0]
-        return dict(zip(self.columns, mos.double().tolist()))
+        if len(self.scorer.encoder._known) >= self.most: self.scorer.encoder._known.clear()
+        scores, reasons, warnings = self.scorer.judge(views[0], prompt, views[1])
+        return {**dict(zip(self.columns, scores)), "reasons": reasons, "warnings": list(warnings)}
 
 # %% ../../nbs/inference/43_bulk.ipynb #0f7ab873
 DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN)     # what is the disk's fault, not the file's
@@ -156,13 +154,15 @@ def _list(db, videos, ordered: bool) -> int:    # how many there are
     "Write down what is to be scored: in the order given, or by name."
     db.execute("BEGIN")
     db.execute("CREATE TEMP TABLE found (name BLOB, path BLOB, prompt TEXT)")
-    db.executemany("INSERT INTO found VALUES (?, ?, ?)", ((os.fsencode(n), os.fsencode(p), _text(t)) for n, p, t in videos))
+    db.executemany("INSERT INTO found VALUES (?, ?, ?)", ((os.fsencode(n), os.fsencode(p), _kept(t)) for n, p, t in videos))
     db.execute(f"INSERT INTO items (name, path, prompt) SELECT name, path, prompt FROM found ORDER BY {'rowid' if ordered else 'name'}")
     db.execute("DROP TABLE found")
     db.execute("COMMIT")
     return db.execute("SELECT count(*) FROM items").fetchone()[0]
 
-def _text(text: str) -> str: return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def _kept(text: str) -> str | bytes: return text if readable(text) == text else text.encode("utf-8", "surrogatepass")
+
+def _back(text: str | bytes) -> str: return text if isinstance(text, str) else text.decode("utf-8", "surrogatepass")
 
 def _items(db, page: int = 256) -> Iterator[tuple]:   # name, path, prompt, settings, sha256, mark, scores, error; the last five None if new
     "What is to be scored, with what is known of it."
@@ -170,7 +170,7 @@ def _items(db, page: int = 256) -> Iterator[tuple]:   # name, path, prompt, sett
     while found := db.execute("SELECT position, name, path, i.prompt, settings, sha256, mark, scores, error FROM items i LEFT JOIN rows USING "
                               "(name, prompt) WHERE position > ? ORDER BY position LIMIT ?", (at, page)).fetchall():
         at = found[-1][0]
-        for row in found: yield (os.fsdecode(row[1]), os.fsdecode(row[2]), *row[3:])
+        for row in found: yield (os.fsdecode(row[1]), os.fsdecode(row[2]), _back(row[3]), *row[4:])
 
 # %% ../../nbs/inference/43_bulk.ipynb #a9c97826
 def _content(path: str, sha: str | None, mark: str | None) -> tuple[str, str]:   # SHA-256, mark
@@ -180,22 +180,18 @@ def _content(path: str, sha: str | None, mark: str | None) -> tuple[str, str]:  
         s, now = os.stat(path), time.time_ns()
         found = f"{s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}"
         if sha and mark == found: return sha, found
-        with open(path, "rb") as f: sha = hashlib.file_digest(f, "sha256").hexdigest()
+        sha = file_sha256(path)
     except FileNotFoundError as e: raise MissingVideo(path, "there is no such file", "Check the name and the folder.") from e
     except OSError as e: raise BulkError(path, f"it cannot be read ({e.strerror})", "Check that it is a file and may be read.") from e
     return sha, found if now - max(s.st_mtime_ns, s.st_ctime_ns) > 2_000_000_000 else ""
 
-def _said(e: BaseException) -> str: return " ".join(str(e).split())    # text: an exception would keep frames of video alive
-
-def _prepared(scorer, path, sha, mark, done: bool):   # SHA-256, mark, views (None: what is known of it holds), error as text
+def _prepared(scorer, path, sha, mark, done: bool):   # SHA-256, mark, views (None: what is known of it holds), what went wrong
     "One video as far as it can be brought without the network; runs in a thread."
-    before, sha, mark = sha, "", ""
-    try:
-        sha, mark = _content(path, before, mark)
-        if done and sha == before: return sha, mark, None, None
-        return sha, mark, scorer.prepare(path), None
-    except QualiVisionError as e: return sha, mark, None, _said(e)
-    except (MemoryError, torch.OutOfMemoryError): return sha, mark, None, str(BulkError(path, "memory ran out", "Score it with fewer workers."))
+    now, views = ("", ""), None
+    with caught(path) as wrong:
+        now = _content(path, sha, mark)
+        if not done or now[0] != sha: views = scorer.prepare(path)
+    return *now, views, wrong
 
 # %% ../../nbs/inference/43_bulk.ipynb #91eb6c57
 FORMS = {"cover": ["Filename", "Semantic", "Technical", "Aesthetic", "Overall"],
@@ -204,7 +200,7 @@ FORMS = {"cover": ["Filename", "Semantic", "Technical", "Aesthetic", "Overall"],
 def header(scorer, form: str) -> list[str]:
     "The columns of a result."
     if form in FORMS: return FORMS[form]
-    if scorer.columns == DIMENSIONS: return ["video_name", "Prompt", *MOS_COLUMNS, "error", "sha256"]
+    if scorer.columns == DIMENSIONS: return ["video_name", "Prompt", *MOS_COLUMNS, "error", "reasons", "warnings", "sha256"]
     return ["video", *scorer.columns, "error", "sha256"]
 
 def cells(scorer, form: str, name: str, prompt: str, scores: dict | None, error: str | None, sha: str | None) -> list:
@@ -214,11 +210,12 @@ def cells(scorer, form: str, name: str, prompt: str, scores: dict | None, error:
     if form == "dover":
         percent = set_script_scores(scores["technical"], scores["aesthetic"]) if scores else {}
         return [name] + [percent.get(c) for c in ("aesthetic", "technical", "fused")]
-    return [name, *([prompt] if scorer.columns == DIMENSIONS else []), *(scores.get(c) for c in scorer.columns), error, sha]
+    values = [scores.get(c) for c in scorer.columns]
+    if scorer.columns != DIMENSIONS: return [name, *values, error, sha]
+    reasons = "; ".join(f"{d}: {why}" for d, why in scores.get("reasons", {}).items())
+    return [name, prompt, *values, error, reasons or None, "; ".join(scores.get("warnings", ())) or None, sha]
 
-def _utf8(c):
-    "A name that is no UTF-8, readably."
-    return os.fsencode(c).decode("utf-8", "backslashreplace") if isinstance(c, str) else c
+def _utf8(c): return readable(c) if isinstance(c, str) else c
 
 def _line(row: list, form: str) -> str:
     "A row as CSV."
@@ -247,17 +244,19 @@ class _Table:
 
     def close(self, whole: bool):
         if whole and not self.live: self.go_live()
-        self.file.close()
-        if not self.live: self.new.unlink(missing_ok=True)
+        if whole: return self.file.close()
+        with suppress(OSError):                     # what came first is what counts
+            self.file.close()
+            if not self.live: self.new.unlink(missing_ok=True)
 
 def _write_parquet(db, out: Path, scorer, form: str, page: int = 10_000):
     "The result as Parquet, from the journal."
     import pyarrow as pa
     import pyarrow.parquet as pq
-    names, text = header(scorer, form), ("video", "video_name", "Prompt", "error", "sha256", "Filename", "path")
+    names, text = header(scorer, form), ("video", "video_name", "Prompt", "error", "reasons", "warnings", "sha256", "Filename", "path")
     schema = pa.schema([(c, pa.string() if c in text else pa.float64()) for c in names])
-    new, batch = out.with_name(out.name + ".new"), []
-    with pq.ParquetWriter(new, schema) as file:
+    batch = []
+    with staged(out) as part, pq.ParquetWriter(part, schema) as file:
         def write():
             file.write_table(pa.table([pa.array([r[i] for r in batch], t.type) for i, t in enumerate(schema)], schema=schema))
             batch.clear()
@@ -265,7 +264,6 @@ def _write_parquet(db, out: Path, scorer, form: str, page: int = 10_000):
             batch.append([_utf8(c) for c in cells(scorer, form, name, prompt, json.loads(scores) if scores else None, error, sha or None)])
             if len(batch) == page: write()
         if batch: write()
-    os.replace(new, out)
 
 # %% ../../nbs/inference/43_bulk.ipynb #ddf3e07b
 def _ahead(items, job: Callable, workers: int) -> Iterator[tuple]:   # item, what the job returned
@@ -313,12 +311,11 @@ def _check_shared(db, source, scorer, encoding):
 def _place_for(out: Path, source):
     "BulkError where no file can be written, or where one would be lost."
     if out.suffix.lower() not in (".csv", ".parquet"): raise BulkError(out, "this is neither .csv nor .parquet", "Name the result so.")
-    if out.is_dir(): raise BulkError(out, "it is a folder", "Give the name of a file.")
+    check_place(out)
     if isinstance(source, (str, os.PathLike)) and out.exists() and os.path.samefile(out, source):
         raise BulkError(out, "it is the manifest itself, which would be overwritten", "Give the result another name.")
     try: out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise BulkError(out.parent, f"the folder cannot be made ({e.strerror})", "Choose another.") from e
-    if not os.access(out.parent, os.W_OK): raise BulkError(out.parent, "nothing can be written there", "Choose another folder.")
 
 # %% ../../nbs/inference/43_bulk.ipynb #7858476a
 def said_of(over: dict) -> str: return ", ".join(f"{n} {what}" for what, n in sorted(over.items()))     # for people
@@ -329,7 +326,7 @@ def score_set(source,                     # folder of videos, a manifest (CSV or
               patterns=(),                # of file names in a folder; none: the usual endings
               form: str = "own",          # own, cover or dover: which columns
               workers: int = 1,           # threads that read ahead
-              progress: bool = False,     # a bar on stderr
+              progress: bool = False,     # how far it is, on stderr
               report: Callable[[str], None] | None = None,  # gets every error as it happens
               encoding: str | None = None # of a manifest; None: UTF-8, or UTF-16 with its mark
              ) -> dict:                   # out, model, videos, scored, kept, failed; passed_over: ending or reason -> how many
@@ -352,7 +349,7 @@ def score_set(source,                     # folder of videos, a manifest (CSV or
         try:
             total = _list(db, chain([first], videos), ordered)
             _check_shared(db, source, scorer, encoding)
-            _run(db, out, scorer, settings, form, workers, _shown(total, progress), count, report)
+            _run(db, out, scorer, settings, form, workers, total if progress else None, count, report)
             if out.suffix.lower() == ".parquet": _write_parquet(db, out, scorer, form)
         except (OSError, sqlite3.Error) as e:
             if isinstance(e, OSError) or getattr(e, "sqlite_errorcode", 0) & 255 in DISK:
@@ -360,35 +357,33 @@ def score_set(source,                     # folder of videos, a manifest (CSV or
             raise BulkError(journal, f"the journal is damaged ({e})", "Remove it; its videos are then scored again.") from e
     return {"out": str(out), "model": scorer.name, "videos": total, **count, "passed_over": dict(sorted(over.items()))}
 
-def _shown(total: int, on: bool) -> Callable:
-    "A bar around an iterator, or nothing."
-    if not on: return lambda rows: rows
-    from rich.console import Console
-    from rich.progress import track
-    return lambda rows: track(rows, "scoring", total=total, console=Console(stderr=True))
-
-def _run(db, out, scorer, settings, form, workers, shown, count, report):
+def _run(db, out, scorer, settings, form, workers, total, count, report):
     "Every video once: known, scored, or failed."
     def job(row): return _prepared(scorer, row[1], row[4], row[5], row[3] == settings and row[6] is not None)
     table = _Table(out, _line(header(scorer, form), form)) if out.suffix.lower() == ".csv" else None
-    whole = False
+    whole, tally, done = False, Tally(report or say), _ahead(_items(db), job, workers)
     try:
-        for (name, _, prompt, *known), (sha, mark, views, said) in shown(_ahead(_items(db), job, workers)):
-            scores, fresh = json.loads(known[3]) if known[3] else None, True
-            if said is None and views is None: fresh = mark != known[2]; count["kept"] += 1
-            else:
-                scores, said = _rated(scorer, views, prompt, name) if said is None else (None, said)
-                count["scored" if said is None else "failed"] += 1
-            if fresh:
-                row = os.fsencode(name), prompt, settings, sha, mark, json.dumps(scores) if scores else None, _text(said) if said else None
+        for (name, path, prompt, *known), (sha, mark, views, wrong) in progress(done, total, "scoring", total is not None):
+            scores = json.loads(known[3]) if known[3] else None
+            scores, line, wrong = _rated(scorer, form, (name, path, prompt), sha, views, scores, wrong)
+            kept = views is None and not wrong
+            said = " ".join(str(wrong.error).split()) if wrong else None
+            count["kept" if kept else "failed" if wrong else "scored"] += 1
+            if not kept or mark != known[2]:
+                row = os.fsencode(name), _kept(prompt), settings, sha, mark, json.dumps(scores) if scores else None, said and readable(said)
                 db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)", row)
-            if table: table.add(_line(cells(scorer, form, name, prompt, scores, said, sha or None), form), views is not None or said is not None)
-            if said and report: report(said)
+            if table: table.add(line or _line(cells(scorer, form, name, prompt, None, said, sha or None), form), not kept)
+            if wrong and report: report(said)
+            tally.add(wrong)
         whole = True
     finally:
         if table: table.close(whole)
 
-def _rated(scorer, views, prompt, name):   # scores, error as text
-    try: return scorer.rate(views, prompt), None
-    except QualiVisionError as e: return None, _said(e)
-    except (MemoryError, torch.OutOfMemoryError): return None, str(BulkError(name, "memory ran out on the device", "Score it on the CPU."))
+def _rated(scorer, form, item, sha, views, scores, wrong: Caught) -> tuple[dict | None, str, Caught]:   # scores, row as CSV, what went wrong
+    "The row of one video; empty where something goes wrong or went wrong before."
+    if wrong: return None, "", wrong
+    name, path, prompt = item
+    with caught(path) as wrong:
+        if views is not None: scores = scorer.rate(views, prompt)
+        return scores, _line(cells(scorer, form, name, prompt, scores, None, sha or None), form), wrong
+    return None, "", wrong

@@ -25,10 +25,10 @@ import numpy as np
 from ..data.labels import SETS, KnownSet, LabelError, check_set, find_set, known_set, named_set, places, read_labels
 from ..evaluation.metrics import METRICS, or_reason
 from ..evaluation.ranks import SET_WEIGHTS, RankError, fuse_set, zscore
-from ..files import number, read_table, read_text, write_whole
 from .bulk import score_set
 from ..models.dover import FUSION_WEIGHT
-from ..models.weights import download, file_sha256
+from ..models.weights import download
+from ..files import check_place, check_room, file_sha256, number, read_table, read_text, write_whole, writing
 from ..quality import QualiVisionError
 
 # %% ../../nbs/inference/44_datasets.ipynb #2dd3b9bd
@@ -128,23 +128,24 @@ def _inside(folder: Path, name: str, archive) -> Path:
 
 def _write(source, path: Path, size: int, archive):
     "A member of an archive, whole or not at all."
-    if shutil.disk_usage(next(p for p in path.parents if p.exists())).free < size:
-        raise DataError(path, f"{size:,} bytes are to be unpacked and there is less space", "Free some and run it again.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_room(path.parent, size, "the bytes that are to be unpacked")
     part, left = path.with_name(path.name + ".part"), size
-    with open(part, "wb") as f:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(part, "wb")
+    with file:
         while block := source.read(1 << 20):
-            left -= f.write(block)
+            with writing(path): left -= file.write(block)
             if left < 0: break
-    if left:
+    with writing(path):
+        if not left: return os.replace(part, path)
         part.unlink()
-        raise DataError(archive, f"its member {path.name} has not the size that it states", "Fetch it again.")
-    os.replace(part, path)
+    raise DataError(archive, f"its member {path.name} has not the size that it states", "Fetch it again.")
 
 def unpack(archive: str | Path, folder: str | Path) -> int:    # how many files
     "The files of a zip or tar archive, and nothing else of it. Raises DataError."
     archive, folder, count = Path(archive), Path(folder), 0
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
     def refuse(m, what): raise DataError(archive, f"its member {m!r} is {what}", "Do not use this archive.")
     try:
         if archive.name.lower().endswith(".zip"):
@@ -164,7 +165,7 @@ def unpack(archive: str | Path, folder: str | Path) -> int:    # how many files
                     _write(t.extractfile(m), _inside(folder, m.name, archive), m.size, archive)
                     count += 1
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, lzma.LZMAError, OSError) as e:
-        raise DataError(archive, f"it cannot be unpacked ({e})", "Fetch it again, or make room.") from e
+        raise DataError(archive, f"it cannot be unpacked ({e})", "Fetch it again.") from e
     return count
 
 # %% ../../nbs/inference/44_datasets.ipynb #33831316
@@ -192,6 +193,7 @@ def pull_set(name: str,
     s, to = known_set(name), Path(to)
     if not s.repo: raise DataError(s.name, "its owners do not offer it for download by a program", f"Get it from {s.address} ({s.licence}).")
     endpoint, lock = (endpoint or constants.ENDPOINT).rstrip("/"), FileLock(to / ".pulled.lock", timeout=0)
+    check_place(to / ".pulled.json")
     files = _listing(s, endpoint)
     try:
         to.mkdir(parents=True, exist_ok=True)
@@ -203,7 +205,7 @@ def pull_set(name: str,
 
 def _pull_files(s, to, files, endpoint, keep, progress) -> int:   # how many were fetched now
     marks = to / ".pulled.json"
-    try: done = dict(json.loads(marks.read_text())) if marks.exists() else {}
+    try: done = dict(json.loads(read_text(marks))) if marks.exists() else {}
     except (ValueError, TypeError) as e: raise DataError(marks, "this is not the list of what was pulled", "Remove it and pull again.") from e
     due = [f for f in files if done.get(f[0]) != (f[2] or f[1])]
     _check_space(to, s, due, keep)
@@ -212,15 +214,13 @@ def _pull_files(s, to, files, endpoint, keep, progress) -> int:   # how many wer
         whole = path.exists() and path.stat().st_size == size and (sha is None or file_sha256(path) == sha)
         if not whole: download(f"{endpoint}/datasets/{s.repo}/resolve/main/{quote(file)}", path, size, sha is not None, progress)
         if not whole and sha and file_sha256(path) != sha:
-            path.unlink()
+            with writing(path): path.unlink()
             raise DataError(path, "its SHA-256 is not what the hub says", "Pull again.")
         if file.lower().endswith(ARCHIVES):
             unpack(path, to)
-            if not keep: path.unlink()
+            with writing(path): keep or path.unlink()
         done[file] = sha or size
-        part = marks.with_name(".pulled.json.new")
-        part.write_text(json.dumps(done, indent=1, sort_keys=True))
-        os.replace(part, marks)
+        write_whole(marks, json.dumps(done, indent=1, sort_keys=True))
     return len(due)
 
 def _check_space(to: Path, s: KnownSet, due: list, keep: bool):

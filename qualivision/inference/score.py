@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.dataset import load_labels, write_predictions
 from ..data.sampling import Sampling
+from ..devices import pick_device
+from ..files import check_place
+from ..files import progress as with_progress
 from ..models.qualivision import DoverConfig, DoverPlusPlus, VJepaConfig, VJepaMos
 from ..models.text import TextEncoder
 from ..models.weights import load_checkpoint, load_strict
 from ..quality import DIMENSIONS, QualiVisionError, ScoreRecord, Tally, caught
-from ..training.trainer import pick_device
 
 # %% ../../nbs/inference/42_score.ipynb #1f345ea7
 CHECKPOINT = "checkpoints/dover"   # where the pipeline puts what it trained, and where scoring looks first
@@ -68,18 +69,20 @@ class Scorer:
               shown: int,                       # N, how many frames the video has
               ) -> tuple[list, dict, tuple]:    # five MOS in the order of DIMENSIONS, None where `reasons` says why; reasons; warnings
         "What a model says of a view, without what it cannot say. Raises TextError for a prompt that cannot be read."
-        text = self.encoder.encode([prompt]).to(self.device)                                # (1,D)
+        warnings = self.encoder.read(prompt).warnings(self.encoder.name)
+        text = self.encoder.embed(prompt)[None].to(self.device)                             # (1,D)
         mos = self.model(frames[None].to(self.device), text)["mos"][0].float().cpu().tolist()    # (5,)
         reasons = {"temporal": "the video has one frame, and motion needs two"} if shown < 2 else {}
-        return [None if d in reasons else m for d, m in zip(DIMENSIONS, mos)], reasons, ()
+        return [None if d in reasons else m for d, m in zip(DIMENSIONS, mos)], reasons, warnings
 
     def score(self, video: str | os.PathLike,  # file
               prompt: str,                     # the text it was generated from
               ) -> ScoreRecord:
-        "Five scores. Raises VideoError for a bad file, ScoreError for a missing prompt or an address in place of a file."
+        "Five scores. Raises VideoError for a bad file, TextError, ScoreError for a bad prompt or an address in place of a file."
         if not isinstance(prompt, str) or not prompt.strip():
             raise ScoreError(video, "there is no prompt", "Give the text that the video was generated from: alignment is judged against it.")
         if "://" in str(video): raise ScoreError(video, "it is an address, not a file", "Download it and give the path of the file.")
+        self.encoder.read(prompt)                                       # before a video is decoded for nothing
         frames, shown = self.sampling.counted(video)                    # (3,T,S,S) uint8
         scores, reasons, warnings = self.judge(frames, prompt, shown)
         return ScoreRecord.of(str(video), prompt, scores, reasons=reasons, warnings=warnings, **self.about)
@@ -100,25 +103,15 @@ def predict(data: str | Path,                     # root of a data set in the Ta
             checkpoint: str | Path,               # folder, or a Scorer
             out: str | Path,                      # CSV with video_name, Prompt and five MOS
             device: str = "auto",                 # auto | cpu | cuda | mps
-            progress: bool = False,               # a bar on stderr
+            progress: bool = True,                # how far it is, on stderr
+            encoding: str | None = None,          # of the label file; None: UTF-8, or UTF-16 with its mark
             ) -> list[ScoreRecord]:               # one per row of the label file
-    "Scores a split and writes the challenge's CSV; rows that failed have empty cells. Raises DatasetError, ScoreError, WeightsError."
-    frame = load_labels(data, split)
-    _check_place(Path(out))
+    "Scores a split and writes the challenge's CSV; what has no score has an empty cell. Raises DatasetError, FileError, ScoreError, WeightsError."
+    from qualivision.data.dataset import load_labels, write_predictions      # with pandas, which scoring one video does not need
+    frame = load_labels(data, split, encoding)
+    check_place(out)
     scorer = checkpoint if isinstance(checkpoint, Scorer) else Scorer.from_checkpoint(checkpoint, device)
-    records = list(_shown(scorer.score_many(zip(frame["path"], frame["Prompt"])), len(frame), progress))
+    records = list(with_progress(scorer.score_many(zip(frame["path"], frame["Prompt"])), len(frame), "scoring", progress))
     scores = np.array([[np.nan if getattr(r, d) is None else getattr(r, d) for d in DIMENSIONS] for r in records])
     write_predictions(frame, scores, out, missing="empty")
     return records
-
-def _check_place(out: Path):
-    "ScoreError where no file can be written."
-    if out.is_dir(): raise ScoreError(out, "it is a folder", "Give the name of the CSV file to write.")
-    above = next(p for p in out.absolute().parents if p.exists())          # what is missing below it will be made
-    if not above.is_dir() or not os.access(above, os.W_OK): raise ScoreError(out, f"nothing can be written in {above}", "Choose another folder.")
-
-def _shown(records: Iterator[ScoreRecord], total: int, on: bool) -> Iterator[ScoreRecord]:
-    if not on: return records
-    from rich.console import Console
-    from rich.progress import track
-    return track(records, "scoring", total=total, console=Console(stderr=True))
