@@ -242,8 +242,8 @@ def train(model: Annotated[str, _opt("dover or vjepa2; with --data dover or dove
           profile: Annotated[Optional[str], _opt("embedded or paper; default: the one the file names.", "Five-MOS model")] = None,
           data: Annotated[Optional[Path], _opt("Trains official DOVER: a file of videos and MOS, a folder with one, a data set in the TaobaoVD-GC "
                                                "layout, or a table that `score-set` wrote.", OPINIONS)] = None,
-          videos: Videos = None, columns: Columns = None, preset: Preset = None, group: GroupBy = None, test: Share = None, scale: Scale = None,
-          encoding: Encoding = None,
+          videos: Videos = None, columns: Columns = None, preset: Preset = None, group: GroupBy = None, test: Share = None,
+          scale: Scale = None, encoding: Encoding = None,
           out: Annotated[Optional[Path], _opt("With --data: folder of the model; a JSON report lies in it.")] = None,
           weights: Annotated[Optional[str], _opt("With --data: what to begin with, a file or a name of `weights list`; default: noise.")] = None,
           epochs: Epochs = None, batch_size: Batch = None, lr: Rate = None, rank_weight: RankWeight = None, shared_weight: SharedWeight = None,
@@ -258,8 +258,8 @@ def train(model: Annotated[str, _opt("dover or vjepa2; with --data dover or dove
         _of(model, ("dover", "dover-mobile"), "--model")
         if out is None: raise typer.BadParameter("--data needs a folder to write to", param_hint="--out")
         if profile: raise typer.BadParameter("goes without --data", param_hint="--profile")
-        return _fit_dover(data, out, model, False, weights, weights is None, preset, videos, columns, group, Path("cache"), device, workers, as_json, encoding,
-                          scale, **settings)
+        return _fit_dover(data, out, model, False, weights, weights is None, preset, videos, columns, group, Path("cache"), device, workers, as_json,
+                          encoding, scale, **settings)
     if device != "auto": raise typer.BadParameter("goes with --data; params.yaml says it of a five-MOS model", param_hint="--device")
     from qualivision.pipeline.train import main as run
     result = run(model, params=params, profile=profile, scale=scale)
@@ -279,8 +279,8 @@ def transfer(data: Annotated[Path, _opt("A file of videos and MOS, a folder with
              head_only: Annotated[bool, typer.Option("--head-only/--end-to-end", help="Heads on frozen backbones, or everything.")] = True,
              from_scratch: Annotated[bool, typer.Option("--from-scratch", help="With --end-to-end: no weights to begin with.")] = False,
              weights: Annotated[Optional[str], _opt("A file, or a name of `weights list`; default: the model's own.")] = None,
-             videos: Videos = None, columns: Columns = None, preset: Preset = None, group: GroupBy = None, test: Share = None, scale: Scale = None,
-             encoding: Encoding = None,
+             videos: Videos = None, columns: Columns = None, preset: Preset = None, group: GroupBy = None, test: Share = None,
+             scale: Scale = None, encoding: Encoding = None,
              splits: Annotated[Optional[int], _opt("Random splits; the first one's heads are kept. [default: 1; 10 for val-…]", OPINIONS)] = None,
              epochs: Epochs = None, batch_size: Batch = None, lr: Rate = None, rank_weight: RankWeight = None, shared_weight: SharedWeight = None,
              fresh_heads: Annotated[bool, typer.Option("--fresh-heads", help="Heads start from noise.", rich_help_panel=LEARNING)] = False,
@@ -288,7 +288,8 @@ def transfer(data: Annotated[Path, _opt("A file of videos and MOS, a folder with
              device: Device = "auto", as_json: Json = False):
     "Official DOVER on your own opinions: new heads, or all of it from its weights."
     _of(model, ("dover", "dover-mobile"), "--model")
-    _fit_dover(data, out, model, head_only, weights, from_scratch, preset, videos, columns, group, cache, device, workers, as_json, encoding, scale, test=test,
+    _fit_dover(data, out, model, head_only, weights, from_scratch, preset, videos, columns, group, cache, device, workers, as_json, encoding, scale,
+               test=test,
                splits=splits, epochs=epochs, batch_size=batch_size, lr=lr, rank_weight=rank_weight, shared_weight=shared_weight, seed=seed,
                fresh_heads=fresh_heads)
 
@@ -495,9 +496,10 @@ def score_set(source: Annotated[Path, typer.Argument(help="Folder of videos, CSV
 def infer_datasets(labels: Annotated[list[Path], typer.Argument(help="Label files: name, _, _, mos a line, or CSV with a header.")],
                    videos: Annotated[Optional[Path], typer.Option(help="Folder of the videos; default: that of the label file.")] = None,
                    model: Annotated[str, typer.Option(help=", ".join(SCORERS[:4]))] = "dover",
-                   name: Annotated[Optional[str], typer.Option("--set", "--name", help="A set of `data list`, whose columns these are; default: the one that the "
-                                                               "path names, if counts and ranges agree.")] = None,
-                   columns: Columns = None, encoding: Encoding = None,
+                   name: Annotated[Optional[str], typer.Option("--set", "--name", help="A set of `data list`, whose columns these are; "
+                                                               "default: the one that the path names, if counts and ranges agree.")] = None,
+                   columns: Annotated[Optional[str], typer.Option(help="Of labels without a header; default: of --set, else name,_,_,mos.")] = None,
+                   encoding: Encoding = None,
                    weight: Annotated[Optional[float], typer.Option(help="Of the technical branch; default: the set's own.", min=0, max=1)] = None,
                    out: Annotated[Path, typer.Option(help="Folder for the scores; a rerun goes on.")] = Path("scores"),
                    weights: Weights = None, head: Head = None, clip: Clip = None, seed: Seed = 0,
