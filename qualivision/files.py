@@ -215,8 +215,8 @@ def readable(text: str) -> str:
     return re.sub("[\ud800-\udfff]", lambda m: f"\\x{ord(m[0]) - 0xdc00:02x}" if "\udc80" <= m[0] <= "\udcff" else f"\\u{ord(m[0]):04x}", text)
 
 def write_whole(path: str | Path, data: bytes | str, sync: bool = True):
-    "Writes all of a file or nothing; text as UTF-8 with its line ends as they are, made `readable`. Raises `FileError`."
-    with staged(path, sync) as part: part.write_bytes(readable(data).encode() if isinstance(data, str) else data)
+    "Writes all of a file or nothing; text as UTF-8 with its line ends and foreign bytes as they are. Raises `FileError`."
+    with staged(path, sync) as part: part.write_bytes(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
 
 # %% ../nbs/03_files.ipynb #d219ea83
 def check_room(folder: str | Path,   # where they will lie; it need not be there yet

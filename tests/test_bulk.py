@@ -152,7 +152,7 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path):
     (tmp_path/"v.csv").write_bytes(b"\0\0\0\x18ftypmp42\0\0\n\0\0\0")
     (tmp_path/"bad.csv").write_text("clip\na.mp4\n")
     (tmp_path/"list.txt").write_text("a.mp4\n")
-    told = {"empty": "no video in it", "gone": "cannot be read", "v.mp4": "a video or a picture", "v.csv": "not text in UTF",
+    told = {"empty": "no video in it", "gone": "cannot be read", "v.mp4": "a video or a picture", "v.csv": "not text in UTF-8",
             "bad.csv": "no column"}
     for source, said in told.items():
         with pytest.raises(QualiVisionError, match=said) as e: score_set(tmp_path/source, tmp_path/"o.csv", Length())

@@ -131,7 +131,7 @@ def test_other_encodings_and_names_that_are_no_utf8(root):
     os.rename(root/"val/videos/A_1000.mp4", os.fsencode(root/"val/videos") + b"/caf\xe9.mp4")
     val = validate(load_dataset(root)).query("split == 'val'")
     write_predictions(val, np.full((1, 5), 3.), root/"p.csv")
-    assert os.path.isfile(val["path"].iloc[0]) and (root/"p.csv").read_bytes().splitlines()[1].startswith(rb"caf\xe9.mp4,rain,3.0")
+    assert os.path.isfile(val["path"].iloc[0]) and (root/"p.csv").read_bytes().splitlines()[1].startswith(b"caf\xe9.mp4,rain,3.0")
 
 
 def test_quotes_line_breaks_and_a_byte_order_mark(root):

@@ -18,6 +18,9 @@ from qualivision.data.dataset import ClipCache
 from qualivision.data.sampling import Sampling
 from qualivision.devices import DeviceError, native, resolve_precision
 from qualivision.files import FileError
+from qualivision.inference.official import OfficialScorer
+from qualivision.inference.score import Scorer
+from qualivision.models.dover import DOVERMobile
 from qualivision.models.qualivision import EMBEDDED, DoverPlusPlus, VJepaConfig, VJepaMos, settled
 from qualivision.models.vjepa2 import FeatureCache
 from qualivision.pipeline.train import plan
@@ -131,6 +134,54 @@ def test_a_machine_that_does_not_tell_is_measured(machine):
     for slower, name in ((.5, "bf16"), (.9, "fp32"), (12., "fp32"), (float("inf"), "fp32")):
         machine(None, slower)
         assert native("cpu").name == resolve_precision("auto", "cpu").name == name and "measured" in native("cpu").reason
+
+
+# --- scoring ---
+
+@pytest.mark.parametrize("config", [tiny.CONFIG, replace(VJEPA, frozen_dtype="bf16")], ids=["dover", "vjepa2"])
+def test_one_file_has_one_score_however_it_was_trained(root, tmp_path, machine, monkeypatch, config):
+    machine(True)
+    train(root, tmp_path, config, precision="bf16")
+    clip, prompt = sorted((root/"val"/"videos").iterdir())[0], "a red boat"
+    first = Scorer.from_checkpoint(tmp_path/"out", "cpu")
+    assert not [n for n, p in first.model.named_parameters() if p.dtype != torch.float32]
+    machine(False)
+    monkeypatch.setenv("QUALIVISION_PRECISION", "bf16")        # of training; scores are what --precision says
+    assert Scorer.from_checkpoint(tmp_path/"out", "cpu").score(clip, prompt) == first.score(clip, prompt)
+    half = Scorer.from_checkpoint(tmp_path/"out", "cpu", "bf16").score(clip, prompt)
+    assert half.model == f"{first.about['model']} in bf16" and 0 < abs(half.overall - first.score(clip, prompt).overall) < .1
+    assert Scorer.from_checkpoint(tmp_path/"out", "cpu", "auto").precision == "fp32"
+
+
+def test_the_commands_take_a_precision_and_say_it(root, tmp_path, machine, monkeypatch):
+    machine(True)
+    monkeypatch.chdir(tmp_path)
+    tiny.checkpoint(tmp_path/"w"); tiny.clip(tmp_path/"a.mp4", (200, 30, 30))
+    def call(*args): return CliRunner().invoke(app, [*map(str, args), "--checkpoint", "w", "--device", "cpu"])
+    shown = call("score", "a.mp4", "--prompt", "a boat", "--precision", "auto", "--json")
+    assert json.loads(shown.stdout)[0]["model"] == "dover++ in bf16" and "precision: bf16 (this CPU has" in shown.stderr
+    assert json.loads(call("score", "a.mp4", "--prompt", "a boat", "--json").stdout)[0]["model"] == "dover++"
+    shown = call("predict", "--data", root, "--split", "val", "--out", "p.csv", "--precision", "bf16", "--json")
+    assert json.loads(shown.stdout)["model"] == "dover++ in bf16"
+    (tmp_path/"set.csv").write_text("video_name,prompt\na.mp4,a boat\n")
+    def scored(precision):
+        shown = call("score-set", "set.csv", "--model", "qualivision", "--out", "s.csv", "--precision", precision, "--json")
+        return json.loads(shown.stdout)["scored"]
+    assert [scored(p) for p in ("fp32", "bf16", "bf16", "fp32")] == [1, 1, 0, 1], "rows of another precision are scored again"
+    wrong = call("score", "a.mp4", "--prompt", "a boat", "--precision", "fp16", "--json")
+    assert wrong.exit_code == 1 and "Set it to auto, fp32 or bf16" in wrong.stderr
+    assert call("score", "a.mp4", "--prompt", "a boat", "--precision", "half").exit_code == 2
+
+
+def test_an_official_model_in_another_format_says_so(tmp_path, machine):
+    machine(True)
+    torch.manual_seed(0)
+    model, views = DOVERMobile().eval(), {"technical": torch.rand(1, 3, 32, 224, 224), "aesthetic": torch.rand(1, 3, 32, 224, 224)}
+    about = {"file": "w", "sha256": "0" * 64, "licence": "", "trained_on": "nothing"}
+    one, two = (OfficialScorer(model, "dover-mobile", about, precision=p) for p in ("fp32", "bf16"))
+    a, b = one.rate(views), two.rate(views)
+    assert all(0 < abs(a[k] - b[k]) < .05 for k in ("technical", "aesthetic"))
+    assert two.record("v", b)["precision"] == "bf16" and "precision" not in one.record("v", a) and one.settings != two.settings
 
 
 # --- before a clip is decoded ---

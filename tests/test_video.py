@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from qualivision.data import video as V
-from qualivision.data.video import VideoWarning, probe, read_frames, write_video
+from qualivision.data.video import VideoWarning, frame_times, probe, read_frames, write_video
 
 sys.path.insert(0, str(Path(__file__).parent))
-from video_zoo import H, N, W, ZOO, build, copy, encode, number, numbers, picture, x264  # noqa: E402
+from video_zoo import H, N, UNEVEN, W, ZOO, build, copy, encode, number, numbers, picture, x264  # noqa: E402
 
 needs_decord = pytest.mark.skipif(V._decord() is None, reason="decord has no wheel here")
 SAFE = [name for name, clip in ZOO.items() if clip.safe]
@@ -122,6 +122,76 @@ def test_probe(zoo, name, expected):
     assert i.fps == pytest.approx(expected[1], rel=2e-3) and i.duration == pytest.approx(expected[4], abs=2e-3)
 
 
+READ_PEAK = """
+import re, sys
+from qualivision.data.video import read_frames
+taken = read_frames(sys.argv[1], range, sys.argv[2], **({"each": lambda frame, at: (at, float(frame.mean()))} if sys.argv[3] == "each" else {}))
+print(len(taken), *re.findall(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read()))     # kB at the highest, of this process alone
+"""
+
+
+@pytest.mark.parametrize("reader", ["auto", "pyav", "decord"])
+def test_each_is_given_every_frame_and_only_its_results_stay(zoo, reader):
+    if reader == "decord" and V._decord() is None: pytest.skip("decord has no wheel here")
+    for name in SAFE if reader == "decord" else ZOO:
+        whole, n = read_frames(zoo / name, range, reader), len(ZOO[name].shown)
+        wanted = [n - 1, *range(0, n, 3), 0, n - 1]
+        taken = read_frames(zoo / name, wanted, reader, each=lambda frame, at: (at, frame, frame.flags.c_contiguous and frame.flags.writeable))
+        assert [t[0] for t in taken] == list(range(len(wanted))) and all(t[2] for t in taken)
+        assert np.array_equal(np.stack([t[1] for t in taken]), whole[wanted])
+        assert len({id(t[1]) for t in taken}) == len(taken)         # nobody shares an array
+        assert read_frames(zoo / name, [], reader, each=lambda frame, at: 1) == []
+
+
+def test_an_error_in_each_is_its_own(zoo):
+    def each(frame, at): raise RuntimeError("mine")
+    for reader in ("auto", "pyav", *(["decord"] if V._decord() else [])):
+        with pytest.raises(RuntimeError, match="mine"): read_frames(zoo / "h264.mp4", [3], reader, each=each)
+
+
+def test_each_and_damage(zoo, tmp_path):
+    path = flip(zoo / "h264.mp4", tmp_path / "a.mp4")
+    with pytest.raises(V.CorruptVideo, match="frames are lost"): read_frames(path, [0], each=lambda frame, at: number(frame))
+    with pytest.warns(VideoWarning): left = numbers(read_frames(path, range, damaged="warn"))
+    with pytest.warns(VideoWarning): assert read_frames(path, range, damaged="warn", each=lambda frame, at: number(frame)) == left
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells it on Linux alone")
+def test_each_bounds_the_memory(tmp_path):
+    scene = np.random.default_rng(0).integers(0, 256, (27, 48, 3), dtype=np.uint8).repeat(40, 0).repeat(40, 1)      # 6.2 MB a frame
+    path = write_video(tmp_path / "a.mp4", np.stack([np.roll(scene, 8 * k, 1) for k in range(90)]), preset="ultrafast", crf=40)
+    peak = {}
+    for how in ("whole", "each"):
+        out = subprocess.run([sys.executable, "-c", READ_PEAK, path, "auto", how], capture_output=True, text=True, timeout=300)
+        assert out.returncode == 0, out.stderr
+        frames, peak[how] = map(int, out.stdout.split())
+        assert frames == 90
+    assert peak["whole"] - peak["each"] > 60 * 6.2e3, peak                                                          # kB
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_times_are_those_of_the_frames(zoo, name):
+    n, base = len(ZOO[name].shown), {"uneven": np.array(UNEVEN) / 600, "gaps": (np.arange(N) + 2 * (np.arange(N) > 9)) / 24,
+                                     "skips": (np.arange(N) + np.arange(N) // 10) / 24}
+    if name == "raw.h264":
+        with pytest.warns(VideoWarning, match="have no times"): times = frame_times(zoo / name)
+        assert np.allclose(times, np.arange(N) / probe(zoo / name).fps)
+        return
+    times, right = frame_times(zoo / name), base.get(name.split(".")[0], np.arange(N) / 24)[:n]
+    assert times.shape == (n,) and times[0] == 0
+    assert np.abs(times - right).max() < (0.011 if name == "loop.gif" else 0.002)      # containers round: GIF to 1/100 s
+    steps = np.diff(times)
+    if name.startswith("uneven"): assert steps.max() > 2 * steps.min()                # number / mean rate is wrong by 1.4 frames here
+
+
+def test_times_of_what_is_left_of_a_damaged_file(zoo, tmp_path):
+    path = flip(zoo / "uneven.mp4", tmp_path / "a.mp4")
+    with pytest.raises(V.CorruptVideo): frame_times(path)
+    with pytest.warns(VideoWarning): left = numbers(read_frames(path, range, damaged="warn"))
+    with pytest.warns(VideoWarning): times = frame_times(path, damaged="warn")
+    assert len(left) < N and np.allclose(times, np.array(UNEVEN)[left] / 600, atol=2e-3)
+
+
 @pytest.mark.parametrize("turn", [90, 180, 270, "mirrored"])
 def test_pictures_come_upright(tmp_path, turn):
     "A red corner, stored top left, ends where the display matrix sends it."
@@ -214,7 +284,7 @@ def noise(path): path.write_bytes(np.random.default_rng(0).integers(0, 256, 6000
     ("zeros.mp4", lambda p: p.write_bytes(bytes(9000)), "NotAVideo", "no video format"),
     ("still.png", still, "NotAVideo", "still picture"),
     ("still.mp4", still, "NotAVideo", "still picture"),
-    ("still.ppm", pixmap, "NotAVideo", "no video format"),
+    ("still.ppm", pixmap, "NotAVideo", "still picture"),
     ("sound.mp4", sound, "NoVideoStream", "audio"),
     ("sound.wav", sound, "NoVideoStream", "audio")])
 def test_typed_errors(zoo, tmp_path, name, make, error, cause, reader):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import number, read_table
+from ..files import number, read_table, write_whole
 from ..models.dover import FUSION_WEIGHT, LIVE_VQC, fused_logit
 from ..quality import QualiVisionError
 
@@ -81,13 +81,10 @@ def read_sets(path=None    # a file of `write_sets`; None: the published ones of
 
 
 def write_sets(path, sets: list[ReferenceSet]) -> Path:
-    "Reference sets into a file, for `read_sets`."
-    path, part = Path(path), Path(f"{path}.new")
+    "Reference sets into a file, for `read_sets`. Raises `FileError`."
     about = {s.name: {"model": s.model, "branches": {b: asdict(d) for b, d in s.branches.items()}} for s in sets}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part.write_text(json.dumps({"sets": about}, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
-    return path
+    write_whole(path, json.dumps({"sets": about}, ensure_ascii=False, allow_nan=False) + "\n")
+    return Path(path)
 
 # %% ../../nbs/evaluation/22_ranks.ipynb #f9c1b202
 def relative_ranks(scores: dict[str, float],   # branch: raw score; branches that a set does not know are left out

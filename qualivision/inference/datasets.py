@@ -25,10 +25,10 @@ import numpy as np
 from ..data.labels import SETS, KnownSet, LabelError, check_set, find_set, known_set, named_set, places, read_labels
 from ..evaluation.metrics import METRICS, or_reason
 from ..evaluation.ranks import SET_WEIGHTS, RankError, fuse_set, zscore
+from ..files import check_place, check_room, file_sha256, number, read_table, read_text, write_whole, writing
 from .bulk import score_set
 from ..models.dover import FUSION_WEIGHT
 from ..models.weights import download
-from ..files import check_place, check_room, file_sha256, number, read_table, read_text, write_whole, writing
 from ..quality import QualiVisionError
 
 # %% ../../nbs/inference/44_datasets.ipynb #2dd3b9bd

@@ -8,13 +8,14 @@ __all__ = ['CHECKPOINT', 'MODELS', 'ScoreError', 'Scorer', 'predict']
 # %% ../../nbs/inference/42_score.ipynb #a6f43939
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..data.sampling import Sampling
-from ..devices import pick_device
+from ..devices import announce, autocast, pick_device, resolve_precision
 from ..files import check_place
 from ..files import progress as with_progress
 from ..models.qualivision import DoverConfig, DoverPlusPlus, VJepaConfig, VJepaMos
@@ -38,14 +39,20 @@ class Scorer:
                  checkpoint: str,            # folder of the weights
                  trained_on: str,            # labels that the weights have seen
                  licence: str = "",          # of the weights
-                 device: str = "cpu"):       # cpu | cuda | mps
+                 device: str = "cpu",        # cpu | cuda | mps
+                 precision: str = "fp32"):   # fp32 | bf16 | fp16; another one than fp32 stands beside the model's name in every record
         self.model, self.sampling, self.encoder, self.device = model.to(device).eval(), sampling, encoder, device
-        self.licence, self.about = licence, dict(model=name, checkpoint=checkpoint, trained_on=trained_on)
+        self.licence, self.precision = licence, precision
+        self.about = dict(model=name if precision == "fp32" else f"{name} in {precision}", checkpoint=checkpoint, trained_on=trained_on)
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path = CHECKPOINT,
-                        device: str = "auto") -> "Scorer":  # auto | cpu | cuda | mps
-        "The scorer that a checkpoint folder describes. Raises ScoreError where there is none, WeightsError where it does not fit."
+                        device: str = "auto",               # auto | cpu | cuda | mps
+                        precision: str = "fp32"             # auto | fp32 | bf16 | fp16, of all layers, however they were trained
+                        ) -> "Scorer":
+        "The scorer that a checkpoint folder describes. Raises ScoreError where there is none, WeightsError where it does not fit, DeviceError."
+        device, choice = pick_device(device), resolve_precision(precision, device, environment=False)
+        announce(choice, on=precision == "auto")
         if not (Path(folder) / "model.json").is_file():
             raise ScoreError(folder, "there is no checkpoint", "`./run.sh` or `qualivision train` makes one; --checkpoint names another folder.")
         state, meta = load_checkpoint(folder)
@@ -58,10 +65,10 @@ class Scorer:
             raise ScoreError(folder, f"it was trained with the text encoder {meta['text_encoder_key']}, and {encoder.name} is {encoder.key} here",
                              "Install the version that it was trained with: other embeddings mean other scores.")
         kind, config = MODELS[meta["model"]]
-        model = kind(config.of(meta["config"]))
+        model = kind(_computed_in(config.of(meta["config"]), choice.name))
         load_strict(model, state)
         return cls(model, Sampling(**meta["sampling"]), encoder, meta["model"], str(folder),
-                   meta["trained_on"], meta.get("licence", ""), pick_device(device))
+                   meta["trained_on"], meta.get("licence", ""), device, choice.name)
 
     @torch.no_grad()
     def judge(self, frames: torch.Tensor,       # (3,T,S,S) uint8, as `self.sampling` gives them
@@ -71,7 +78,8 @@ class Scorer:
         "What a model says of a view, without what it cannot say. Raises TextError for a prompt that cannot be read."
         warnings = self.encoder.read(prompt).warnings(self.encoder.name)
         text = self.encoder.embed(prompt)[None].to(self.device)                             # (1,D)
-        mos = self.model(frames[None].to(self.device), text)["mos"][0].float().cpu().tolist()    # (5,)
+        with autocast(self.device, self.precision):
+            mos = self.model(frames[None].to(self.device), text)["mos"][0].float().cpu().tolist()    # (5,)
         reasons = {"temporal": "the video has one frame, and motion needs two"} if shown < 2 else {}
         return [None if d in reasons else m for d, m in zip(DIMENSIONS, mos)], reasons, warnings
 
@@ -97,6 +105,11 @@ class Scorer:
             tally.add(item)
             yield ScoreRecord.failed(str(video), prompt, item.error, **self.about) if item else record
 
+def _computed_in(config, name: str):   # DoverConfig or VJepaConfig → of the same kind
+    "The configuration with all layers in one number format: what is frozen for training is not kept apart."
+    if hasattr(config, "frozen_dtype"): return replace(config, frozen_dtype=name)
+    return config if name == "fp32" else replace(config, freeze_backbone=False)
+
 # %% ../../nbs/inference/42_score.ipynb #cd0fbff7
 def predict(data: str | Path,                     # root of a data set in the TaobaoVD-GC layout
             split: str,                           # train | val | test; labels are not needed
@@ -104,13 +117,14 @@ def predict(data: str | Path,                     # root of a data set in the Ta
             out: str | Path,                      # CSV with video_name, Prompt and five MOS
             device: str = "auto",                 # auto | cpu | cuda | mps
             progress: bool = True,                # how far it is, on stderr
+            precision: str = "fp32",              # auto | fp32 | bf16 | fp16
             encoding: str | None = None,          # of the label file; None: UTF-8, or UTF-16 with its mark
             ) -> list[ScoreRecord]:               # one per row of the label file
     "Scores a split and writes the challenge's CSV; what has no score has an empty cell. Raises DatasetError, FileError, ScoreError, WeightsError."
     from qualivision.data.dataset import load_labels, write_predictions      # with pandas, which scoring one video does not need
     frame = load_labels(data, split, encoding)
     check_place(out)
-    scorer = checkpoint if isinstance(checkpoint, Scorer) else Scorer.from_checkpoint(checkpoint, device)
+    scorer = checkpoint if isinstance(checkpoint, Scorer) else Scorer.from_checkpoint(checkpoint, device, precision)
     records = list(with_progress(scorer.score_many(zip(frame["path"], frame["Prompt"])), len(frame), "scoring", progress))
     scores = np.array([[np.nan if getattr(r, d) is None else getattr(r, d) for d in DIMENSIONS] for r in records])
     write_predictions(frame, scores, out, missing="empty")
