@@ -393,7 +393,8 @@ def test_a_path_is_no_proof(tmp_path):
     class Two(Length):
         columns = ("technical", "aesthetic", "fused")
         def rate(self, path, prompt): return dict(technical=path.stat().st_size, aesthetic=-1 / path.stat().st_size, fused=.5)
-    said = {"AIGC_VD": "no known data set", "divided": "no known data set", "CVD2014": "names CVD2014 .cvd2014., but MOS of", "divide": "--set DIVIDE-3k"}
+    said = {"AIGC_VD": "no known data set", "divided": "no known data set", "CVD2014": "names CVD2014 .cvd2014., but MOS of",
+            "divide": "--set DIVIDE-3k"}
     for folder, words in said.items():
         (tmp_path/folder).mkdir()
         rows = "".join(f"v{k}.mp4,{200 + k},{25 - k},{m}\n" for k, m in enumerate((5.1, 4.2, 3.3, 2.4, 1.5, .6)))
