@@ -97,7 +97,7 @@ def one_failed(errors: list, said: str, cause: str, traces=1):
 # ---------------------------------------------------------------- one item, at each seam of each command
 
 FIVE_SEAMS = {"reader": lambda s: (sampling, "read_frames"), "sampling": lambda s: (type(s.sampling), "counted"),
-              "text": lambda s: (s.encoder, "encode"), "network": lambda s: (s.model, "forward")}
+              "text": lambda s: (s.encoder, "embed"), "network": lambda s: (s.model, "forward")}
 five_seams = pytest.mark.parametrize("seam", FIVE_SEAMS)
 
 
@@ -389,6 +389,6 @@ def test_results_with_names_and_prompts_that_are_no_utf8(five, tmp_path):
         assert about["videos"] == 4 and about["failed"] >= 2 and table.video_name[0] == "caf\\xe9.mp4"
         assert table.Prompt[2] == "caf\\xe9 at night" and table.Prompt[3] == "caf\\ud800"
         assert table.error.isna().tolist()[1:] == [True, False, False] and table.Overall_MOS.isna().tolist()[1:] == [False, True, True]
-    predictions = pd.DataFrame({"video_name": [odd], "Prompt": [prompt]}, dtype=object)
+    predictions = pd.DataFrame({"video_name": [odd], "Prompt": ["a boat"]}, dtype=object)
     dataset.write_predictions(predictions, np.full((1, 5), 3.), tmp_path/"p.csv")
-    assert (tmp_path/"p.csv").read_bytes().splitlines()[1].startswith(b"caf\\xe9.mp4,caf\\xe9 at night,3.0")
+    assert (tmp_path/"p.csv").read_bytes().splitlines()[1].startswith(b"caf\xe9.mp4,a boat,3.0"), "the label file's own name, byte by byte"

@@ -25,7 +25,7 @@ from ..data.sampling import PICTURES
 from ..data.video import MissingVideo
 from ..evaluation.ranks import set_script_scores
 from ..files import NAMES, check_place, file_sha256, is_address, progress, read_lines, read_rows, readable, staged
-from .score import Scorer, ScoreError
+from .score import Scorer
 from ..models.weights import about_file
 from ..quality import DIMENSIONS, MOS_COLUMNS, Caught, QualiVisionError, Tally, caught, say
 
@@ -111,9 +111,8 @@ class FiveMos:
     "A `Scorer` of five MOS, for `score_set`."
     name, columns = "qualivision", DIMENSIONS
 
-    def __init__(self, scorer: Scorer, most: int = 10_000):     # prompts whose embeddings are kept
-        self.scorer, self.most = scorer, most
-        about = scorer.about
+    def __init__(self, scorer: Scorer):
+        self.scorer, about = scorer, scorer.about
         self.settings = {"model": about["model"], "weights": about_file(about["checkpoint"]).get("sha256"), "sampling": scorer.sampling.key(),
                          "judged": 2}       # raise it when scores come with other reasons or warnings: rows of before are scored again
 
@@ -121,9 +120,7 @@ class FiveMos:
         return self.scorer.sampling.counted(video)
 
     def rate(self, views: tuple, prompt: str) -> dict:      # MOS, 1–5, or None; reasons; warnings
-        "Five MOS. Raises ScoreError where there is no prompt."
-        if not prompt.strip(): raise ScoreError("prompt", "there is none", "Give the text that the video was generated from.")
-        if len(self.scorer.encoder._known) >= self.most: self.scorer.encoder._known.clear()
+        "Five MOS. Raises TextError for a prompt that cannot be read."
         scores, reasons, warnings = self.scorer.judge(views[0], prompt, views[1])
         return {**dict(zip(self.columns, scores)), "reasons": reasons, "warnings": list(warnings)}
 

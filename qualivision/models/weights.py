@@ -211,9 +211,12 @@ def save_checkpoint(folder,                # made if it is not there
         sync_to_disk(folder)
 
 
-def save_tensors(path, state: dict[str, Tensor], metadata: dict | None = None) -> str:   # SHA-256 of the file
+def save_tensors(path, state: dict[str, Tensor],
+                 metadata: dict | None = None,
+                 sync: bool = True      # force it to the disk first
+                ) -> str:               # SHA-256 of the file
     "Write a safetensors file, whole or not at all. Raises `FileError`."
-    with staged(path) as part:
+    with staged(path, sync) as part:
         try: save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, part, metadata=metadata)
         except SafetensorError as e: raise FileError(path, f"it cannot be written ({e})", "Free some space, or choose another folder.") from e
         return file_sha256(part)
