@@ -630,6 +630,7 @@ def _decoder(stream, name: str, threads: int):
     if name:
         codec = av.CodecContext.create(name, "r")
         codec.extradata = stream.codec_context.extradata
+    if codec.codec.canonical_name == "mpeg4": threads = 1              # with more it misses damage now and then
     codec.options, codec.thread_count, codec.thread_type = {"err_detect": "crccheck+explode"}, threads, "AUTO"
     return codec
 
