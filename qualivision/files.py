@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NAMES', 'FOREIGN', 'PACKAGE', 'FileError', 'reading', 'writing', 'encoding_of', 'read_text', 'is_address',
            'check_cell', 'read_lines', 'read_rows', 'read_table', 'number', 'check_place', 'staged', 'sync_to_disk',
-           'write_whole', 'check_room', 'Meter', 'progress', 'file_sha256', 'imported', 'code_hash', 'value_hash']
+           'readable', 'write_whole', 'check_room', 'Meter', 'progress', 'file_sha256', 'imported', 'code_hash',
+           'value_hash']
 
 # %% ../nbs/03_files.ipynb #fb7746c2
 import ast
@@ -209,9 +210,13 @@ def sync_to_disk(path: Path):
     try: os.fsync(handle)
     finally: os.close(handle)
 
+def readable(text: str) -> str:
+    "The text, where a byte that was no UTF-8 (Python keeps it as half a character) stands as four letters such as \\xe9."
+    return re.sub("[\ud800-\udfff]", lambda m: f"\\x{ord(m[0]) - 0xdc00:02x}" if "\udc80" <= m[0] <= "\udcff" else f"\\u{ord(m[0]):04x}", text)
+
 def write_whole(path: str | Path, data: bytes | str, sync: bool = True):
-    "Writes all of a file or nothing; text as UTF-8 with its line ends as they are. Raises `FileError`."
-    with staged(path, sync) as part: part.write_bytes(data.encode() if isinstance(data, str) else data)
+    "Writes all of a file or nothing; text as UTF-8 with its line ends and foreign bytes as they are. Raises `FileError`."
+    with staged(path, sync) as part: part.write_bytes(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
 
 # %% ../nbs/03_files.ipynb #d219ea83
 def check_room(folder: str | Path,   # where they will lie; it need not be there yet

@@ -484,16 +484,16 @@ def test_bad_videos_are_rows_or_one_error(root, tmp_path):
     with pytest.raises(VideoError, match="C_0000.mp4"): cache.get(bad[0])
 
 
-def test_a_full_disk(root, tmp_path, monkeypatch, counted, capsys):
+def test_a_full_disk(root, tmp_path, monkeypatch, counted):
     sampling, log = counted
     cache, paths = ClipCache(tmp_path/"cache", sampling), load_dataset(root)["path"].tolist()
     with monkeypatch.context() as m:
         m.setattr(dataset.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 100_000, 100_000))
-        with pytest.raises(DatasetError, match="needs 0.00 GB for 21 clips"): cache.build(paths)
-    assert "21 clips to decode" in capsys.readouterr().err and len(log()) == 1 and not list((tmp_path/"cache").rglob("*.npy"))
+        with pytest.raises(FileError, match="the 21 clips of the cache need 0.00 GB"): cache.build(paths)
+    assert len(log()) == 1 and not list((tmp_path/"cache").rglob("*.npy"))
     with monkeypatch.context() as m:
         m.setattr(dataset.np, "save", lambda f, a: f.write(b"begun") and (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(DatasetError, match="No space left on device"): cache.get(paths[0])
+        with pytest.raises(FileError, match="No space left on device"): cache.get(paths[0])
     assert not [f for f in (tmp_path/"cache").rglob("*") if f.is_file()]
 
 
@@ -663,6 +663,9 @@ def test_predictions_refuse_what_is_no_score(root, tmp_path):
     assert write_predictions(test, scores, tmp_path/"p.csv", missing="empty").isna().sum().sum() == 5
     assert (tmp_path/"p.csv").read_text().splitlines()[2] == "B_2000.mp4,a kite,,,,,"
     scores[1, 0] = 3.
+    write_predictions(test, scores, tmp_path/"p.csv", missing="empty")
+    assert (tmp_path/"p.csv").read_text().splitlines()[2] == "B_2000.mp4,a kite,3.000000,,,,", "a dimension without a score is an empty cell"
+    scores[1, 1] = np.inf
     with pytest.raises(DatasetError, match="no finite scores"): write_predictions(test, scores, tmp_path/"p.csv", missing="empty")
 
 

@@ -1,5 +1,8 @@
 "Maps and gMAD: what a cell looked at, that cells add up to the score, the files, and the commands on real weights' form."
+import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,12 +14,15 @@ from typer.testing import CliRunner
 
 from qualivision.cli import app
 from qualivision.data.sampling import DOVER_VIEWS, dover_views, view_indices
-from qualivision.data.video import probe, read_frames, write_video
-from qualivision.evaluation.maps import (MapError, ScoreMaps, at_frame, cell_boxes, divergence, gmad_pairs, overlay, patch_boxes, region_table,
-                                         score_maps, shrink, standardised, time_table, unseen, write_maps)
+from qualivision.data.video import frame_times, probe, read_frames, write_video
+from qualivision.evaluation.maps import (MapError, ScoreMaps, at_frame, cell_boxes, divergence, draw_moments, draw_times, gmad_pairs, overlay,
+                                         patch_boxes, region_table, score_maps, shrink, standardised, time_table, unseen, write_maps)
 from qualivision.evaluation.ranks import read_sets
+from qualivision.files import FileError
 from qualivision.models.dover import DOVERMobile
 from weights_formula import fill
+
+FILES = {"times.csv", "regions.csv", "times.png", "divergence.png", "divergence.mp4"}
 
 
 class Brightness(nn.Module):
@@ -66,7 +72,7 @@ def test_a_cell_speaks_for_its_frames_and_pixels(video):
             top, left, bottom, right = maps.boxes[name][k, i, j].round().astype(int)
             seen = np.mean([(frames[f, top:bottom, left:right].mean((0, 1)) - DOVER_VIEWS[0].mean).mean() for f in maps.frames[name][k]])
             assert abs(seen - maps.scores[name][k, i, j] * std) < 2, (name, k, i, j)
-    assert maps.count == 80 and maps.fps == 20 and maps.size == (252, 392)
+    assert maps.count == 80 and np.allclose(maps.edges, np.arange(81) / 20) and maps.size == (252, 392)
 
 
 def test_tables_add_up_to_the_score(video):
@@ -77,7 +83,7 @@ def test_tables_add_up_to_the_score(video):
         means = table.groupby("view").score.mean()
         for name in expected: assert abs(means[name] - expected[name]) < 1e-9 and abs(maps.score(name) - expected[name]) < 1e-9
     times = time_table(maps)
-    assert (times.seconds == times.frame / 20).all() and times.groupby(["view", "clip"]).size().to_dict() == {
+    assert np.allclose(times.seconds, times.frame / 20) and times.groupby(["view", "clip"]).size().to_dict() == {
         ("aesthetic", 0): 16, ("technical", 0): 16, ("technical", 1): 16, ("technical", 2): 16}
     last = region_table(maps).iloc[48]
     assert (last["row"], last["column"], last["slot"]) == (6, 6, 0) and last["score"] == maps.scores["technical"][0, 6, 6]
@@ -92,7 +98,7 @@ def test_divergence(video):
     reference = read_sets()[0]
     d = reference.branches["technical"]
     assert np.allclose(standardised(maps, reference)["technical"], (maps.scores["technical"] - d.mean) / d.std)
-    flat = type(maps)({k: 0 * v + 3 for k, v in maps.scores.items()}, maps.frames, maps.boxes, maps.count, maps.fps, maps.size)
+    flat = type(maps)({k: 0 * v + 3 for k, v in maps.scores.items()}, maps.frames, maps.boxes, maps.edges, maps.size)
     with pytest.raises(MapError, match="all of its cells are equal"): standardised(flat)
     standardised(flat, reference)
 
@@ -112,7 +118,7 @@ def test_overlay():
     assert red[0] > red[2] and blue[2] > blue[0] and 0 < np.abs(weak - 160).max() < np.abs(red - 160).max()
     changed = (painted != 160).any(-1)
     assert changed[20:30, 121:].all() and changed.sum() == 10 * (20 + 21 + 21), "three blocks, and nothing beside them"
-    assert shrink(frame[None], 640).shape == (1, 70, 140, 3) and shrink(frame[None], 50).shape == (1, 24, 50, 3)
+    assert shrink(frame, 640).shape == (70, 140, 3) and shrink(frame, 50).shape == (24, 50, 3)
     assert (cell_boxes((70, 141))[0, 6] == [0, 6 * 141 / 7, 10, 141]).all()
 
 
@@ -120,7 +126,7 @@ def test_stretches_that_nobody_saw():
     "Against a count of the frames that lie within a step of one that was looked at."
     for n in (1, 20, 31, 48, 80, 100, 200, 333, 1000):
         taken = view_indices(DOVER_VIEWS, n, seed=n)
-        maps = ScoreMaps({}, {name: i.reshape(-1, 2) for name, i in taken.items()}, {}, n, 25., (10, 10))
+        maps = ScoreMaps({}, {name: i.reshape(-1, 2) for name, i in taken.items()}, {}, np.arange(n + 1) / 25, (10, 10))
         for name, step in (("technical", 2), ("aesthetic", max(1, n // 32))):
             near = np.abs(np.arange(n)[:, None] - taken[name]).min(1) < step
             left = {f for a, b in unseen(maps, name) for f in range(a, b + 1)}
@@ -137,6 +143,53 @@ def test_film_says_where_a_view_saw_nothing(tmp_path):
     blank = unseen(score_maps(Brightness(), clip), "technical")
     shown = np.linspace(0, 299, 60).astype(int)
     assert 10 < bar.sum() < 50 and (bar == [not any(a <= n <= b for a, b in blank) for n in shown]).all()
+
+
+def test_times_are_those_of_the_frames(tmp_path):
+    "Fast, then slow, then a still of four seconds: tables, pictures and film say when a frame is shown, not its number by the mean rate."
+    edges = np.concatenate([np.arange(60) * .04, 2.4 + np.arange(20) * .3, [8.4, 12.4]])
+    frames = np.random.default_rng(0).integers(0, 256, (len(edges) - 1, 224, 224, 3), dtype=np.uint8)
+    clip = write_video(tmp_path/"uneven.mp4", frames, times=edges, preset="ultrafast")
+    maps = score_maps(Brightness(), clip)
+    assert np.allclose(maps.edges, edges, atol=1e-4)
+    for table in (time_table(maps), region_table(maps)): assert np.allclose(table.seconds, edges[table.frame], atol=1e-4)
+    times, rows = draw_times(maps).axes, time_table(maps)
+    for ax, name in zip(times, ("technical", "aesthetic")):
+        dots = np.concatenate([c.get_offsets()[:, 0] for c in ax.collections])
+        assert sorted(dots) == sorted(rows.seconds[rows["view"] == name]) and ax.get_xlim() == pytest.approx((0, 12.4))
+        grey = [(p.get_x(), p.get_x() + p.get_width()) for p in ax.patches]
+        assert np.ravel(grey) == pytest.approx(np.ravel([(edges[a], edges[b + 1]) for a, b in unseen(maps, name)]), abs=1e-4)
+    labels = [ax.get_ylabel() for ax in draw_moments(maps, frames[[10, 70]], [10, 70]).axes[:8:4]]
+    assert labels == [f"{edges[10]:.2f} s", f"{edges[70]:.2f} s"]
+    for most in (96, 30):
+        film = write_maps(Brightness(), clip, tmp_path/"out", most=most)["files"]["divergence.mp4"]
+        shown = np.linspace(0, 80, min(81, most)).astype(int)
+        assert np.allclose(frame_times(film), edges[shown], atol=1e-3) and probe(film).duration == pytest.approx(12.4, abs=1e-3)
+
+
+def test_one_frame_has_no_time(tmp_path):
+    one = write_video(tmp_path/"one.mp4", np.zeros((1, 224, 224, 3), np.uint8))
+    with pytest.raises(MapError, match="one frame.*qualivision dover"): score_maps(Brightness(), one)
+
+
+def test_a_folder_that_cannot_be_written(video, tmp_path, monkeypatch):
+    "Told before the model runs; and where it shows only while writing, none of the five files is left, and the error is the first one."
+    class Never(Brightness):
+        def forward(self, views): raise AssertionError("the model ran")
+    (tmp_path/"file").touch()
+    with pytest.raises(FileError, match="times.csv.*nothing can be written in"): write_maps(Never(), video, tmp_path/"file"/"out")
+    (tmp_path/"taken"/"divergence.mp4").mkdir(parents=True)
+    with pytest.raises(FileError, match="divergence.mp4: it is a folder"): write_maps(Never(), video, tmp_path/"taken")
+    for what, number in ((("os.replace",), errno.EROFS), (("qualivision.evaluation.maps.write_video",), errno.ENOSPC)):
+        with monkeypatch.context() as patch:
+            def no(*args, **kwargs): raise OSError(number, os.strerror(number), str(args[0]))
+            patch.setattr(*what, no)
+            patch.setattr("pathlib.Path.unlink", no)                                     # a place that takes nothing takes no cleaning up
+            with pytest.raises(FileError, match=os.strerror(number)) as found: write_maps(Brightness(), video, tmp_path/"out")
+        assert "tmp" not in Path(found.value.what).name and not set(found.value.what.split("/")[-1:]) - FILES
+        for left in (tmp_path/"out").iterdir():
+            assert left.name.startswith(".")
+            left.unlink()
 
 
 def test_refused(video, tmp_path):
@@ -157,7 +210,7 @@ def test_command(video, tmp_path):
         status, made[out], err = call("maps", video, *more, "--weights", tmp_path/"mobile.pth", "--out", tmp_path/out, "--device", "cpu", "--json")
         assert status == 0, err
     a, b = made["a"], made["b"]
-    assert set(a["files"]) == {"times.csv", "regions.csv", "times.png", "divergence.png", "divergence.mp4"} and a["scores"] == b["scores"]
+    assert set(a["files"]) == FILES and a["scores"] == b["scores"]
     for name in a["files"]: assert (tmp_path/"a"/name).read_bytes() == (tmp_path/"b"/name).read_bytes(), name
     info = probe(tmp_path/"a"/"divergence.mp4")
     assert (info.frames, info.fps, info.width, info.height) == (80, 20, 392, 252)

@@ -22,6 +22,7 @@ from qualivision.data.sampling import Sampling
 from qualivision.data.simulate import FPS, SEED, SPLITS, crf, plan
 from qualivision.data.stream import CAUSE_NAMES, Reserved, lesson, reserved, show
 from qualivision.data.video import write_video
+from qualivision.files import file_sha256
 from qualivision.models.transfer import body_names, config_for, load_body, start_from_body, unpack
 from qualivision.models import weights
 from qualivision.models.qualivision import DoverPlusPlus, VJepaMos
@@ -177,7 +178,7 @@ def test_both_bodies_are_small_and_what_the_registry_says():
         lessons = about["pretrain"]["window"] * about["pretrain"]["windows"]
         assert about["trained_on"].startswith(f"{lessons} simulated clips") and e.trained_on.startswith(f"{lessons:,} simulated clips")
         assert e.licence == about["licence"] == "MIT" and about["command"] in told and about["code_hash"][:12] in told
-        assert about["sha256"] == weights.file_sha256(ROOT/e.shipped/"model.safetensors")
+        assert about["sha256"] == file_sha256(ROOT/e.shipped/"model.safetensors")
 
 
 def test_killed_it_ends_as_an_undisturbed_run(made, tmp_path):

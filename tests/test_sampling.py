@@ -3,6 +3,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from qualivision.data.sampling import (COVER_VIEWS, DOVER_VIEWS, Sampling, SamplingError, View, cover_views, dover_views, fragment_offsets,
-                                       fragment_view, processor_view, resize_square, resized_view, segment_indices,
-                                       uniform_indices, uniform_view, view_indices)
+from qualivision.data.sampling import (COVER_VIEWS, DOVER_VIEWS, Sampling, SamplingError, View, cover_views, dover_views, fragment_corners,
+                                       fragment_offsets, fragment_view, processor_view, resize_square, segment_indices, uniform_indices,
+                                       uniform_view, view_indices)
 from qualivision.data.video import EmptyVideo, VideoError, probe, read_frames, write_video
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -78,6 +79,9 @@ def formula(frames, height, width):
     "Frames that any implementation can make: uint8 (3x + 5y + 7t + 85c + (x*y)//32) mod 256."
     t, y, x, c = (np.asarray(a, np.uint16) for a in np.ogrid[:frames, :height, :width, :3])
     return ((3 * x + 5 * y + 7 * t + 85 * c + (x * y) // 32) % 256).astype(np.uint8)
+
+
+def fragments(frame, **more): return fragment_view(frame, fragment_corners(*frame.shape[:2], 1, torch.Generator().manual_seed(0), **more)[0])
 
 
 def shapes(views): return {name: tuple(view.shape) for name, view in views.items()}
@@ -151,8 +155,8 @@ def test_official_pixels(official):
     case, frames = official
     views = dover_views(frames, case["seed"], raw=True, grid_before_enlarging=True)
     for name, view in views.items(): same_as_recorded(view, case["raw_views"][name])
-    same_as_recorded(resized_view(frames, 224, case["frame_indices"]["aesthetic"], antialias=False), case["aesthetic_raw_view_no_antialias"])
-    ours, theirs = (fragment_view(frames[:1], torch.Generator().manual_seed(0), grid_before_enlarging=g) for g in (False, True))
+    same_as_recorded(dover_views(frames, case["seed"], raw=True, antialias=False)["aesthetic"], case["aesthetic_raw_view_no_antialias"])
+    ours, theirs = (fragments(frames[0], grid_before_enlarging=g) for g in (False, True))
     assert torch.equal(ours, theirs) == (min(frames.shape[1:3]) >= 224)                  # the option is about small frames alone
 
 
@@ -187,15 +191,15 @@ def test_cover_takes_pairs_of_frames_and_each_branch_its_own():
 def test_fragments_cover_all_of_a_small_frame(height, width):
     "In every frame, also an enlarged one, the patches reach from the first rows and columns to the last."
     y, x = np.mgrid[:height, :width]
-    frame = np.stack([y * 255 // (height - 1), x * 255 // (width - 1), 0 * x], -1).astype(np.uint8)[None]
-    view = fragment_view(frame, torch.Generator().manual_seed(0))[0].int()
+    frame = np.stack([y * 255 // (height - 1), x * 255 // (width - 1), 0 * x], -1).astype(np.uint8)
+    view = fragments(frame).int()
     assert view.shape == (3, 224, 224)
     step = 2 + 255 * 1.2 / 7                                             # a patch may lie anywhere in its cell
     for channel in (0, 1): assert view[channel].min() <= step and view[channel].max() >= 255 - step
 
 
 def test_patches_that_do_not_fit_the_official_grid():
-    with pytest.raises(SamplingError, match="no grid"): fragment_view(formula(1, 20, 40), torch.Generator(), grid_before_enlarging=True)
+    with pytest.raises(SamplingError, match="no grid"): fragments(formula(1, 20, 40)[0], grid_before_enlarging=True)
 
 
 @pytest.mark.parametrize("views", [dover_views, cover_views])
@@ -207,6 +211,19 @@ def test_a_file_gives_the_views_of_its_frames(tmp_path, views):
     for name in arrays:
         assert torch.equal(files[0][name], arrays[name]) and torch.equal(files[0][name], files[1][name])
     assert not torch.equal(files[0]["technical"], files[2]["technical"])
+
+
+@pytest.mark.parametrize("make", [dover_views, cover_views, Sampling(64, 96), Sampling(64, 96, "processor")], ids=["dover", "cover", "square", "processor"])
+def test_no_video_stands_whole_in_memory(tmp_path, make):
+    "48 frames are 133 MB. numpy tells of its arrays: whole frames, and the patches that are kept, 15 MB at most."
+    frame = np.random.default_rng(0).integers(0, 256, (720, 1280, 3), dtype=np.uint8)
+    clip = write_video(tmp_path / "large.mp4", np.broadcast_to(frame, (48, *frame.shape)), preset="ultrafast", crf=40)
+    more = {} if isinstance(make, Sampling) else {"raw": True}
+    make(write_video(tmp_path / "small.mp4", np.zeros((4, 240, 240, 3), np.uint8)), **more)                # what is loaded once
+    tracemalloc.start()
+    try: make(clip, **more)
+    finally: most = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert frame.nbytes <= most < 12 * frame.nbytes, f"{most / frame.nbytes:.1f} frames"
 
 
 def test_pictures(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOS_LINE', 'VIEWS_LINE', 'SETS', 'ROLES', 'FUSED', 'VALUES', 'LabelError', 'KnownSet', 'known_set', 'check_set',
-           'find_set', 'roles', 'read_labels', 'place_of', 'places']
+           'named_set', 'find_set', 'roles', 'read_labels', 'place_of', 'places']
 
 # %% ../../nbs/data/06_labels.ipynb #372273b2
 import csv
@@ -84,7 +84,7 @@ def check_set(known: KnownSet, table: pd.DataFrame, file="labels"):
         raise LabelError(file, f"{known.name} has {known.videos} videos, these are {len(table)}", "Leave its name away for another data set.")
 
 
-def _named(path: str | Path) -> tuple[KnownSet | None, str]:     # the set that a path names, by which word
+def named_set(path: str | Path) -> tuple[KnownSet | None, str]:     # the set that a path names, by which word
     "Looks for whole words in the names of a file and its folder; they may be joined by anything, such as LIVE_VQC or DIVIDE-3k."
     words = re.findall("[a-z0-9]+", "/".join(Path(path).parts[-2:]).lower())
     joined = {"".join(words[i:i + n]) for i in range(len(words)) for n in (1, 2, 3)}
@@ -97,7 +97,7 @@ def find_set(file: str | Path,         # label file
              table: pd.DataFrame       # what is in it, of `read_labels`
             ) -> tuple[KnownSet | None, str]:   # the data set, None if it is none of these; why
     "The data set that labels belong to: the one that the path names, if counts and ranges agree."
-    known, word = _named(file)
+    known, word = named_set(file)
     if known is None: return None, "its path names no known data set"
     low, high, width = table.overall.min(), table.overall.max(), known.high - known.low
     try:

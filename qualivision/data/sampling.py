@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['DOVER_VIEWS', 'COVER_VIEWS', 'PICTURES', 'SamplingError', 'uniform_indices', 'resize_square', 'processor_view',
-           'to_unit', 'Sampling', 'uniform_view', 'segment_indices', 'fragment_offsets', 'enlarge', 'fragment_view',
-           'resized_view', 'View', 'view_indices', 'dover_views', 'read_picture', 'cover_views']
+           'to_unit', 'Sampling', 'uniform_view', 'segment_indices', 'fragment_offsets', 'enlarged', 'enlarge',
+           'fragment_corners', 'fragment_view', 'resized_view', 'View', 'view_indices', 'dover_views', 'read_picture',
+           'cover_views']
 
 # %% ../../nbs/data/02_sampling.ipynb #c1739350
 import math
 import os
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -100,19 +100,20 @@ class Sampling:
                  path: str | os.PathLike,   # a video file
                  reader: str = "auto"       # of `read_frames`
                 ) -> Tensor:                # (3,T,S,S) uint8
-        "The view of a video. Raises the `VideoError`s of `read_frames`."
+        "The view of a file, each frame resized as it comes. Raises the `VideoError`s of `read_frames`."
         return self.counted(path, reader)[0]
 
     def counted(self, path: str | os.PathLike, reader: str = "auto"
                ) -> tuple[Tensor, int]:     # (3,T,S,S) uint8; N, how many frames the video has
         "The view of a video, and how many frames it was made from: of one frame a model sees T copies. Raises as a call does."
-        asked = []
-        def indices(n):
+        wanted, asked, resize = [], [], resize_square if self.view == "square" else processor_view
+        def once(n):                        # a frame that the view shows twice is resized once
             asked.append(n)
-            return uniform_indices(n, self.count)
-        frames = read_frames(path, indices, reader)                                    # (T,H,W,3)
-        resize = resize_square if self.view == "square" else processor_view
-        return resize(frames, self.size).transpose(0, 1).contiguous(), asked[-1]
+            wanted[:] = uniform_indices(n, self.count).tolist()
+            return sorted(set(wanted))
+        small = read_frames(path, once, reader, each=lambda frame, _: resize(frame[None], self.size)[0])   # of (3,S,S)
+        at = {k: i for i, k in enumerate(sorted(set(wanted)))}
+        return torch.stack([small[at[k]] for k in wanted], 1), asked[-1]                # (3,T,S,S)
 
 # %% ../../nbs/data/02_sampling.ipynb #51e34dc7
 def uniform_view(path: str | os.PathLike,  # a video file
@@ -151,55 +152,62 @@ def fragment_offsets(height: int, width: int,      # H, W, pixels
     return draw(height), draw(width)
 
 # %% ../../nbs/data/02_sampling.ipynb #5e2e1140
-def enlarge(frames: np.ndarray,    # (T,H,W,3) uint8
-            size: int = 224,       # what the shorter side has to have
-            chunk: int = 8         # frames at a time
-           ) -> np.ndarray:        # (T,H',W',3) uint8
-    "Frames smaller than `size`, enlarged: bilinear, truncated to whole numbers, as the official code does. Others come back unchanged."
-    if min(frames.shape[1:3]) >= size: return frames
-    scale = 1 / min(frames.shape[1] / size, frames.shape[2] / size)
-    x = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
-    parts = [F.interpolate(x[k:k + chunk] / 255, scale_factor=scale, mode="bilinear") * 255 for k in range(0, len(x), chunk)]
-    return torch.cat([p.to(torch.uint8) for p in parts]).permute(0, 2, 3, 1).numpy()
+def enlarged(height: int, width: int,  # pixels
+             size: int = 224           # what the shorter side has to have
+            ) -> tuple[int, int]:      # height and width
+    "The size of a frame after `enlarge`."
+    if min(height, width) >= size: return height, width
+    scale = 1 / min(height / size, width / size)
+    return int(height * scale), int(width * scale)
 
 
-def fragment_view(frames: np.ndarray,                   # (N,H,W,3) uint8
-                  generator: torch.Generator,           # for the offsets
-                  take=None,                            # which frames, in which order; default: all
-                  aligned: int = 32,                    # frames in a run that shares its offsets
-                  cells: int = 7, cell: int = 32,       # 7·32 = 224 pixels a side
-                  grid_before_enlarging: bool = False   # the official code's grid for small frames: the top left part alone
-                 ) -> Tensor:                           # (T,3,224,224) uint8
-    "Patches of the frame at its own resolution, side by side (FAST-VQA, section 3.1)."
-    grid = frames.shape[1:3]
-    frames = enlarge(frames, cells * cell)
-    if not grid_before_enlarging: grid = frames.shape[1:3]
+def enlarge(frame: np.ndarray,     # (H,W,3) uint8
+            size: int = 224        # what the shorter side has to have
+           ) -> np.ndarray:        # (H',W',3) uint8
+    "A frame smaller than `size`, enlarged: bilinear, truncated to whole numbers, as the official code does. Others come back unchanged."
+    if min(frame.shape[:2]) >= size: return frame
+    scale = 1 / min(frame.shape[0] / size, frame.shape[1] / size)
+    x = F.interpolate(_pixels(frame) / 255, scale_factor=scale, mode="bilinear") * 255        # (1,3,H',W')
+    return x[0].to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def _pixels(frame: np.ndarray) -> Tensor:      # (1,3,H,W) uint8
+    return torch.from_numpy(np.require(frame, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
+
+
+def fragment_corners(height: int, width: int,              # H, W of the frames as they are, pixels
+                     groups: int,                          # G, runs of frames that share their offsets
+                     generator: torch.Generator,           # of `fragment_offsets`
+                     cells: int = 7, cell: int = 32,       # 7·32 = 224 pixels a side
+                     grid_before_enlarging: bool = False   # the official code's grid for small frames: the top left part alone
+                    ) -> np.ndarray:                       # (G,7,7,2) int64: top and left, in the frame that `enlarge` gives
+    "Where the patches lie. Raises `SamplingError`."
+    grid = (height, width) if grid_before_enlarging else enlarged(height, width, cells * cell)
     if min(grid) < cell:
-        raise SamplingError(f"{grid[1]}×{grid[0]} pixels", f"no grid of {cell}-pixel patches fits", "Use grid_before_enlarging=False.")
-    take = np.arange(len(frames)) if take is None else np.asarray(take)
-    offsets = fragment_offsets(*grid, math.ceil(len(take) / aligned), generator, cells, cell)
-    out = torch.empty(len(take), 3, cells * cell, cells * cell, dtype=torch.uint8)
-    for i, j, g in product(range(cells), range(cells), range(offsets[0].shape[-1])):
-        top, left = (min(n * (side // cells), side - cell) + int(o[i, j, g]) for n, side, o in zip((i, j), grid, offsets))
-        run = slice(g * aligned, (g + 1) * aligned)
-        patch = torch.from_numpy(frames[take[run], top:top + cell, left:left + cell])               # (t,32,32,3)
-        out[run, :, i * cell:(i + 1) * cell, j * cell:(j + 1) * cell] = patch.permute(0, 3, 1, 2)
-    return out
+        raise SamplingError(f"{width}×{height} pixels", f"no grid of {cell}-pixel patches fits", "Use grid_before_enlarging=False.")
+    rows, columns = (o.permute(2, 0, 1) for o in fragment_offsets(*grid, groups, generator, cells, cell))      # (G,7,7)
+    top, left = (torch.arange(cells).mul(side // cells).clamp(max=side - cell) for side in grid)              # of the cells
+    return torch.stack([top[:, None] + rows, left + columns], -1).numpy()
+
+
+def fragment_view(frame: np.ndarray,    # (H,W,3) uint8
+                  corners: np.ndarray,  # (7,7,2): one run of `fragment_corners`
+                  cell: int = 32
+                 ) -> Tensor:           # (3,224,224) uint8
+    "Patches of the frame at its own resolution, side by side (FAST-VQA, section 3.1)."
+    frame, step = enlarge(frame, len(corners) * cell), np.arange(cell)
+    rows, columns = (corners[..., i, None] + step for i in (0, 1))                            # (7,7,32)
+    patches = frame[rows[..., None], columns[..., None, :]]                                   # (7,7,32,32,3)
+    return torch.from_numpy(patches.transpose(4, 0, 2, 1, 3).reshape(3, len(corners) * cell, -1))
 
 # %% ../../nbs/data/02_sampling.ipynb #d958f290
-def resized_view(frames: np.ndarray,     # (N,H,W,3) uint8
+def resized_view(frame: np.ndarray,      # (H,W,3) uint8
                  size: int = 224,        # S, pixels a side
-                 take=None,              # which frames, in which order; default: all
-                 antialias: bool = True, # as torchvision does since 0.17; False: as the versions of DOVER's time
-                 chunk: int = 8          # frames at a time
-                ) -> Tensor:             # (T,3,S,S) uint8
+                 antialias: bool = True  # as torchvision does since 0.17; False: as the versions of DOVER's time
+                ) -> Tensor:             # (3,S,S) uint8
     "All of the frame as a square, bilinear, rounded."
-    take = np.arange(len(frames)) if take is None else np.asarray(take)
-    out = torch.empty(len(take), 3, size, size, dtype=torch.uint8)
-    for k in range(0, len(take), chunk):
-        x = torch.from_numpy(frames[take[k:k + chunk]]).permute(0, 3, 1, 2).float()
-        out[k:k + chunk] = F.interpolate(x, size=(size, size), mode="bilinear", align_corners=False, antialias=antialias).round_()
-    return out
+    x = F.interpolate(_pixels(frame).float(), size=(size, size), mode="bilinear", align_corners=False, antialias=antialias)
+    return x[0].round_().to(torch.uint8).contiguous()
 
 # %% ../../nbs/data/02_sampling.ipynb #de5ef64f
 @dataclass(frozen=True)
@@ -235,41 +243,65 @@ def view_indices(views, frames: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {v.name: segment_indices(frames, v.segments, v.length, v.interval, random) for v in views}
 
 # %% ../../nbs/data/02_sampling.ipynb #5a36c448
-def _read(source, views, seed, reader):
-    "Frames (N,H,W,3) uint8 that hold all that the views need, and for each view the positions of its own."
-    taken = {}
-    def every(n):
-        taken.update(view_indices(views, n, seed))
-        return np.unique(np.concatenate(list(taken.values())))
+class _Cutter:
+    "Cuts the views out of frames that come one by one, in whatever order."
+    def __init__(self, views, seed: int, antialias: bool, grid_before_enlarging: bool):
+        self.views, self.seed, self.antialias, self.before = views, seed, antialias, grid_before_enlarging
+
+    def begin(self, taken: dict[str, np.ndarray]  # of `view_indices`
+             ) -> list[int]:                      # the frames that are needed, each once
+        self.taken, self.corners = taken, {}
+        self.needed = sorted(set(np.concatenate(list(taken.values())).tolist()))
+        return self.needed
+
+    def _draw(self, height: int, width: int):
+        "The corners of all patches, in the order of the views."
+        generator = torch.Generator().manual_seed(self.seed)
+        for v in self.views:
+            groups = math.ceil(len(self.taken[v.name]) / v.aligned)
+            if v.fragments: self.corners[v.name] = fragment_corners(height, width, groups, generator, grid_before_enlarging=self.before)
+
+    def cut(self, frame: np.ndarray,   # (H,W,3) uint8
+            at: int                    # its position in `needed`
+           ) -> dict:                  # (name of the view, place in it): (3,S,S) uint8
+        "What the views show of one frame."
+        if not self.corners: self._draw(*frame.shape[:2])
+        made = {}
+        for v in self.views:
+            places = np.flatnonzero(self.taken[v.name] == self.needed[at]).tolist()
+            runs = sorted({k // v.aligned if v.fragments else 0 for k in places})
+            for run in runs:
+                x = fragment_view(frame, self.corners[v.name][run]) if v.fragments else resized_view(frame, v.size, self.antialias)
+                made |= {(v.name, k): x for k in places if not v.fragments or k // v.aligned == run}
+        return made
+
+    def join(self, parts: list[dict]) -> dict[str, Tensor]:    # name: (T,3,S,S) uint8
+        "The views, from what all frames gave."
+        made = {key: x for part in parts for key, x in part.items()}
+        return {v.name: torch.stack([made[v.name, k] for k in range(len(self.taken[v.name]))]) for v in self.views}
+
+
+def _views(source, views, seed, antialias, grid_before_enlarging, reader, raw, still=False):
+    "The views of a file, or of frames; `still`: of one picture, which each view shows once."
+    cutter = _Cutter(views, seed, antialias, grid_before_enlarging)
+    def begin(n): return cutter.begin(dict.fromkeys((v.name for v in views), np.zeros(1, np.int64)) if still else view_indices(views, n, seed))
     if isinstance(source, np.ndarray):
         if source.ndim != 4 or source.shape[-1] != 3 or source.dtype != np.uint8 or 0 in source.shape:
             raise SamplingError("frames", f"they are {source.dtype} in shape {source.shape}", "Give (N,H,W,3) uint8.")
-        every(len(source))
-        return source, taken
-    frames, there = read_frames(source, every, reader), np.unique(np.concatenate(list(taken.values())))
-    return frames, {name: np.searchsorted(there, i) for name, i in taken.items()}
-
-
-def _cut(frames, taken, views, seed, antialias, grid_before_enlarging, raw):
-    "The views, from frames that are there; offsets are drawn in the order of the views."
-    generator, out = torch.Generator().manual_seed(seed), {}
-    for v in views:
-        if v.fragments: x = fragment_view(frames, generator, taken[v.name], v.aligned, grid_before_enlarging=grid_before_enlarging)
-        else: x = resized_view(frames, v.size, taken[v.name], antialias)
-        out[v.name] = x if raw else v.normalise(x)
-    return out
+        parts = [cutter.cut(source[k], at) for at, k in enumerate(begin(len(source)))]
+    else: parts = read_frames(source, begin, reader, each=cutter.cut)
+    return {v.name: x if raw else v.normalise(x) for v, x in zip(views, cutter.join(parts).values())}
 
 
 def dover_views(source: str | os.PathLike | np.ndarray,   # a video file, or all of its frames (N,H,W,3) uint8
                 seed: int = 0,                            # 0–4294967295
                 antialias: bool = True,                   # of `resized_view`
-                grid_before_enlarging: bool = False,      # of `fragment_view`
+                grid_before_enlarging: bool = False,      # of `fragment_corners`
                 reader: str = "auto",                     # of `read_frames`
                 raw: bool = False                         # uint8 (T,3,S,S), before normalisation
                ) -> dict[str, Tensor]:                    # technical (3,3,32,224,224), aesthetic (1,3,32,224,224), float32
     "What DOVER and DOVER-Mobile look at. Raises `SamplingError` and the `VideoError`s of `read_frames`."
-    frames, taken = _read(source, DOVER_VIEWS, seed, reader)
-    return _cut(frames, taken, DOVER_VIEWS, seed, antialias, grid_before_enlarging, raw)
+    return _views(source, DOVER_VIEWS, seed, antialias, grid_before_enlarging, reader, raw)
 
 # %% ../../nbs/data/02_sampling.ipynb #82e69dc2
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
@@ -292,12 +324,11 @@ def read_picture(path: str | os.PathLike   # of the kinds in PICTURES
 def cover_views(source: str | os.PathLike | np.ndarray,   # a video or picture file, or all frames (N,H,W,3) uint8
                 seed: int = 0,                            # 0–4294967295
                 antialias: bool = True,                   # of `resized_view`
-                grid_before_enlarging: bool = False,      # of `fragment_view`
+                grid_before_enlarging: bool = False,      # of `fragment_corners`
                 reader: str = "auto",                     # of `read_frames`
                 raw: bool = False                         # uint8 (T,3,S,S), before normalisation
                ) -> dict[str, Tensor]:                    # semantic (1,3,20,512,512), technical and aesthetic (1,3,40,224,224), float32
     "What COVER looks at; of a picture with T = 1. Raises `SamplingError` and the `VideoError`s of `read_frames`."
     if not isinstance(source, np.ndarray) and Path(source).suffix.lower() in PICTURES:
-        frames, taken = read_picture(source), {v.name: np.zeros(1, np.int64) for v in COVER_VIEWS}
-    else: frames, taken = _read(source, COVER_VIEWS, seed, reader)
-    return _cut(frames, taken, COVER_VIEWS, seed, antialias, grid_before_enlarging, raw)
+        return _views(read_picture(source), COVER_VIEWS, seed, antialias, grid_before_enlarging, reader, raw, still=True)
+    return _views(source, COVER_VIEWS, seed, antialias, grid_before_enlarging, reader, raw)

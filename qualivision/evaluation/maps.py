@@ -9,6 +9,7 @@ __all__ = ['LIMIT', 'NAMES', 'MapError', 'patch_boxes', 'cell_boxes', 'ScoreMaps
 
 # %% ../../nbs/evaluation/23_maps.ipynb #69ae0274
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +18,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..data.sampling import DOVER_VIEWS, dover_views, enlarge, fragment_offsets, uniform_indices, view_indices
-from ..data.video import probe, read_frames, write_video
-from .metrics import read_table
+from ..data.sampling import DOVER_VIEWS, dover_views, enlarged, fragment_corners, uniform_indices, view_indices
+from ..data.video import frame_times, probe, read_frames, write_video
+from ..files import number, read_table
 from .ranks import ReferenceSet
+from ..files import check_place, staged
 from ..quality import QualiVisionError
 
 # %% ../../nbs/evaluation/23_maps.ipynb #24569475
@@ -31,13 +33,10 @@ def patch_boxes(size: tuple,          # height and width of the frames, pixels
                 seed: int = 0         # of `dover_views`
                ) -> np.ndarray:       # (3,7,7,4) float64, for each clip: top, left, bottom, right, pixels of the frame
     "Where the patches of DOVER's technical view were cut out (FAST-VQA, section 3.1)."
-    view, cells, cell = DOVER_VIEWS[0], 7, 32
-    grid = enlarge(np.zeros((1, *size, 3), np.uint8), cells * cell).shape[1:3]                    # small frames are enlarged first
-    rows, columns = fragment_offsets(*grid, view.segments * view.length // view.aligned, torch.Generator().manual_seed(seed), cells, cell)
-    top, left = (torch.arange(cells).mul(n // cells).clamp(max=n - cell) for n in grid)           # corners of the cells
-    top, left = (top[:, None, None] + rows).permute(2, 0, 1), (left[:, None] + columns).permute(2, 0, 1)      # (3,7,7)
-    scale = np.tile([a / b for a, b in zip(size, grid)], 2)
-    return torch.stack([top, left, top + cell, left + cell], -1).numpy() * scale
+    view, cell = DOVER_VIEWS[0], 32
+    corners = fragment_corners(*size, view.segments * view.length // view.aligned, torch.Generator().manual_seed(seed), cell=cell)   # (3,7,7,2)
+    scale = np.tile([a / b for a, b in zip(size, enlarged(*size))], 2)                            # small frames are enlarged first
+    return np.concatenate([corners, corners + cell], -1) * scale
 
 
 def cell_boxes(size: tuple) -> np.ndarray:       # (7,7,4) float64: top, left, bottom, right
@@ -52,9 +51,11 @@ class ScoreMaps:
     scores: dict     # view: (slots,7,7) float64, raw scores, higher is better; their mean is the score of the view
     frames: dict     # view: (slots,2) int64, the frames of the video that a slot looked at
     boxes: dict      # view: (slots,7,7,4) float64, pixels that a cell looked at: top, left, bottom, right
-    count: int       # frames that the video has
-    fps: float       # frames/s
+    edges: np.ndarray   # (N+1,) float64, s: when each of the video's N frames is shown, and when the last one ends
     size: tuple      # height and width, pixels
+
+    @property
+    def count(self) -> int: return len(self.edges) - 1      # N, frames that the video has
 
     def score(self, view: str) -> float: return float(self.scores[view].mean())
 
@@ -69,8 +70,10 @@ def score_maps(model: nn.Module,         # DOVER, DOVERMobile, or what takes the
     names = [v.name for v in DOVER_VIEWS]
     if list(getattr(model, "views", ())) != names:
         raise MapError(type(model).__name__, f"its views are not {' and '.join(names)}", "Use DOVER or DOVER-Mobile.")
-    views = dover_views(video, seed)
     info = probe(video)
+    if info.frames == 1: raise MapError(video, "it has one frame, and so no score over time", "`qualivision dover` scores it.")
+    views, times = dover_views(video, seed), frame_times(video)
+    edges = np.append(times, max(info.duration, times[-1] + 1e-3))
     size, taken = (info.height, info.width), view_indices(DOVER_VIEWS, info.frames, seed)
     maps = model.to(device).eval()({name: x.to(device) for name, x in views.items()})             # (clips,1,16,7,7)
     scores = {name: maps[name][:, 0].flatten(0, 1).double().cpu().numpy() for name in names}      # (slots,7,7)
@@ -78,16 +81,16 @@ def score_maps(model: nn.Module,         # DOVER, DOVERMobile, or what takes the
     frames = {name: taken[name].reshape(-1, 2) for name in names}
     boxes = {"technical": patch_boxes(size, seed).repeat(len(frames["technical"]) // 3, 0),
              "aesthetic": np.broadcast_to(cell_boxes(size), (len(frames["aesthetic"]), 7, 7, 4))}
-    return ScoreMaps(scores, frames, boxes, info.frames, info.fps, size)
+    return ScoreMaps(scores, frames, boxes, edges, size)
 
 # %% ../../nbs/evaluation/23_maps.ipynb #742ff58e
 def time_table(maps: ScoreMaps):     # -> DataFrame: view, clip, slot, frame, next_frame, seconds, score
-    "One row for each slot of each view; `seconds` is the time of its first frame."
+    "One row for each slot of each view; `seconds` is when its first frame is shown."
     import pandas as pd
     rows = []
     for view in DOVER_VIEWS:
         each = len(maps.frames[view.name]) // view.clips
-        rows += [(view.name, k // each, k % each, int(a), int(b), a / maps.fps, s.mean())
+        rows += [(view.name, k // each, k % each, int(a), int(b), maps.edges[a], s.mean())
                  for k, ((a, b), s) in enumerate(zip(maps.frames[view.name], maps.scores[view.name]))]
     return pd.DataFrame(rows, columns=["view", "clip", "slot", "frame", "next_frame", "seconds", "score"])
 
@@ -129,17 +132,17 @@ def draw_times(maps: ScoreMaps):    # -> matplotlib Figure
     axes, table = fig.subplots(2, 1, sharex=True), time_table(maps)
     for ax, (name, rows) in zip(axes, table.groupby("view", sort=False)):
         blank = unseen(maps, name)
-        for a, b in blank: ax.axvspan(a / maps.fps, (b + 1) / maps.fps, color="0.92", lw=0)
+        for a, b in blank: ax.axvspan(maps.edges[a], maps.edges[b + 1], color="0.92", lw=0)
         mean = rows.groupby("frame").score.mean()
         part = np.searchsorted([a for a, _ in blank], mean.index)                    # the line stops where the view does
-        for k in np.unique(part): ax.plot(mean.index[part == k] / maps.fps, mean[part == k], color="0.6", lw=1, zorder=1)
+        for k in np.unique(part): ax.plot(maps.edges[mean.index[part == k]], mean[part == k], color="0.6", lw=1, zorder=1)
         for k, dots in rows.groupby("clip"):
             ax.scatter(dots.seconds, dots.score, s=14, color=f"C{k}", label=f"clip {k + 1}" if rows["clip"].max() else None)
         ax.axhline(rows.score.mean(), color="0.3", lw=.8, ls="--")
         ax.set_ylabel("score")
         ax.set_title(f"{name}: {rows.score.mean():.4g}", loc="left", fontsize=10)
         if rows["clip"].max(): ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, frameon=False, borderpad=0)
-    axes[-1].set(xlabel="seconds; grey: not seen by this view", xlim=(0, maps.count / maps.fps))
+    axes[-1].set(xlabel="seconds; grey: not seen by this view", xlim=(0, maps.edges[-1]))
     return fig
 
 # %% ../../nbs/evaluation/23_maps.ipynb #40699393
@@ -186,16 +189,16 @@ def overlay(frame: np.ndarray,       # (H,W,3) uint8
     return paint(100 + .6 * (frame @ [.299, .587, .114])[..., None], values[rows][:, columns])
 
 
-def shrink(frames: np.ndarray,       # (T,H,W,3) uint8
+def shrink(frame: np.ndarray,        # (H,W,3) uint8
            width: int = 640          # most pixels in a row
-          ) -> np.ndarray:           # (T,h,w,3) uint8, h and w even, as MP4 needs them
-    "Frames small enough to be looked at; smaller ones only lose an odd row or column."
-    h, w = frames.shape[1:3]
+          ) -> np.ndarray:           # (h,w,3) uint8, h and w even, as MP4 needs them
+    "A frame small enough to be looked at; a smaller one only loses an odd row or column."
+    h, w = frame.shape[:2]
     if w > width: h, w = round(h * width / w), width
     h, w = max(2, h - h % 2), max(2, w - w % 2)
-    if frames.shape[2] <= width: return np.ascontiguousarray(frames[:, :h, :w])
-    one = lambda x: F.interpolate(x.permute(2, 0, 1)[None].float(), size=(h, w), mode="bilinear", antialias=True)[0]
-    return torch.stack([one(x).round().to(torch.uint8) for x in torch.from_numpy(frames)]).permute(0, 2, 3, 1).numpy()
+    if frame.shape[1] <= width: return np.ascontiguousarray(frame[:h, :w])
+    x = F.interpolate(torch.from_numpy(frame).permute(2, 0, 1)[None].float(), size=(h, w), mode="bilinear", antialias=True)[0]
+    return x.round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 # %% ../../nbs/evaluation/23_maps.ipynb #0365ea1b
 def draw_moments(maps: ScoreMaps,
@@ -220,11 +223,11 @@ def draw_moments(maps: ScoreMaps,
         for ax, name in zip(row[1:], own):
             if any(a <= n <= b for a, b in unseen(maps, name)):                                   # another moment's map
                 nearest = maps.frames[name].flat[np.abs(maps.frames[name] - n).argmin()]
-                ax.set_xlabel(f"seen at {nearest / maps.fps:.2f} s", fontsize=8)
+                ax.set_xlabel(f"seen at {maps.edges[nearest]:.2f} s", fontsize=8)
         near = np.abs(maps.frames["technical"] - n).min(1)
         seen = np.unique(maps.boxes["technical"][near == near.min()].reshape(-1, 4), axis=0)
         row[0].add_collection(PatchCollection([Rectangle((l, t), r - l, b - t) for t, l, b, r in seen], fc="none", ec="w", lw=.7))
-        row[0].set_ylabel(f"{n / maps.fps:.2f} s")
+        row[0].set_ylabel(f"{maps.edges[n]:.2f} s")
     titles = "frame; technical saw the squares", "technical", "aesthetic", "aesthetic − technical"
     for ax, title in zip(axes[0], titles): ax.set_title(title, fontsize=10)
     bar = paint(np.full((255, 1), 175.), np.linspace(-LIMIT, LIMIT, 255)) / 255
@@ -240,26 +243,28 @@ def write_maps(model: nn.Module,           # as of `score_maps`
                most: int = 96,             # frames of divergence.mp4
                reference: ReferenceSet | None = None     # as in `standardised`
               ) -> dict:                   # scores: {view: raw score}; files: {name: path}
-    "times.csv, regions.csv, times.png, divergence.png and divergence.mp4 of a video. Raises what `score_maps` does."
+    "times.csv, regions.csv, times.png, divergence.png and divergence.mp4 of a video. Raises `FileError` and what `score_maps` raises."
     if moments < 1 or most < 1: raise MapError(video, "no frame is to be shown", "Ask for at least one.")
+    files = {name: Path(out) / name for name in ("times.csv", "regions.csv", "times.png", "divergence.png", "divergence.mp4")}
+    for path in files.values(): check_place(path)
     maps = score_maps(model, video, seed, device)
     own = standardised(maps, reference)
     at = np.unique(maps.frames["technical"])
-    rows = np.unique([at[np.abs(at - (k + .5) * maps.count / moments).argmin()] for k in range(moments)])
+    middles = (np.arange(moments) + .5) / moments * maps.edges[-1]
+    rows = np.unique([at[np.abs(maps.edges[at] - t).argmin()] for t in middles])
     shown = uniform_indices(maps.count, min(maps.count, most))
-    frames = shrink(read_frames(video, np.concatenate([rows, shown])))
+    frames = np.stack(read_frames(video, np.concatenate([rows, shown]), each=lambda frame, _: shrink(frame)))
     def apart(n): return np.subtract(*(at_frame(own[name], maps.frames[name], n) for name in ("aesthetic", "technical")))
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    files = {name: out / name for name in ("times.csv", "regions.csv", "times.png", "divergence.png", "divergence.mp4")}
-    time_table(maps).to_csv(files["times.csv"], index=False, lineterminator="\n")
-    region_table(maps).to_csv(files["regions.csv"], index=False, lineterminator="\n")
-    draw_times(maps).savefig(files["times.png"])
-    draw_moments(maps, frames[:len(rows)], rows, reference).savefig(files["divergence.png"])
     painted = np.stack([overlay(x, apart(n)) for n, x in zip(shown, frames[len(rows):])])
     skipped = [any(a <= n <= b for view in maps.frames for a, b in unseen(maps, view)) for n in shown]
     painted[:, -max(2, painted.shape[1] // 40):] = np.where(skipped, 0, 255)[:, None, None, None]
-    write_video(files["divergence.mp4"], painted, fps=maps.fps * len(shown) / maps.count, crf=23)
+    with ExitStack() as stack:
+        part = {name: stack.enter_context(staged(path)) for name, path in files.items()}
+        time_table(maps).to_csv(part["times.csv"], index=False, lineterminator="\n")
+        region_table(maps).to_csv(part["regions.csv"], index=False, lineterminator="\n")
+        draw_times(maps).savefig(part["times.png"])
+        draw_moments(maps, frames[:len(rows)], rows, reference).savefig(part["divergence.png"])
+        write_video(part["divergence.mp4"], painted, times=np.append(maps.edges[shown], maps.edges[-1]), crf=23)
     return {"scores": {name: maps.score(name) for name in maps.scores}, "files": {name: str(path) for name, path in files.items()}}
 
 # %% ../../nbs/evaluation/23_maps.ipynb #7e0b9759
@@ -291,8 +296,8 @@ def gmad_pairs(scores,                    # DataFrame with a row for each video
     if absent: raise MapError(absent[0], f"there is no such column, but {', '.join(map(str, scores.columns[:8]))}", "Name two columns of scores.")
     if first == second: raise MapError(first, "a scorer cannot compete with itself", "Name two columns.")
     name = next((c for c in NAMES if c in scores), None)
-    videos = (scores[name] if name else pd.Series(scores.index)).astype(str).to_numpy()
-    values = {c: pd.to_numeric(scores[c], errors="coerce").to_numpy(np.float64) for c in (first, second)}
+    videos = list(map(str, scores[name] if name else scores.index))
+    values = {c: np.array([np.nan if (x := number(v)) is None else x for v in scores[c]], np.float64) for c in (first, second)}
     for column, x in values.items():
         bad = int((~np.isfinite(x)).sum())
         if bad: raise MapError(column, f"{bad} of {len(x)} scores are no finite numbers", "Score these videos again, or leave them out.")
@@ -311,32 +316,33 @@ def gmad_pairs(scores,                    # DataFrame with a row for each video
                                        "attacker_better", "attacker_worse", "gap"])
 
 
-def _scored(path) -> tuple:     # table without the rows that have an error, the whole table, the name of its column of videos
-    table = read_table(path)
-    failed = table["error"].notna() if "error" in table else np.zeros(len(table), bool)
+def _scored(path, encoding) -> tuple:     # table without the rows that have an error, the whole table, the name of its column of videos
+    table = read_table(path, encoding).reset_index(drop=True)
+    failed = table["error"].str.strip() != "" if "error" in table else np.zeros(len(table), bool)
     return table[~failed], table, next((c for c in NAMES if c in table), None)
 
 
 def gmad_file(path,                      # CSV with a row for each video
               first: str, second: str,   # columns of the two scorers
               pairs: int = 5, tolerance: float = .1,     # as of `gmad_pairs`
-              other=None                 # CSV that holds `second`, of the same videos; None: it is in the first one
+              other=None,                # CSV that holds `second`, of the same videos; None: it is in the first one
+              encoding=None              # of text; None: UTF-8, or UTF-16 with its mark
              ):                          # -> DataFrame; how many videos were left out
     """`gmad_pairs` of one file, or of two that name the same videos; rows with an `error`, or of one file only, are left out.
-    Raises `MapError`, or `MetricError` where a file cannot be read."""
-    table, whole, _ = _scored(path)
+    Raises `MapError`, or `FileError` where a file cannot be read."""
+    table, whole, _ = _scored(path, encoding)
     if other is None: return gmad_pairs(table, first, second, pairs, tolerance), len(whole) - len(table)
     parts, named = [], set()
     for file, column in ((path, first), (other, second)):
-        table, whole, videos = _scored(file)
+        table, whole, videos = _scored(file, encoding)
         if videos is None or column not in table:
             wanted = column if videos else " or ".join(NAMES)
             raise MapError(file, f"there is no column {wanted}", f"It has {', '.join(map(str, table.columns[:8]))}.")
         twice = table[videos][table[videos].duplicated()]
         if len(twice): raise MapError(file, f"{twice.iloc[0]} is there twice", "Leave one row for each video.")
         label = column if first != second else f"{Path(file).stem}: {column}"
-        parts.append(table[[videos, column]].set_axis(["video", label], axis=1).astype({"video": str}))
-        named |= set(whole[videos].astype(str))
+        parts.append(table[[videos, column]].set_axis(["video", label], axis=1))
+        named |= set(whole[videos])
     both = parts[0].merge(parts[1], on="video")
     if not len(both): raise MapError(other, f"it has no video of {Path(path).name}", "Score the same files, named the same way.")
     return gmad_pairs(both, *both.columns[1:], pairs, tolerance), len(named) - len(both)

@@ -10,7 +10,6 @@ __all__ = ['CLIP', 'LARGEST', 'ExportError', 'onnx_packages', 'Graph', 'view_sha
 import contextlib
 import json
 import logging
-import os
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.sampling import COVER_VIEWS, DOVER_VIEWS
+from ..files import check_place, staged
 from ..models.convnext3d import InflatedConvNeXt3D
 from ..models.dover import Branches, score
 from ..models.weights import entry
@@ -169,25 +169,23 @@ def export_onnx(model: Branches,         # DOVER, DOVERMobile or COVER, with wei
                 tolerance: float = 1e-4, # largest difference of scores and cells of maps that is accepted
                 **extra                  # more for the file's metadata: sha256, trained_on, …
                ) -> dict:                # file, bytes, model, inputs: {view: shape}, difference
-    "Write a model as ONNX and prove the file. Raises `ExportError`."
+    "Write a model as ONNX and prove the file. Raises `ExportError`, and `FileError` where it cannot be written."
     onnx_packages()
     out = Path(out)
+    check_place(out)
     if out.suffix != ".onnx": raise ExportError(out, "its name does not end in .onnx", "Call it model.onnx.")
     graph = Graph(model.cpu().float().eval())
     weights = sum(4 * x.numel() for x in (*graph.parameters(), *graph.buffers()))
     if weights > LARGEST:
         raise ExportError(type(model).__name__, f"its weights take {weights / 1e9:.2f} GB, and an ONNX file ends at 2", "Export a smaller model.")
-    shapes, staged = shapes or view_shapes(model), out.with_name(f"{out.stem}.new.onnx")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    shapes = shapes or view_shapes(model)
     with torch.no_grad(): program = _record(graph, shapes)
     program.model.metadata_props.update(about_model(model, shapes, {"licence": licence, "source": source, **extra}))
-    try:
-        program.save(staged, external_data=False)
-        difference = largest_difference(model, staged, shapes)
+    with staged(out) as part:
+        program.save(part, external_data=False)
+        difference = largest_difference(model, part, shapes)
         if not difference <= tolerance:
             remedy = "Report it, with the versions that `qualivision doctor` shows."
             raise ExportError(out, f"its numbers differ from PyTorch's by {difference:.2g}", remedy)
-        inputs = {i.name: _open(i.shape) for i in OnnxModel(staged).session.get_inputs()}
-        os.replace(staged, out)
-    finally: staged.unlink(missing_ok=True)
+        inputs = {i.name: _open(i.shape) for i in OnnxModel(part).session.get_inputs()}
     return {"file": str(out), "bytes": out.stat().st_size, "model": type(model).__name__, "inputs": inputs, "difference": difference}

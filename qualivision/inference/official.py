@@ -22,10 +22,10 @@ from ..evaluation.ranks import fused_score, read_sets, relative_ranks, why_no_ra
 from ..models.cover import COVER, CLIPImage, clip_from_transformers
 from ..models.dover import DOVER, Branches, DOVERMobile
 from ..models.transfer import about_head, load_head, parts
-from ..models.weights import (Entry, WeightsError, about_file, entry, file_sha256, find, load_checkpoint, load_strict, read_state, verify,
-                                        weights_folder)
 from ..devices import announce, autocast, pick_device, resolve_precision
-from ..quality import QualiVisionError
+from ..files import file_sha256, writing
+from ..models.weights import Entry, WeightsError, about_file, entry, find, load_checkpoint, load_strict, read_state, verify, weights_folder
+from ..quality import QualiVisionError, Tally, caught
 from ..training.transfer import predicted_mos
 
 # %% ../../nbs/inference/41_official.ipynb #b74a78e1
@@ -39,7 +39,7 @@ def _pulled(name: str) -> Path:
     e, folder = entry(name), weights_folder()
     path = find(e, folder)
     if path is None: raise OfficialError(name, "its weights are not on this machine", f"`qualivision weights pull {name}` fetches them.")
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
     verify(path, e, folder)
     return path
 
@@ -219,7 +219,10 @@ class OfficialScorer:
         return self.record(video, self.rate(self.prepare(video)))
 
     def score_many(self, videos: Iterable) -> Iterator[dict]:
-        "One record per video, in order; what cannot be scored becomes a record with its error, and the rest go on."
+        """One record per video, in order; what cannot be scored becomes a record with its error, and the rest go on.
+        Raises QualiVisionError where the first five fail alike in a way that nobody foresaw."""
+        tally = Tally()
         for video in videos:
-            try: yield self.score(video)
-            except QualiVisionError as e: yield self.record(video, None, e)
+            with caught(video) as item: record = self.score(video)
+            tally.add(item)
+            yield self.record(video, None, item.error) if item else record

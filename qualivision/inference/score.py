@@ -17,7 +17,7 @@ import torch
 from ..data.sampling import Sampling
 from ..devices import announce, autocast, pick_device, resolve_precision
 from ..files import check_place
-from ..files import progress as shown
+from ..files import progress as with_progress
 from ..models.qualivision import DoverConfig, DoverPlusPlus, VJepaConfig, VJepaMos
 from ..models.text import TextEncoder
 from ..models.weights import load_checkpoint, load_strict
@@ -86,10 +86,11 @@ class Scorer:
     def score(self, video: str | os.PathLike,  # file
               prompt: str,                     # the text it was generated from
               ) -> ScoreRecord:
-        "Five scores. Raises VideoError for a bad file, ScoreError for a missing prompt or an address in place of a file."
+        "Five scores. Raises VideoError for a bad file, TextError, ScoreError for a bad prompt or an address in place of a file."
         if not isinstance(prompt, str) or not prompt.strip():
             raise ScoreError(video, "there is no prompt", "Give the text that the video was generated from: alignment is judged against it.")
         if "://" in str(video): raise ScoreError(video, "it is an address, not a file", "Download it and give the path of the file.")
+        self.encoder.read(prompt)                                       # before a video is decoded for nothing
         frames, shown = self.sampling.counted(video)                    # (3,T,S,S) uint8
         scores, reasons, warnings = self.judge(frames, prompt, shown)
         return ScoreRecord.of(str(video), prompt, scores, reasons=reasons, warnings=warnings, **self.about)
@@ -115,15 +116,16 @@ def predict(data: str | Path,                     # root of a data set in the Ta
             checkpoint: str | Path,               # folder, or a Scorer
             out: str | Path,                      # CSV with video_name, Prompt and five MOS
             device: str = "auto",                 # auto | cpu | cuda | mps
-            progress: bool = False,               # how far it is, on stderr
+            progress: bool = True,                # how far it is, on stderr
             precision: str = "fp32",              # auto | fp32 | bf16 | fp16
+            encoding: str | None = None,          # of the label file; None: UTF-8, or UTF-16 with its mark
             ) -> list[ScoreRecord]:               # one per row of the label file
     "Scores a split and writes the challenge's CSV; what has no score has an empty cell. Raises DatasetError, FileError, ScoreError, WeightsError."
     from qualivision.data.dataset import load_labels, write_predictions      # with pandas, which scoring one video does not need
-    frame = load_labels(data, split)
+    frame = load_labels(data, split, encoding)
     check_place(out)
     scorer = checkpoint if isinstance(checkpoint, Scorer) else Scorer.from_checkpoint(checkpoint, device, precision)
-    records = list(shown(scorer.score_many(zip(frame["path"], frame["Prompt"])), len(frame), "scoring", progress))
+    records = list(with_progress(scorer.score_many(zip(frame["path"], frame["Prompt"])), len(frame), "scoring", progress))
     scores = np.array([[np.nan if getattr(r, d) is None else getattr(r, d) for d in DIMENSIONS] for r in records])
     write_predictions(frame, scores, out, missing="empty")
     return records

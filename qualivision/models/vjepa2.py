@@ -16,18 +16,18 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..devices import cores, one_thread
-from ..files import Meter, check_room, staged
+from ..files import Meter, check_place, check_room
 from .convnext3d import dct_filters
-from .weights import LoadReport, WeightsError, entry, load_strict, pull, read_state
-from ..quality import Caught, QualiVisionError, caught, say
+from .weights import LoadReport, WeightsError, entry, load_strict, pull, read_state, save_tensors
+from ..quality import Caught, QualiVisionError, Tally, caught
 
 # %% ../../nbs/models/11_vjepa2.ipynb #216acf55
 SIZES = {"vitl": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, mlp_ratio=4.),
@@ -295,20 +295,23 @@ class FeatureCache:
     def build(self, paths, flips=(False,), progress=True,
               workers=None     # processes beside this one; None: as many as there are cores and room for; 0: none
              ) -> int:         # how many were computed
-        "Compute and store what is missing. Raises `VideoError`, `DatasetError` (a process died), `FileError` (a full disk)."
+        "Compute and store what is missing. Raises the error of a bad video, `DatasetError` for several or a process that died, `FileError`."
         asked = [(p, flip) for p in dict.fromkeys(map(str, paths)) for flip in flips]
         todo = list({self.file(*job): job for job in asked if _open_features(self.file(*job)) is None}.values())
         self.hashes.save()
         if not todo: return 0
+        check_place(self.folder/"features")
+        tally, bad = Tally(), {}
         with ExitStack() as stack:
             each = self._each(min(self._helpers() if workers is None else workers, len(todo) - 1), stack)
             bar = stack.enter_context(Meter("features", len(todo), progress))              # after the processes: it has a thread
-            size = self.make(*todo[0])
-            check_room(self.folder, size * len(todo), f"the features of {len(todo)} videos")
-            bar.step()
-            for found in each(todo[1:]):
-                if found: _raise(found)
+            with caught(todo[0][0]) as first: size = self.make(*todo[0])
+            if not first: check_room(self.folder, size * len(todo), f"the features of {len(todo)} videos")
+            for (path, _), found in zip(todo, chain([first], each(todo[1:]))):             # a bad video does not stop the others
+                tally.add(found)
+                if found: bad[path] = found.error
                 bar.step()
+        if bad: _raise(list(bad.values()))
         return len(todo)
 
     def make(self, path, flip=False) -> int:       # bytes
@@ -316,7 +319,7 @@ class FeatureCache:
         with nullcontext() if self.alone else one_thread(), torch.no_grad():
             features = self.model.prefix(self.clips.get(path, flip).unsqueeze(0).to(self.device))
         features = {k: v[0].cpu().contiguous() for k, v in features.items()}
-        with staged(self.file(path, flip), sync=False) as part: save_file(features, part)
+        save_tensors(self.file(path, flip), features, sync=False)
         return sum(v.nbytes for v in features.values())
 
     def _helpers(self) -> int:
@@ -355,9 +358,12 @@ def _made(job, cache=None) -> Caught:
     return found
 
 
-def _raise(found: Caught):
-    if found.trace: say(found.trace)
-    raise found.error
+def _raise(bad: list, show=8):
+    "One error for all videos without features."
+    from qualivision.data.dataset import DatasetError
+    if len(bad) == 1: raise bad[0]
+    lines = [f"  {e}" for e in bad[:show]] + [f"  … and {len(bad) - show} more"] * (len(bad) > show)
+    raise DatasetError("features", f"{len(bad)} videos have none\n" + "\n".join(lines), "Replace or remove them; those of all others are stored.")
 
 
 def _open_features(file):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'NUMBERS', 'STAGED', 'ABOUT', 'S_LAB', 'REGISTRY', 'WeightsError', 'read_file', 'wrapper', 'read_state',
-           'LoadReport', 'named_as', 'compare', 'load_strict', 'inspect_file', 'inspect', 'save_checkpoint',
+           'LoadReport', 'named_as', 'compare', 'finite', 'load_strict', 'inspect_file', 'inspect', 'save_checkpoint',
            'save_tensors', 'about_file', 'load_checkpoint', 'Entry', 'entry', 'weights_folder', 'verify', 'download',
            'find', 'pull', 'list_weights']
 
@@ -143,6 +143,10 @@ def compare(module: nn.Module, state: dict[str, Tensor]) -> LoadReport:
     return LoadReport(same, tuple(k for k in own if k not in state), tuple(k for k in state if k not in own), other, coverage)
 
 # %% ../../nbs/models/09_weights.ipynb #e9ede120
+def finite(x: Tensor) -> bool:
+    "Neither NaN nor infinity in it. A sum is one pass over the numbers; they are looked at one by one only where it is not finite."
+    return not x.is_floating_point() or bool(x.sum().isfinite() or x.isfinite().all())
+
 def load_strict(module: nn.Module,
                 state: dict[str, Tensor],  # as from read_state
                 may_miss=(),               # patterns (`head.*`) of names that the state need not have
@@ -158,7 +162,7 @@ def load_strict(module: nn.Module,
                                "Use weights of this model, or name in may_miss what is new.")
         raise WeightsError(source, f"these weights do not fit {type(module).__name__} ({report})",
                            "Use weights of this model; `qualivision weights inspect` shows what the file holds.")
-    bad = [k for k in report.matched if state[k].is_floating_point() and not state[k].isfinite().all()]
+    bad = [k for k in report.matched if not finite(state[k])]
     if bad:
         raise WeightsError(source or type(module).__name__, f"{len(bad)} tensors hold NaN or infinity, such as {bad[0]}", "Use an earlier one.")
     module.load_state_dict({**module.state_dict(), **state})
@@ -177,7 +181,7 @@ def inspect_file(path   # .safetensors, .pth, .pt or .bin
         types[str(v.dtype)] = types.get(str(v.dtype), 0) + 1
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path), "layout": layout, "prefix": prefix,
             "beside": sorted(map(str, beside)), "tensors": len(state), "numbers": sum(v.numel() for v in state.values()), "types": types,
-            "not_finite": [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()], "parts": parts}
+            "not_finite": [k for k, v in state.items() if not finite(v)], "parts": parts}
 
 
 def inspect(path, module: nn.Module) -> LoadReport:
@@ -207,9 +211,12 @@ def save_checkpoint(folder,                # made if it is not there
         sync_to_disk(folder)
 
 
-def save_tensors(path, state: dict[str, Tensor], metadata: dict | None = None) -> str:   # SHA-256 of the file
+def save_tensors(path, state: dict[str, Tensor],
+                 metadata: dict | None = None,
+                 sync: bool = True      # force it to the disk first
+                ) -> str:               # SHA-256 of the file
     "Write a safetensors file, whole or not at all. Raises `FileError`."
-    with staged(path) as part:
+    with staged(path, sync) as part:
         try: save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, part, metadata=metadata)
         except SafetensorError as e: raise FileError(path, f"it cannot be written ({e})", "Free some space, or choose another folder.") from e
         return file_sha256(part)

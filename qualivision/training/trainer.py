@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.dataset import ClipCache, EpochSampler, VideoQualityDataset, collate, data_hash, load_dataset, resolve_splits
+from ..data.dataset import ClipCache, EpochSampler, VideoQualityDataset, collate, data_hash, load_dataset, read_ahead, resolve_splits
 from ..files import Meter, check_place, code_hash, sync_to_disk, value_hash, write_whole
 from ..data.sampling import Sampling
 from ..devices import (DEVICES, PRECISIONS, announce, deterministic, kept_rng, make_accelerator, on_device, out_of_memory, pick_device,
@@ -399,9 +399,8 @@ def _count_skipped(run: Run, group: list[dict]):
                          "Set train.precision to bf16 or fp32.")
 
 # %% ../../nbs/training/31_trainer.ipynb #f8b9bc19
-def _loader(run: Run, dataset, batches: list[list[int]]):
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=run.config.workers,
-                                       pin_memory=run.accelerator.device.type == "cuda", generator=torch.Generator())
+def _loader(run: Run, dataset, order: list[list[int]]):
+    return read_ahead(dataset, order, collate, run.config.workers, pin_memory=run.accelerator.device.type == "cuda", generator=torch.Generator())
 
 def judged(run: Run) -> nn.Module:
     "The weights that are validated and kept as best."
@@ -631,7 +630,7 @@ def prepare_data(root: str | Path,                # in the TaobaoVD-GC layout
                  ) -> Prepared:
     "The training and validation sets of a folder. Raises DatasetError, VideoError, TrainError."
     frame = load_dataset(root)
-    splits, clips = resolve_splits(frame, **(split or {"seed": seed})), ClipCache(cache, sampling)
+    splits, clips = resolve_splits(frame, prompts=encoder.read, **(split or {"seed": seed})), ClipCache(cache, sampling)
     for config in plans: check_run(config, len(splits["train"]), int(os.environ.get("WORLD_SIZE", 1)), encoder.encode)
     used = [splits["train"], splits["val"]]
     clips.build([p for part in used for p in part["path"]], progress=progress)
