@@ -83,7 +83,8 @@ def _sentence(what: object, e: Exception) -> QualiVisionError:
     "What an exception of Python's or a library's means for the one who reads the row."
     text = " ".join(str(e).split())
     if isinstance(e, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
-        return QualiVisionError(what, "memory ran out", "Close other programs, use fewer workers, or make the video smaller.")
+        remedy = "Close other programs, or make the video smaller (ffmpeg -i OLD -vf scale=1280:-2 NEW.mp4). Of several workers use fewer."
+        return QualiVisionError(what, "memory ran out", remedy)
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
         return QualiVisionError(e.filename or what, f"there is no room ({e.strerror})", "Free some space, and run the same command again.")
     if isinstance(e, OSError):
