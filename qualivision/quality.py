@@ -89,7 +89,9 @@ def _sentence(what: object, e: Exception) -> QualiVisionError:
     text = " ".join(str(e).split())
     if _no_memory(e) and any(device in text for device in ("CUDA", "HIP", "MPS")):
         return QualiVisionError(what, "the memory of the device ran out", "Close other programs that use it, or compute with --device cpu.")
-    if _no_memory(e): return QualiVisionError(what, "memory ran out", "Close other programs, use fewer workers, or make the video smaller.")
+    if _no_memory(e):
+        remedy = "Close other programs, or make the video smaller (ffmpeg -i OLD -vf scale=1280:-2 NEW.mp4). Of several workers use fewer."
+        return QualiVisionError(what, "memory ran out", remedy)
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
         return QualiVisionError(e.filename or what, f"there is no room ({e.strerror})", "Free some space, and run the same command again.")
     if isinstance(e, OSError):

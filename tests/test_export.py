@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from qualivision.cli import app
+from qualivision.files import FileError
 from qualivision.inference.export import ExportError, Graph, OnnxModel, export_onnx, free_lengths, sources
 from qualivision.models.convnext3d import InflatedConvNeXt3D
 from qualivision.models.cover import COVER, CLIPImage
@@ -85,7 +86,7 @@ def test_same_bytes_and_nothing_of_this_machine(small, folder):
     assert about["model"] == "Small" and {k: about[k] for k in ABOUT} == ABOUT
     assert views["technical"]["fragments"] and views["aesthetic"]["any_frames"]
     assert views["technical"]["mean"] == [123.675, 116.28, 103.53] and views["technical"]["size"] == [72, 64]
-    assert not list(folder.glob("*.new.onnx"))
+    assert not list(folder.rglob(".*"))
 
 
 def test_a_file_that_differs_is_not_left(small, folder, monkeypatch):
@@ -96,7 +97,14 @@ def test_a_file_that_differs_is_not_left(small, folder, monkeypatch):
     monkeypatch.setattr("qualivision.inference.export._record", lambda *_: written)                 # it was recorded once
     monkeypatch.setattr(OnnxModel, "__call__", lambda self, views: {v: m.flip(-1) for v, m in call(self, views).items()})
     with pytest.raises(ExportError, match="differ"): export_onnx(model, folder/"old.onnx", **ABOUT, shapes=shapes)     # equal scores, other cells
-    assert (folder/"old.onnx").read_bytes() == b"old" and not (folder/"old.new.onnx").exists()
+    assert (folder/"old.onnx").read_bytes() == b"old" and not list(folder.glob(".*"))
+
+
+def test_a_place_that_cannot_be_written(folder, monkeypatch):
+    "Told before anything is recorded."
+    monkeypatch.setattr("qualivision.inference.export._record", lambda *_: pytest.fail("it was recorded"))
+    (folder/"file").touch()
+    with pytest.raises(FileError, match="model.onnx: nothing can be written in"): export_onnx(fill(Small()), folder/"file"/"model.onnx", **ABOUT)
 
 
 def test_the_file_is_one_by_the_standard(small):

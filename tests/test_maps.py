@@ -182,7 +182,7 @@ def test_a_folder_that_cannot_be_written(video, tmp_path, monkeypatch):
     with pytest.raises(FileError, match="divergence.mp4: it is a folder"): write_maps(Never(), video, tmp_path/"taken")
     for what, number in ((("os.replace",), errno.EROFS), (("qualivision.evaluation.maps.write_video",), errno.ENOSPC)):
         with monkeypatch.context() as patch:
-            def no(*args, **kwargs): raise OSError(number, os.strerror(number), str(args[0]))
+            def no(*args, number=number, **kwargs): raise OSError(number, os.strerror(number), str(args[0]))
             patch.setattr(*what, no)
             patch.setattr("pathlib.Path.unlink", no)                                     # a place that takes nothing takes no cleaning up
             with pytest.raises(FileError, match=os.strerror(number)) as found: write_maps(Brightness(), video, tmp_path/"out")

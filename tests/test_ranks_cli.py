@@ -1,5 +1,7 @@
 "qualivision ranks: reference sets from a user's own score files."
+import errno
 import json
+import os
 
 from typer.testing import CliRunner
 
@@ -39,3 +41,19 @@ def test_what_cannot_be_built(tmp_path):
     status, about, _ = call("build", tmp_path/"a.csv", *made)
     assert status == 1 and "no file of reference sets" in about["error"] and (tmp_path/"sets.json").read_text() == "no sets"
     assert call("list", tmp_path/"sets.json", "--json")[0] == 1 and call("build")[0] == 2
+
+
+def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
+    "The file that was there stays, nothing is left beside it, and the error is the first one, not that of the cleaning up."
+    (tmp_path/"a.csv").write_text("video,technical\na,1\nb,2\n")
+    made = ("build", tmp_path/"a.csv", "--model", "dover", "--json", "--name")
+    assert call(*made, "old", "--out", tmp_path/"sets.json")[0] == 0
+    before = (tmp_path/"sets.json").read_bytes()
+    (tmp_path/"file").touch()
+    status, about, _ = call(*made, "new", "--out", tmp_path/"file"/"sets.json")
+    assert status == 1 and "cannot be written" in about["error"]
+    def full(self, data): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    status, about, _ = call(*made, "new", "--out", tmp_path/"sets.json")
+    assert status == 1 and "sets.json: it cannot be written (No space left" in about["error"] and "Free some space" in about["error"]
+    assert (tmp_path/"sets.json").read_bytes() == before and {p.name for p in tmp_path.iterdir()} == {"a.csv", "file", "sets.json"}

@@ -1,6 +1,7 @@
 """Views of real files: the frames that a model sees are those of the file, whatever its kind, on any number of threads."""
 import hashlib
 import json
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -10,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, features
 
 from qualivision.data.sampling import (COVER_VIEWS, DOVER_VIEWS, Sampling, SamplingError, View, cover_views, dover_views, fragment_corners,
-                                       fragment_offsets, fragment_view, processor_view, resize_square, segment_indices, uniform_indices,
-                                       uniform_view, view_indices)
+                                       fragment_offsets, fragment_view, is_picture, processor_view, read_picture, resize_square,
+                                       segment_indices, uniform_indices, uniform_view, view_indices)
 from qualivision.data.video import EmptyVideo, VideoError, probe, read_frames, write_video
+from qualivision.quality import QualiVisionError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from video_zoo import H, N, W, ZOO, numbers, picture  # noqa: E402
@@ -213,7 +216,7 @@ def test_a_file_gives_the_views_of_its_frames(tmp_path, views):
     assert not torch.equal(files[0]["technical"], files[2]["technical"])
 
 
-@pytest.mark.parametrize("make", [dover_views, cover_views, Sampling(64, 96), Sampling(64, 96, "processor")], ids=["dover", "cover", "square", "processor"])
+@pytest.mark.parametrize("make", [dover_views, cover_views, Sampling(64, 96), Sampling(64, 96, "processor")], ids=lambda m: getattr(m, "view", m))
 def test_no_video_stands_whole_in_memory(tmp_path, make):
     "48 frames are 133 MB. numpy tells of its arrays: whole frames, and the patches that are kept, 15 MB at most."
     frame = np.random.default_rng(0).integers(0, 256, (720, 1280, 3), dtype=np.uint8)
@@ -227,7 +230,6 @@ def test_no_video_stands_whole_in_memory(tmp_path, make):
 
 
 def test_pictures(tmp_path):
-    from PIL import Image
     frame = picture(3)
     Image.fromarray(frame).save(tmp_path / "a.png")
     views = cover_views(tmp_path / "a.png")
@@ -240,10 +242,94 @@ def test_pictures(tmp_path):
     whole = (tmp_path / "a.png").read_bytes()
     (tmp_path / "b.png").write_bytes(whole[:len(whole) // 2])
     (tmp_path / "c.jpg").write_text("no picture")
-    Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / "d.png")
-    for wrong in ("b.png", "c.jpg", "d.png", "gone.png"):
-        with pytest.raises(SamplingError, match=wrong.replace(".", r"\.")): cover_views(tmp_path / wrong)
+    Image.fromarray(np.zeros((9, 9), np.int32), "I").save(tmp_path / "d.tif")
+    for wrong, said in (("b.png", "cannot be read as a picture"), ("c.jpg", "it is text"), ("d.tif", "not 8-bit"), ("gone.png", "no such file")):
+        with pytest.raises(QualiVisionError, match=wrong.replace(".", r"\.") + f".*{said}"): cover_views(tmp_path / wrong)
     with pytest.raises(VideoError): dover_views(tmp_path / "a.png")
+
+
+def flat(*ks): return [Image.fromarray(np.full((48, 64, 3), 40 * k + 20, np.uint8)) for k in ks]
+
+
+@pytest.mark.parametrize("kind", ["png", "webp", "gif", "avif"])
+def test_what_moves_is_a_video_whatever_its_name(tmp_path, kind):
+    "Five pictures in one file, and one, under wrong names. Of so short a video COVER sees the first and the third frame, as of any."
+    if kind in ("webp", "avif") and not features.check(kind): pytest.skip(f"this Pillow writes no {kind}")
+    flat(0)[0].save(tmp_path / "moving.jpg", kind, save_all=True, append_images=flat(1, 2, 3, 4), duration=40)
+    flat(2)[0].save(tmp_path / "still.mp4", kind)
+    assert not is_picture(tmp_path / "moving.jpg") and is_picture(tmp_path / "still.mp4")
+    view = cover_views(tmp_path / "moving.jpg", raw=True)["aesthetic"]
+    assert len(view) == 40 and {round(x) for x in (view.float().mean((1, 2, 3)) / 40 - .5).tolist()} == {0, 2}
+    assert cover_views(tmp_path / "still.mp4", raw=True)["aesthetic"].float().mean().round() == 100
+
+
+def test_pictures_are_told_by_content(tmp_path):
+    "Endings of browsers, none, and wrong ones; the further pictures of a phone; pages are refused."
+    for name, kind in (("a.jfif", "JPEG"), ("a.jpe", "JPEG"), ("a", "PNG"), ("a.mp4", "TIFF"), ("a.bin", "BMP")):
+        flat(2)[0].save(tmp_path / name, kind)
+        assert cover_views(tmp_path / name, raw=True)["aesthetic"].shape == (1, 3, 224, 224)
+        with pytest.raises(VideoError): dover_views(tmp_path / name)
+    flat(2)[0].save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=flat(3, 4))
+    assert read_picture(tmp_path / "phone.jpg")[0, 0, 0].tolist() == [100] * 3
+    flat(2)[0].save(tmp_path / "pages.tif", save_all=True, append_images=flat(3, 4))
+    with pytest.raises(SamplingError, match="pages.tif: it holds 3 pages"): cover_views(tmp_path / "pages.tif")
+    clip = write_video(tmp_path / "clip.mp4", np.zeros((30, 64, 64, 3), np.uint8))
+    clip.rename(tmp_path / "clip.png")
+    assert len(cover_views(tmp_path / "clip.png", raw=True)["aesthetic"]) == 40
+
+
+def shows(path, picture, *, expected, **how):
+    picture.save(path, **how)
+    assert read_picture(path)[0, 4, 4].tolist() == pytest.approx(expected, abs=1), (picture.mode, path.suffix)
+
+
+def test_hidden_colours_do_not_show(tmp_path):
+    "Every way to say transparent, over white; what is half covered is mixed. The reader of videos shows the same."
+    solid = lambda *pixel: np.tile(np.uint8(pixel), (16, 16, 1))
+    for ending in (".png", ".webp", ".tif"):
+        path = tmp_path / f"a{ending}"
+        how = {"lossless": True, "exact": True} if ending == ".webp" else {}
+        shows(path, Image.fromarray(solid(200, 20, 90, 0)), expected=[255] * 3, **how)
+        shows(path, Image.fromarray(solid(200, 20, 90, 102)), expected=[233, 161, 189], **how)
+        shows(path, Image.fromarray(solid(200, 20, 90, 255)), expected=[200, 20, 90], **how)
+    path = tmp_path / "a.png"
+    shows(path, Image.fromarray(solid(80, 51)), expected=[220] * 3)                                               # LA
+    shows(path, Image.fromarray(solid(7, 8, 9)), expected=[255] * 3, transparency=(7, 8, 9))                       # one colour of RGB
+    shows(path, Image.fromarray(solid(7)[..., 0]), expected=[255] * 3, transparency=7)                             # of grey
+    palette = Image.fromarray(solid(1)[..., 0], "P")
+    palette.putpalette([1, 2, 3, 40, 50, 60])
+    shows(path, palette, expected=[40, 50, 60])
+    shows(path, palette, expected=[212, 214, 216], transparency=bytes([255, 51]))                                 # of a palette, in part
+    shows(tmp_path / "a.gif", palette, expected=[255] * 3, transparency=1)
+    assert read_frames(tmp_path / "a.gif", [0])[0, 4, 4].tolist() == [255] * 3
+
+
+def ink_profile(cyan):
+    "An ICC profile for printing, version 2: cyan ink alone looks like this Lab colour (8 bit), and all else like paper."
+    table = np.full((2, 2, 2, 2, 3), [255, 128, 128], np.uint8)
+    table[1, 0, 0, 0] = cyan
+    ramp, matrix = bytes(range(256)), struct.pack(">9i", *(np.eye(3, dtype=int) * 65536).ravel().tolist())
+    lut = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + matrix + 4 * ramp + table.tobytes() + 3 * ramp
+    tags = struct.pack(">I4sII", 1, b"A2B0", 144, len(lut))
+    white = struct.pack(">3I", 0xf6d6, 0x10000, 0xd32d)
+    head = struct.pack(">I4sI4s4s4s12s4s", 144 + len(lut), bytes(4), 0x2400000, b"prtr", b"CMYK", b"Lab ", bytes(12), b"acsp")
+    return head + bytes(28) + white + bytes(48) + tags + lut
+
+
+def test_inks_need_their_profile(tmp_path):
+    cyan = Image.new("CMYK", (32, 32), (255, 0, 0, 0))
+    cyan.save(tmp_path / "a.jpg", quality=100)
+    with pytest.raises(SamplingError, match="CMYK.*Save it as RGB"): cover_views(tmp_path / "a.jpg")
+    cyan.save(tmp_path / "b.jpg", quality=100, icc_profile=ink_profile([128, 192, 168]))
+    red, green, blue = read_picture(tmp_path / "b.jpg")[0, 4, 4].tolist()
+    assert red > 180 and green < 80 and blue < 90, "Lab 50, 64, 40 is a red"
+    cyan.save(tmp_path / "c.jpg", icc_profile=b"no profile")
+    with pytest.raises(SamplingError, match="profile"): cover_views(tmp_path / "c.jpg")
+
+
+def test_sixteen_bits(tmp_path):
+    grey = Image.fromarray(np.full((9, 9), 0x80ff, np.uint16))
+    for name in ("a.png", "a.tif"): shows(tmp_path / name, grey, expected=[128] * 3)
 
 
 def test_views_refuse_what_is_no_video():

@@ -722,5 +722,5 @@ def write_predictions(
                            'Leave them out, or write empty cells with missing="empty".')
     table = pd.DataFrame(scores, columns=list(MOS_COLUMNS))
     for i, c in enumerate(("video_name", "Prompt")): table.insert(i, c, pd.Series(frame[c].to_numpy(), dtype=object))
-    write_whole(path, table.to_csv(index=False, float_format="%.6f", lineterminator="\n").encode("utf-8", "surrogateescape"))
+    write_whole(path, table.to_csv(index=False, float_format="%.6f", lineterminator="\n"))
     return table

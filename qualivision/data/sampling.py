@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['DOVER_VIEWS', 'COVER_VIEWS', 'PICTURES', 'SamplingError', 'uniform_indices', 'resize_square', 'processor_view',
            'to_unit', 'Sampling', 'uniform_view', 'segment_indices', 'fragment_offsets', 'enlarged', 'enlarge',
-           'fragment_corners', 'fragment_view', 'resized_view', 'View', 'view_indices', 'dover_views', 'read_picture',
-           'cover_views']
+           'fragment_corners', 'fragment_view', 'resized_view', 'View', 'view_indices', 'dover_views', 'is_picture',
+           'read_picture', 'cover_views']
 
 # %% ../../nbs/data/02_sampling.ipynb #c1739350
+import io
 import math
 import os
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .video import read_frames
+from .video import NotAVideo, is_animation, over_background, read_frames
 from ..quality import QualiVisionError
 
 # %% ../../nbs/data/02_sampling.ipynb #2bb1cd02
@@ -304,21 +305,57 @@ def dover_views(source: str | os.PathLike | np.ndarray,   # a video file, or all
     return _views(source, DOVER_VIEWS, seed, antialias, grid_before_enlarging, reader, raw)
 
 # %% ../../nbs/data/02_sampling.ipynb #82e69dc2
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+PICTURES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".bmp", ".dib", ".webp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
+_KINDS = ("PNG", "JPEG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM")           # Pillow's names; some builds lack some
 
 
-def read_picture(path: str | os.PathLike   # of the kinds in PICTURES
-                ) -> np.ndarray:           # (1,H,W,3) uint8
-    "A still picture as one frame, upright, transparency dropped."
-    from PIL import Image, ImageOps
-    path = Path(path)
-    if not path.is_file(): raise SamplingError(path, "there is no such file", "Check the path.")
+def _opened(path):            # -> PIL Image
+    from PIL import Image
+    Image.init()
+    return Image.open(path, formats=[k for k in _KINDS if k in Image.OPEN])
+
+
+def _damaged() -> tuple:      # what Pillow raises on damaged files
+    from PIL import Image
+    return OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError
+
+
+def is_picture(path: str | os.PathLike) -> bool:
+    "Whether a file is a still picture, by its content. Raises `SamplingError` for one with pages."
+    from PIL import UnidentifiedImageError
+    if not Path(path).is_file() or is_animation(path): return False
     try:
-        with Image.open(path) as picture:
+        with _opened(path) as picture: kind, count = picture.format, getattr(picture, "n_frames", 1)
+    except UnidentifiedImageError: return False
+    except _damaged(): return True                                     # `read_picture` will say what is wrong with it
+    if kind == "TIFF" and count > 1: raise SamplingError(path, f"it holds {count} pages", "Save the page that is meant as a picture of its own.")
+    return count == 1 or kind == "MPO"
+
+
+def _from_inks(path, picture):     # -> PIL Image, RGB
+    from PIL import ImageCms
+    profile = picture.info.get("icc_profile")
+    if not profile: raise SamplingError(path, "its colours are inks (CMYK), and no profile says what they look like", "Save it as RGB.")
+    try: return ImageCms.profileToProfile(picture, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except ImageCms.PyCMSError as e: raise SamplingError(path, f"its profile of colours cannot be used ({e})", "Save it as RGB.") from e
+
+
+def read_picture(path: str | os.PathLike   # of any kind that `is_picture` knows
+                ) -> np.ndarray:           # (1,H,W,3) uint8
+    "A still picture as one frame, as a viewer shows it. Raises `SamplingError`."
+    from PIL import ImageOps
+    if not Path(path).is_file(): raise SamplingError(path, "there is no such file", "Check the path.")
+    try:
+        with _opened(path) as picture:
+            upright = ImageOps.exif_transpose(picture)
+            if picture.mode == "CMYK": upright = _from_inks(path, upright)
+            plain = not picture.has_transparency_data and getattr(picture, "tag_v2", {}).get(262) != 0     # in some TIFFs 0 is white
+            if picture.mode.startswith("I;16") and plain:                                                  # grey with 16 bits
+                return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[None, ..., None], 3, -1)
             if picture.mode[0] in "IF": raise SamplingError(path, f"its pixels are not 8-bit ({picture.mode})", "Save it with 8 bits.")
-            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))[None]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:    # what PIL raises on damaged files
-        raise SamplingError(path, f"it cannot be read as a picture ({e})", "Copy or download it again.") from e
+            if upright.has_transparency_data: return over_background(np.array(upright.convert("RGBA")))[None]
+            return np.array(upright.convert("RGB"))[None]
+    except _damaged() as e: raise SamplingError(path, f"it cannot be read as a picture ({e})", "Copy or download it again.") from e
 
 
 def cover_views(source: str | os.PathLike | np.ndarray,   # a video or picture file, or all frames (N,H,W,3) uint8
@@ -329,6 +366,7 @@ def cover_views(source: str | os.PathLike | np.ndarray,   # a video or picture f
                 raw: bool = False                         # uint8 (T,3,S,S), before normalisation
                ) -> dict[str, Tensor]:                    # semantic (1,3,20,512,512), technical and aesthetic (1,3,40,224,224), float32
     "What COVER looks at; of a picture with T = 1. Raises `SamplingError` and the `VideoError`s of `read_frames`."
-    if not isinstance(source, np.ndarray) and Path(source).suffix.lower() in PICTURES:
-        return _views(read_picture(source), COVER_VIEWS, seed, antialias, grid_before_enlarging, reader, raw, still=True)
-    return _views(source, COVER_VIEWS, seed, antialias, grid_before_enlarging, reader, raw)
+    still = not isinstance(source, np.ndarray) and is_picture(source)
+    if still: source = read_picture(source)
+    try: return _views(source, COVER_VIEWS, seed, antialias, grid_before_enlarging, reader, raw, still)
+    except NotAVideo as e: raise SamplingError(source, e.cause, "Give a video, or a picture as PNG, JPEG, WebP or TIFF.") from e

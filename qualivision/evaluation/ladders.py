@@ -34,12 +34,13 @@ def square_clip(path,            # a video file
     info = probe(path)
     if start + frames > info.frames:
         raise LadderError(path, f"it has {info.frames} frames, {start + frames} are needed", "Take another start, or a longer clip.")
-    x = torch.from_numpy(np.array(read_frames(path, range(start, start + frames)))).permute(0, 3, 1, 2)      # (T,3,H,W)
-    side = min(x.shape[2:])
+    side = min(info.height, info.width)
     if side < size: raise LadderError(path, f"its shorter side has {side} pixels, {size} are needed", "Take a larger clip.")
-    top, left = ((n - side) // 2 for n in x.shape[2:])
-    x = F.interpolate(x[:, :, top:top + side, left:left + side].float(), size=(size, size), mode="area")
-    return x.round().byte().permute(0, 2, 3, 1).contiguous().numpy()
+    top, left = (info.height - side) // 2, (info.width - side) // 2
+    def square(frame, _):                                                                                    # (H,W,3)
+        x = torch.from_numpy(frame).permute(2, 0, 1)[None, :, top:top + side, left:left + side]             # (1,3,H,W)
+        return F.interpolate(x.float(), size=(size, size), mode="area")[0].round().byte().permute(1, 2, 0).numpy()
+    return np.stack(read_frames(path, range(start, start + frames), each=square))
 
 def worse(frames: np.ndarray,    # (T,S,S,3) uint8
           way: str,              # of LADDERS

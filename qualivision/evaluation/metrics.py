@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..files import number, read_table
+from ..files import number, read_table, readable
 from ..quality import DIMENSIONS, MOS_COLUMNS, QualiVisionError
 
 # %% ../../nbs/evaluation/20_metrics.ipynb #a3561845
@@ -241,7 +241,7 @@ def _indexed(frame: pd.DataFrame, what: str) -> pd.DataFrame:
     "The table by video; `MetricError` without a name column, with a missing name, with a name twice."
     key = next((k for k in ("video_name", "video") if k in frame), None)
     if key is None: raise MetricError(what, "no column `video_name` or `video`", f"Its columns are {', '.join(map(str, frame.columns))}.")
-    names = pd.Series(["" if pd.isna(n) else str(n) for n in frame[key]], frame.index, dtype=object)
+    names = pd.Series(["" if pd.isna(n) else readable(str(n)) for n in frame[key]], frame.index, dtype=object)
     if (lost := names == "").any(): raise MetricError(what, f"{lost.sum()} rows have no {key}", "Name every video.")
     if (twice := names.duplicated()).any():
         raise MetricError(what, f"videos stand in it twice: {_some(names[twice])}", "Leave one row for each.")

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.sampling import PICTURES, cover_views, dover_views
+from ..data.sampling import cover_views, dover_views, is_picture
+from ..data.video import NotAVideo
 from ..evaluation.ranks import fused_score, read_sets, relative_ranks, why_no_ranks
 from ..models.cover import COVER, CLIPImage, clip_from_transformers
 from ..models.dover import DOVER, Branches, DOVERMobile
@@ -185,9 +186,10 @@ class OfficialScorer:
                ) -> dict[str, Tensor]:            # as `dover_views` or `cover_views` gives them
         "The normalised views of one file. Raises VideoError, SamplingError, OfficialError."
         if "://" in str(video): raise OfficialError(video, "it is an address, not a file", "Download it and give the path of the file.")
-        if self.name != "cover" and Path(video).suffix.lower() in PICTURES and Path(video).is_file():
-            raise OfficialError(video, "it is a picture, and DOVER looks at videos", "`qualivision cover` scores pictures too.")
-        return self.cut(video, seed=self.seed, **self.sampling)
+        try: return self.cut(video, seed=self.seed, **self.sampling)
+        except NotAVideo as e:
+            if not is_picture(video): raise
+            raise OfficialError(video, "it is a picture, and DOVER looks at videos", "`qualivision cover` scores pictures too.") from e
 
     @torch.no_grad()
     def rate(self, views: dict[str, Tensor], prompt=None   # nothing here reads a prompt

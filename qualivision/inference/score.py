@@ -118,10 +118,11 @@ def predict(data: str | Path,                     # root of a data set in the Ta
             device: str = "auto",                 # auto | cpu | cuda | mps
             progress: bool = True,                # how far it is, on stderr
             precision: str = "fp32",              # auto | fp32 | bf16 | fp16
+            encoding: str | None = None,          # of the label file; None: UTF-8, or UTF-16 with its mark
             ) -> list[ScoreRecord]:               # one per row of the label file
     "Scores a split and writes the challenge's CSV; what has no score has an empty cell. Raises DatasetError, FileError, ScoreError, WeightsError."
     from qualivision.data.dataset import load_labels, write_predictions      # with pandas, which scoring one video does not need
-    frame = load_labels(data, split)
+    frame = load_labels(data, split, encoding)
     check_place(out)
     scorer = checkpoint if isinstance(checkpoint, Scorer) else Scorer.from_checkpoint(checkpoint, device, precision)
     records = list(with_progress(scorer.score_many(zip(frame["path"], frame["Prompt"])), len(frame), "scoring", progress))

@@ -207,8 +207,8 @@ class Kept:
     def put(self, name: str, data: bytes):
         "Keeps it; where that cannot be, says so once."
         try: self.folder and write_whole(self.folder / name, hashlib.sha256(data).digest() + data, sync=False)
-        except FileError as e:
-            say(f"Prompt embeddings are not kept: {e.what}: {e.cause}. $QUALIVISION_CACHE names another folder.")
+        except FileError:
+            say(f"Prompt embeddings are not kept: nothing can be written in {self.folder}. $QUALIVISION_CACHE can name another folder.")
             self.folder = None
 
 def content_key(folder: Path, kept: Kept) -> str:     # 12 hex digits

@@ -100,9 +100,9 @@ def main(params: str | Path = "params.yaml", profile: str | None = None) -> dict
                     write_json(kept, run_variant(replace(base, **change), state, sets, train, folder/value_hash(change)[:12], encoder.encode))
             found[name][seed] = read_json(kept)
     results = summarised(found)
-    write_json("results/ablation.json", {"labels": label_source(root), "split": "validation, last epoch", "seeds": settings["seeds"],
-                                         "code_hash": code_hash("pipeline.ablation"), "parameters": {"model": asdict(base), **settings},
-                                         "variants": results})
+    write_json("results/ablation.json", {
+        "labels": label_source(root, p["data"].get("scale")), "split": "validation, last epoch", "seeds": settings["seeds"],
+        "code_hash": code_hash("pipeline.ablation"), "parameters": {"model": asdict(base), **settings}, "variants": results})
     return results
 
 if __name__ == "__main__" and "__file__" in globals(): run_stage(main)     # as a program, and not in this notebook

@@ -162,7 +162,7 @@ def main(
     write_json("results/summary.json", summary(results))
     write_json("results/compare.json", {
         "models": list(models), "split": split, "note": note, "videos": len(asked), "prompts": int(asked["group"].nunique()),
-        "labels": label_source(root), "omitted": unmade | omitted | unknown, "code_hash": code_hash("pipeline.compare"),
+        "labels": label_source(root, p["data"].get("scale")), "omitted": unmade | omitted | unknown, "code_hash": code_hash("pipeline.compare"),
         "parameters": {"text": p["text"]["encoder"], "resamples": settings["resamples"], "seed": settings["seed"]}})
     return results
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.dataset import ClipCache, write_predictions
-from ..files import code_hash
+from ..files import code_hash, progress
 from ..inference.score import Scorer
 from ..models.weights import about_file
 from .params import keep_memory, known_model, read_params, read_splits, run_stage, write_json
@@ -36,7 +36,8 @@ def model_scores(
     "One score after the other, as a user would get it. Raises VideoError, TextError, ScoreError, WeightsError."
     scorer = Scorer.from_checkpoint(checkpoint, device)
     kept, every = ClipCache(cache, scorer.sampling), scorer.sampling.count      # people judged all five of every clip, however short
-    return np.array([scorer.judge(kept.get(path), prompt, every)[0] for path, prompt in zip(clips["path"], clips["Prompt"])]).round(6)
+    rows = progress(zip(clips["path"], clips["Prompt"]), len(clips), "scoring")
+    return np.array([scorer.judge(kept.get(path), prompt, every)[0] for path, prompt in rows]).round(6)
 
 # %% ../../nbs/pipeline/62_evaluate.ipynb #4e4fb31f
 SECTIONS = ("data", "evaluate")

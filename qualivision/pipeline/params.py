@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from ..data.dataset import load_dataset, resolve_splits
+from ..data.dataset import checked, load_dataset, resolve_splits, scale_note
 from ..quality import QualiVisionError, caught
 
 # %% ../../nbs/pipeline/59_params.ipynb #86f44845
@@ -45,20 +45,23 @@ def read_params(
 # %% ../../nbs/pipeline/59_params.ipynb #c2b312d7
 def split_rule(data: dict) -> dict:    # the section `data`
     "The arguments of `resolve_splits` in it."
-    return {"seed": data["seed"], "val_fraction": data["val_fraction"], "test_fraction": data["test_fraction"]}
+    scale = {"scale": data["scale"]} if data.get("scale") else {}
+    return {"seed": data["seed"], "val_fraction": data["val_fraction"], "test_fraction": data["test_fraction"], **scale}
 
 def read_splits(
-    data: dict,     # the section `data`: root, seed, val_fraction, test_fraction
+    data: dict,     # the section `data`: root, seed, val_fraction, test_fraction; scale, where the MOS are not on 1–5
 ) -> dict:          # as of `resolve_splits`, and all: the whole table
     "The data set with its splits. Raises DatasetError."
     frame = load_dataset(data["root"])
-    return resolve_splits(frame, **split_rule(data)) | {"all": frame}
+    return resolve_splits(frame, **split_rule(data)) | {"all": checked(frame, data.get("scale"))}
 
 def label_source(
     root: str | Path,  # of a data set
-) -> str:              # for people; says so where labels are simulated
+    scale=None,        # of its MOS, if they were mapped
+) -> str:              # for people; says so where labels are simulated, and where they were mapped
     "Whose opinion the labels are. A simulated data set is known by the file of its causes, which no real one has."
-    return "simulated labels" if (Path(root)/"simulation"/"causes.csv").is_file() else f"labels of {Path(root).resolve().name}"
+    labels = "simulated labels" if (Path(root)/"simulation"/"causes.csv").is_file() else f"labels of {Path(root).resolve().name}"
+    return ", ".join(filter(None, (labels, scale_note(scale))))
 
 # %% ../../nbs/pipeline/59_params.ipynb #4d7f9e19
 def known_model(model: str) -> str:   # one of MODELS

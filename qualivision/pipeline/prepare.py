@@ -59,7 +59,7 @@ def main(params: str | Path = "params.yaml", profile: str | None = None, progres
     about = manifest(splits, data_hash(frame, "cache"))
     write_json("results/splits.json", about)
     write_json("results/prepare.json", {
-        "labels": label_source(root), "text_encoder": encoder.key, "code_hash": code_hash("pipeline.prepare"),
+        "labels": label_source(root, p["data"].get("scale")), "text_encoder": encoder.key, "code_hash": code_hash("pipeline.prepare"),
         "parameters": {"split": split_rule(p["data"]), "text": p["text"]["encoder"], "views": {m: view.key() for m, view in asked.items()}}})
     return about
 

@@ -8,7 +8,7 @@ __all__ = ['SECTIONS', 'plan', 'from_noise', 'main', 'train_to', 'best_of', 'sam
 # %% ../../nbs/pipeline/61_train.ipynb #e3849d95
 from pathlib import Path
 
-from ..data.dataset import data_hash, load_dataset
+from ..data.dataset import data_hash, load_dataset, scale_of
 from ..files import check_place, code_hash
 from ..models.qualivision import settled
 from ..models.weights import about_file
@@ -54,10 +54,12 @@ def main(
     profile: str | None = None,           # None: the one that the file names
     checkpoint: str | Path | None = None, # None: checkpoints/MODEL
     progress: bool = True,                # on stderr
+    scale=None,                           # of the MOS, such as "0-100"; None: as the file says
 ) -> dict:                                # as of `train_model`
     "Trains and publishes. Raises ParamsError, TrainError, DatasetError, VideoError, WeightsError."
     keep_memory()
     p = read_params(SECTIONS[known_model(model)], params, profile)
+    if scale is not None: p["data"]["scale"] = list(scale_of(scale))
     results, checkpoint = Path("results")/model, Path(checkpoint or f"checkpoints/{model}")
     return train_to(model, p[model], p["data"], p["text"]["encoder"], results, checkpoint, progress)
 
@@ -75,7 +77,7 @@ def train_to(
     for place in (results/"train.json", checkpoint/"model.json"): check_place(place)      # before hours of work, not after them
     same_data(root)
     config, settings, trunk, rest = plan(model, section)
-    task = Task(root, checkpoint, text=text, split=split_rule(data), trained_on=label_source(root),
+    task = Task(root, checkpoint, text=text, split=split_rule(data), trained_on=label_source(root, data.get("scale")),
                 licence=data["licence"], **rest)
     result = train_model(task, config, settings, trunk, progress=progress)
     results.mkdir(parents=True, exist_ok=True)
