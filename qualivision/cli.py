@@ -357,6 +357,7 @@ def weights_inspect(file: Annotated[Path, typer.Argument(help="A .safetensors, .
         print(f"{about['file']}: {about['bytes']:,} bytes, {about['layout']}, {about['tensors']} tensors, {about['numbers']:,} numbers\n"
               f"SHA-256 {about['sha256']}")
         for name, p in about["parts"].items(): print(f"  {name:24}{p['tensors']:5} tensors {p['numbers']:14,}")
+        if about["prefix"]: print(wrapped(f"  all names begin with {about['prefix']}, which is taken off when they are loaded", "  "))
         if about["not_finite"]: print(wrapped(f"NaN or infinity in {', '.join(about['not_finite'][:4])}", "  "))
         if report: print(wrapped(f"{model}: {report}", "  "))
     if report and (report.missing or report.unexpected or report.mismatched): raise typer.Exit(1)

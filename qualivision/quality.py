@@ -79,10 +79,17 @@ class ScoreRecord:
     def to_dict(self) -> dict: return asdict(self)
 
 # %% ../nbs/00_quality.ipynb #6474b0ff
+def _no_memory(e: BaseException | None) -> bool:      # Python, the system, torch and C++ each say it in their own way
+    said = str(e).lower()
+    return isinstance(e, MemoryError) or getattr(e, "errno", None) == errno.ENOMEM or any(
+        words in said for words in ("out of memory", "can't allocate memory", "cannot allocate memory", "bad_alloc"))
+
 def _sentence(what: object, e: Exception) -> QualiVisionError:
     "What an exception of Python's or a library's means for the one who reads the row."
     text = " ".join(str(e).split())
-    if isinstance(e, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+    if _no_memory(e) and any(device in text for device in ("CUDA", "HIP", "MPS")):
+        return QualiVisionError(what, "the memory of the device ran out", "Close other programs that use it, or compute with --device cpu.")
+    if _no_memory(e):
         remedy = "Close other programs, or make the video smaller (ffmpeg -i OLD -vf scale=1280:-2 NEW.mp4). Of several workers use fewer."
         return QualiVisionError(what, "memory ran out", remedy)
     if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -113,8 +120,8 @@ def caught(what: object,     # the item: a file, a row
     try: yield found
     except but: raise
     except QualiVisionError as e:
+        found.error = _sentence(e.what, e.__cause__) if _no_memory(e.__cause__) else e      # that is not the file's fault
         e.__traceback__ = e.__cause__ = e.__context__ = None        # they would keep the frames of a video in memory
-        found.error = e
     except Exception as e:  # noqa: BLE001  (the one place)
         place = traceback.extract_tb(e.__traceback__)[-1]
         found.error, found.trace = _sentence(what, e), traceback.format_exc()

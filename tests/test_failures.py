@@ -202,12 +202,14 @@ def test_batches_keep_their_words_and_say_when_a_worker_died():
     def typed(): raise DatasetError("d.mp4", "it changed while it was read", "Run again.")
     def unforeseen(): raise RuntimeError("something broke")
     def killed(): os.kill(os.getpid(), signal.SIGBUS)
+    def full(): raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_0>: No space left on device (28)")
     for workers in (0, 1):
         with pytest.raises(DatasetError, match="^d.mp4: it changed"): list(read_ahead(Items(typed), [[0, 1], [2, 3]], workers=workers))
         with pytest.raises(QualiVisionError, match="item 3: RuntimeError: something broke"):
             list(read_ahead(Items(unforeseen), [[0, 1], [2, 3]], workers=workers))
-    with pytest.raises(DatasetError, match=r"1 workers: a process that reads ahead failed.*workers: 0.*--shm-size"):
-        list(read_ahead(Items(killed), [[0, 1], [2, 3]], workers=1))
+    for fail in (killed, full):
+        with pytest.raises(DatasetError, match=r"1 workers: a process that reads ahead failed.*workers: 0.*--shm-size"):
+            list(read_ahead(Items(fail), [[0, 1], [2, 3]], workers=1))
 
 
 def test_little_shared_memory(monkeypatch, capsys):
@@ -295,6 +297,16 @@ def test_training_in_a_folder_that_cannot_be_written(call, here, tmp_path, monke
     status, said, err = call("train", "--json")
     assert status == 1 and f"nothing can be written in {tmp_path}" in said["error"] and len(err.splitlines()) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["params.yaml"]
+
+
+def test_bad_videos_are_found_before_a_training(call, here, tmp_path, monkeypatch):
+    "End to end, the held-out videos are looked at after the last epoch; all that cannot be read are told before the first."
+    monkeypatch.setattr("qualivision.training.transfer.train_all", lambda *a, **k: pytest.fail("it began to train"))
+    for k in range(3): (tmp_path/f"bad{k}.mp4").write_bytes(b"no video")
+    (tmp_path/"labels.csv").write_text("video,mos\n" + "".join(f"{n},3\n" for n in [*(here/n for n in NAMES), "bad0.mp4", "bad1.mp4", "bad2.mp4"]))
+    status, said, err = call("train", "--data", tmp_path/"labels.csv", "--out", tmp_path/"model", "--json")
+    assert status == 1 and "3 cannot be read" in said["error"] and "Traceback" not in err
+    assert all(f"bad{k}.mp4" in said["error"] for k in range(3)), said
 
 
 def test_a_result_that_fails_in_the_end_says_so_and_leaves_nothing(here, five, tmp_path, monkeypatch):

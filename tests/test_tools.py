@@ -112,6 +112,22 @@ def test_dover_json(call):
     assert fixed["technical"] == r["technical"] and fixed["fused"] != r["fused"]
 
 
+def test_weights_that_were_saved_in_a_wrapper(call, tmp_path):
+    "DataParallel, torch.compile, a training framework, and two of them: the same scores, and a word; a prefix of some names stays."
+    state = torch.load("small.pth", weights_only=True)
+    plain = call("dover", "1.mp4", "--weights", "small.pth", "--json")[1][0]
+    for prefix in ("module.", "_orig_mod.", "model.", "module._orig_mod."):
+        torch.save({prefix + k: v for k, v in state.items()}, tmp_path/"w.pth")
+        status, (r,), err = call("dover", "1.mp4", "--weights", tmp_path/"w.pth", "--json")
+        assert status == 0 and r["technical"] == plain["technical"] and f"began with {prefix}, which was taken off" in err
+        status, about, err = call("weights", "inspect", tmp_path/"w.pth", "--json")
+        assert about["prefix"] == prefix and set(about["parts"]) == {k.split(".")[0] for k in state}
+    assert "begin with module._orig_mod., which is taken off" in call("weights", "inspect", tmp_path/"w.pth")[1]
+    torch.save({f"module.{k}" if i else k: v for i, (k, v) in enumerate(state.items())}, tmp_path/"w.pth")
+    status, (r,), err = call("dover", "1.mp4", "--weights", tmp_path/"w.pth", "--json")
+    assert status == 1 and "do not fit" in r["error"] and "taken off" not in err
+
+
 def test_dover_for_people(call):
     status, text, err = call("dover", "1.mp4", "--weights", "small.pth")
     assert status == 0 and not err and all(word in text for word in (*SETS, "technical", "fused", "non-commercial", "small.pth", "better than"))

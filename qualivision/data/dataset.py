@@ -677,6 +677,17 @@ def workers_that_fit(workers: int,
             f"{fit or 'none'} of them are used; the results are the same (docker run --shm-size=2g gives more, workers: 0 asks for none)")
     return fit
 
+def _worker_error(workers: int, said: str) -> DatasetError:
+    return DatasetError(f"{workers} workers", f"a process that reads ahead failed ({said})",
+                        "Use fewer or none (workers: 0), or give the container more shared memory (docker run --shm-size=2g).")
+
+def _raised(item: Caught, workers: int):
+    "Raise what went wrong with an item, or with handing it over."
+    said = str(item.error.cause)
+    if workers and item.trace and any(w in said for w in ("shared memory", "Too many open files")): raise _worker_error(workers, said)
+    if item.trace: say(item.trace.rstrip())
+    raise item.error
+
 def read_ahead(data,                       # Dataset, mostly with `paths`, the file of each item
                order: list[list[int]],     # the items of each batch
                collate=default_collate,
@@ -688,14 +699,11 @@ def read_ahead(data,                       # Dataset, mostly with `paths`, the f
     if order: workers = workers_that_fit(workers, lambda: _bytes(pack([careful[order[0][0]]])) * len(order[0]))
     try:
         for batch in DataLoader(careful, batch_sampler=order, collate_fn=pack, num_workers=workers, **options):
-            if isinstance(batch, Caught):
-                if batch.trace: say(batch.trace.rstrip())
-                raise batch.error
+            if isinstance(batch, Caught): _raised(batch, workers)
             yield batch
     except (RuntimeError, OSError) as e:       # a worker died, or its memory cannot be opened
         if not workers: raise
-        raise DatasetError(f"{workers} workers", f"a process that reads ahead failed ({str(e).strip().splitlines()[-1]})",
-                           "Use fewer or none (workers: 0), or give the container more shared memory (docker run --shm-size=2g).") from e
+        raise _worker_error(workers, str(e).strip().splitlines()[-1]) from e
 
 # %% ../../nbs/data/04_dataset.ipynb #0888cddc
 def write_predictions(

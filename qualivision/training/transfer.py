@@ -6,7 +6,7 @@
 __all__ = ['EPS', 'KINDS', 'RatingsError', 'read_ratings', 'preset_settings', 'hold_out', 'plcc_loss', 'rank_loss', 'view_loss',
            'limited_view_loss', 'DoverSampling', 'split_views', 'FrozenBackbones', 'head_scores', 'TransferConfig',
            'fit_branches', 'fusion_constants', 'predicted_mos', 'judged', 'cached_scores', 'train_heads', 'said',
-           'FreshViews', 'train_all', 'whole_scores', 'transfer']
+           'check_videos', 'FreshViews', 'train_all', 'whole_scores', 'transfer']
 
 # %% ../../nbs/training/32_transfer.ipynb #37eb3674
 import hashlib
@@ -26,13 +26,14 @@ from ..devices import announce, autocast, deterministic, kept_rng, pick_device, 
 from ..data.labels import VALUES, check_set, known_set, places, read_labels
 from ..files import check_place, is_address, staged, value_hash, write_whole, writing
 from ..data.sampling import DOVER_VIEWS, dover_views
+from ..data.video import probe
 from ..evaluation.metrics import METRICS, MetricError, bootstrap
 from ..evaluation.ranks import SET_WEIGHTS
 from ..models.dover import DOVER, FUSION_WEIGHT, DOVERMobile, score
 from ..models.transfer import inherited_licence, parts, save_head, weights_file
 from ..models.vjepa2 import FeatureCache, state_hash
 from ..models.weights import REGISTRY, load_strict, read_state, save_checkpoint
-from ..quality import QualiVisionError
+from ..quality import QualiVisionError, Tally, caught
 from .trainer import epoch_batches, parameter_groups, warmup_cosine
 
 # %% ../../nbs/training/32_transfer.ipynb #d112014a
@@ -374,6 +375,17 @@ def said(split: dict) -> str:
     return f"{split['test']} held-out videos, SROCC {text(after['srocc'])}{before}; PLCC {text(after['plcc'])}"
 
 # %% ../../nbs/training/32_transfer.ipynb #0d7a1b6c
+def check_videos(paths, show: int = 8):
+    "Raises `RatingsError` with the videos that cannot be opened: before a training, not after its last epoch."
+    tally, bad = Tally(), []
+    for path in paths:
+        with caught(path) as wrong: probe(path)
+        tally.add(wrong)
+        if wrong: bad.append(f"  {wrong.error}")
+    more = [f"  … and {len(bad) - show} more"] * (len(bad) > show)
+    if bad: raise RatingsError("the videos", f"{len(bad)} cannot be read\n" + "\n".join(bad[:show] + more) + "\n", "Replace or remove them.")
+
+
 class FreshViews(torch.utils.data.Dataset):
     "Views of videos, drawn anew in each epoch; in evaluation always the same."
     def __init__(self, paths, seed: int): self.paths, self.seed, self.epoch = list(paths), seed, 0
@@ -448,6 +460,7 @@ def transfer(data, out,                                 # see `read_ratings`; th
     for place in (beside, out if head_only else out / "model.json"): check_place(place)
     known = known_set(preset) if preset else None
     table = read_ratings(data, videos, columns, group, known, encoding, scale)
+    if not head_only: check_videos(table.path)
     source = weights or model
     with kept_rng():
         seed_all(config.seed)
