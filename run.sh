@@ -24,6 +24,10 @@ sees it and uses it.
                pip brings CUDA on Linux (several GB); without a GPU use
                TORCH_INDEX=https://download.pytorch.org/whl/cpu
   PYTHON       the Python to make .venv with (3.11 or newer)
+  QUALIVISION_PRECISION
+               fp32, bf16, fp16 or auto: the number format of all that
+               trains from now on, whatever params.yaml says; auto is what
+               this machine computes natively. Scoring stays in fp32.
 To start over, remove .venv.
 END
 }
@@ -184,6 +188,11 @@ case ${1:-} in
     ''|test|lab) ;;
     help|-h|--help) usage; exit 0 ;;
     *) printf 'run.sh: no such job: %s\n' "$1" >&2; usage >&2; exit 2 ;;
+esac
+
+case ${QUALIVISION_PRECISION:-auto} in
+    auto|fp32|no|bf16|fp16) ;;
+    *) die "QUALIVISION_PRECISION=$QUALIVISION_PRECISION is no precision. Set it to fp32, bf16, fp16 or auto, or unset it." ;;
 esac
 
 cd -- "$ROOT"

@@ -1,6 +1,7 @@
-"What every test shares: the limit on threads, an identity for git, the official numbers, and three markers that say why a test is left out."
+"What every test shares: threads, a cache of its own, an identity for git, the official numbers, and markers that say why a test is left out."
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,10 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+os.environ.pop("QUALIVISION_PRECISION", None)   # tests force both answers themselves
+if "PYTEST_XDIST_WORKER" not in os.environ:                             # a worker has it from the process that started it
+    KEPT = tempfile.TemporaryDirectory(prefix="qualivision-tests-")     # of prompt embeddings; gone at the end
+    os.environ["QUALIVISION_CACHE"] = KEPT.name
 for role in ("AUTHOR", "COMMITTER"):        # commits in temporary clones, on machines where git has no identity
     os.environ.setdefault(f"GIT_{role}_NAME", "QualiVision")
     os.environ.setdefault(f"GIT_{role}_EMAIL", "qualivision@users.noreply.github.com")

@@ -9,13 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from test_tools import Length
 
-from qualivision.evaluation.metrics import MetricError
 from qualivision.evaluation.ranks import RankError, build_set, fused_score
-from qualivision.inference.bulk import BulkError, read_manifest, score_set
+from qualivision.files import FileError
+from qualivision.inference.bulk import BulkError, find_videos, read_manifest, score_set
+from qualivision.quality import QualiVisionError
 
 ROOT = Path(__file__).parents[1]
 
@@ -150,13 +152,117 @@ def test_what_is_refused_leaves_nothing_behind(tmp_path):
     (tmp_path/"v.csv").write_bytes(b"\0\0\0\x18ftypmp42\0\0\n\0\0\0")
     (tmp_path/"bad.csv").write_text("clip\na.mp4\n")
     (tmp_path/"list.txt").write_text("a.mp4\n")
-    told = {"empty": "no video in it", "gone": "cannot be read", "v.mp4": "a video or a picture", "v.csv": "no text", "bad.csv": "no column"}
+    told = {"empty": "no video in it", "gone": "cannot be read", "v.mp4": "a video or a picture", "v.csv": "not text in UTF-8",
+            "bad.csv": "no column"}
     for source, said in told.items():
-        with pytest.raises(BulkError, match=said) as e: score_set(tmp_path/source, tmp_path/"o.csv", Length())
+        with pytest.raises(QualiVisionError, match=said) as e: score_set(tmp_path/source, tmp_path/"o.csv", Length())
         assert str(e.value).isprintable()
     with pytest.raises(BulkError, match="no video in it"): score_set(tmp_path/"list.txt", tmp_path/"o.csv", Length(), patterns=["*.mov"])
     assert not list(tmp_path.glob("o.csv*"))
     with pytest.raises(BulkError, match="a video or a picture"): list(read_manifest(tmp_path/"v.JPG"))
+
+
+def test_tables_are_read_strictly(tmp_path):
+    "A prompt in another encoding is refused with its line and the remedy, whatever the table; with the encoding it is read as it was meant."
+    folder(tmp_path, 3)
+    rows = [("00.mp4", "a café at night"), ("NA", "一只红色的船"), ("null", "None")]
+    text = "video,Prompt\n" + "".join(f"set/{n},{p}\n" for n, p in rows)
+    for name in ("NA", "null"): (tmp_path/"set"/name).write_text("x")
+    manifest = tmp_path/"m.csv"
+    manifest.write_bytes(text.encode("gb18030"))
+    with pytest.raises(FileError, match="m.csv line 2: it is not text in UTF-8 .*--encoding"):
+        score_set(manifest, tmp_path/"o.csv", Length())
+    assert not list(tmp_path.glob("o.csv*"))
+    for code, say in (("gb18030", "gb18030"), ("utf-16", None), ("utf-8-sig", None), ("utf-8", "utf8")):
+        manifest.write_bytes(text.encode(code))
+        assert [(Path(n).name, p) for n, _, p in read_manifest(manifest, True, say)] == rows
+        assert score_set(manifest, tmp_path/"o.csv", Length(), encoding=say)["failed"] == 0
+        assert names(tmp_path/"o.csv") == [f"set/{n}" for n, _ in rows]
+    manifest.write_text("Video,Prompt,video\na,b,c\n")
+    with pytest.raises(FileError, match="'Video' is there twice"): list(read_manifest(manifest))
+
+
+def test_names_that_are_no_utf8_are_found(tmp_path):
+    "In a .txt and in a column of names, between others that are."
+    folder(tmp_path, 1)
+    shutil.copy(tmp_path/"set"/"00.mp4", os.fsencode(tmp_path/"set") + b"/caf\xe9.mp4")
+    (tmp_path/"l.txt").write_bytes("set/caf".encode() + b"\xe9.mp4\r\nset/00.mp4\n")
+    (tmp_path/"l.csv").write_bytes("note,video\nplain,set/caf".encode() + b"\xe9.mp4\n\"a, b\",set/00.mp4\n")
+    for name in ("l.txt", "l.csv"):
+        assert score_set(tmp_path/name, tmp_path/"o.csv", Length())["failed"] == 0
+        assert names(tmp_path/"o.csv") == [r"set/caf\xe9.mp4", "set/00.mp4"]
+        (tmp_path/"o.csv.journal").unlink()
+
+
+def test_an_address_is_told_to_be_one(tmp_path):
+    folder(tmp_path, 1)
+    for name, text in (("l.txt", "https://x.org/00.mp4\nset/00.mp4\n"), ("l.csv", "video\ns3://b/00.mp4\nset/00.mp4\n")):
+        (tmp_path/name).write_text(text)
+        said = []
+        about = score_set(tmp_path/name, tmp_path/"o.csv", Length(), report=said.append)
+        assert (about["failed"], about["scored"] + about["kept"]) == (1, 1)
+        assert "00.mp4: it is an address, not a file" in said[0] and str(tmp_path) not in said[0]
+
+
+def test_two_rows_never_share_a_film(tmp_path):
+    "By a name that was found elsewhere, or by writing it in another way; one film with two prompts is two rows."
+    (tmp_path/"videos"/"cam2").mkdir(parents=True)
+    for name in ("x.mp4", "cam2/y.mp4"): (tmp_path/"videos"/name).write_text("x")
+    for first, second in (("x.mp4", "videos/x.mp4"), ("x.mp4", "./x.mp4"), ("cam2/y.mp4", "videos/cam2/../cam2/y.mp4"), ("x.mp4", "x.mp4")):
+        (tmp_path/"l.csv").write_text(f"video,Prompt\n{first},a\n\ngone.mp4,a\n{second},a\n")
+        with pytest.raises(BulkError, match=f"l.csv line 5: '{second}' is the film of '{first}' in line 2"):
+            score_set(tmp_path/"l.csv", tmp_path/"o.csv", Length())
+        assert not (tmp_path/"o.csv").exists()
+    (tmp_path/"l.csv").write_text("video,Prompt\nx.mp4,a boat\nx.mp4,a cat\ncam3/y.mp4,a\n")
+    about = score_set(tmp_path/"l.csv", tmp_path/"o.csv", Length())
+    assert about["scored"] == 2 and about["failed"] == 1, "cam3/y.mp4 is not cam2/y.mp4"
+
+
+# ---------------------------------------------------------------- folders
+
+CODECS = {".mp4": "h264", ".mov": "h264", ".m4v": "h264", ".f4v": "h264", ".3gp": "h264", ".3g2": "h264", ".mkv": "h264", ".webm": "libvpx-vp9",
+          ".avi": "mpeg4", ".mpg": "mpeg2video", ".m2v": "mpeg2video", ".m1v": "mpeg1video", ".vob": "mpeg2video", ".ts": "h264", ".flv": "flv",
+          ".wmv": "wmv2", ".asf": "wmv2", ".mxf": "mpeg2video", ".nut": "mpeg4", ".h264": "h264", ".hevc": "hevc", ".ivf": "libvpx-vp9",
+          ".y4m": "rawvideo", ".gif": "gif", ".apng": "apng"}
+
+
+def encode(path: Path, codec: str, frames: int = 4):
+    import av
+    pixels = {"gif": "rgb8", "apng": "rgb24"}.get(codec, "yuv420p")
+    with av.open(str(path), "w", format={"m1v": "mpeg1video", "m2v": "mpeg2video"}.get(path.suffix[1:])) as out:
+        stream = out.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 352, 288, pixels
+        for k in range(frames):
+            picture = np.full((288, 352, 3), 40 + 40 * k, np.uint8)
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture).reformat(format=pixels)))
+        out.mux(stream.encode())
+
+
+@pytest.mark.parametrize("ending", CODECS)
+def test_what_the_reader_reads_is_found(tmp_path, ending):
+    from qualivision.data.video import read_frames
+    encode(tmp_path/f"a{ending}", CODECS[ending])
+    found = [name for name, _, _ in find_videos(tmp_path)]
+    assert found == [f"a{ending}"] and len(read_frames(tmp_path/found[0], range)) == 4
+
+
+def test_links_are_followed_and_what_is_passed_over_is_counted(tmp_path):
+    "Folders elsewhere, circles, a folder under two names; each film once, by its real name where it has one; the result itself is not counted."
+    (tmp_path/"far"/"deep").mkdir(parents=True), (tmp_path/"set"/"zoo").mkdir(parents=True)
+    for name in ("far/a.mp4", "far/deep/b.VOB", "set/zoo/c.mp4", "set/notes.txt", "set/README", "set/.hidden.mp4", "set/zoo/d.Txt"):
+        (tmp_path/name).write_text("x")
+    links = {"linked": "../far", "again": "../far", "circle": ".", "animals": "zoo", "film.mp4": "zoo/c.mp4", "lost.mp4": "gone.mp4"}
+    for link, target in links.items():
+        (tmp_path/"set"/link).symlink_to(target)
+    for _ in range(2):
+        about = score_set(tmp_path/"set", tmp_path/"set"/"scores.csv", Length())
+        assert names(tmp_path/"set"/"scores.csv") == ["again/a.mp4", "again/deep/b.VOB", "film.mp4", "lost.mp4", "zoo/c.mp4"] and about["failed"] == 1
+        assert about["passed_over"] == {".txt": 2, "no ending": 1, "hidden": 1, "folder linked once more": 3}
+    about = score_set(tmp_path/"set", tmp_path/"o.csv", Length(), patterns=["*.vob"])
+    assert about["videos"] == 1 and about["passed_over"]["not of the pattern"] >= 6
+    shutil.rmtree(tmp_path/"far"), (tmp_path/"set"/"scores.csv").unlink()
+    for p in tmp_path.glob("set/**/*.mp4"): p.unlink()
+    with pytest.raises(BulkError, match="no video in it .passed over: .*2 .txt"): score_set(tmp_path/"set", tmp_path/"p.csv", Length())
 
 
 # ---------------------------------------------------------------- reference sets from results
@@ -202,6 +308,6 @@ def test_half_a_row_is_no_failed_video(tmp_path):
         (tmp_path/"s.csv").write_text(text)
         with pytest.raises(RankError, match="1 scores in technical are no numbers"): build_set(tmp_path/"s.csv", "mine", "dover")
     (tmp_path/"s.csv").write_text("")
-    with pytest.raises(MetricError): build_set(tmp_path/"s.csv", "mine", "dover")
+    with pytest.raises(FileError, match="empty"): build_set(tmp_path/"s.csv", "mine", "dover")
     pd.DataFrame({"video": ["a", "b"], "technical": [1., None], "error": [None, "gone"]}).to_parquet(tmp_path/"s.parquet")
     with pytest.raises(RankError, match="two different scores"): build_set(tmp_path/"s.parquet", "mine", "dover")

@@ -7,17 +7,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import yaml
 from typer.testing import CliRunner
 
 from qualivision.cli import app
+from qualivision.inference.bulk import FiveMos
 from qualivision.inference.score import Scorer
 from qualivision.quality import COLUMNS, DIMENSIONS, MOS_COLUMNS
 
 ROOT = Path(__file__).parents[1]
-KEYS = ["video", "prompt", *DIMENSIONS, "model", "checkpoint", "trained_on", "error"]
+KEYS = ["video", "prompt", *DIMENSIONS, "model", "checkpoint", "trained_on", "error", "reasons", "warnings"]
 
 
 @pytest.fixture(scope="module")
@@ -169,12 +171,57 @@ def test_train(here, tmp_path):
     assert record.error is None and record.trained_on == result["trained_on"] and record.trained_on.startswith("labels of set, data ")
 
 
+def test_opinions_are_checked_before_anything_is_trained(tmp_path):
+    "MOS of 0–100, one video with two opinions: refused with the remedy, and nothing is left; with --scale trained, and the result says so."
+    data = tiny.data_set(tmp_path/"set", train=4, val=3)
+    (tmp_path/"params.yaml").write_text(params(data))
+    files, five = [data/s/"labels"/f"{s}_labels.csv" for s in ("train", "val")], {}
+    for file in files:
+        five[file] = file.read_text()
+        table = pd.read_csv(file)
+        table[list(MOS_COLUMNS)] = 25 * (table[list(MOS_COLUMNS)] - 1)
+        table.to_csv(file, index=False)
+    status, out, err = run(tmp_path, "train", "--json")
+    said = strict(out)["error"]
+    assert status == 1 and all(w in said for w in ("MOS outside 1–5", "data.scale: [0, 100]", "--scale 0-100", "train_labels.csv row"))
+    assert not (tmp_path/"checkpoints").exists() and not (tmp_path/"runs").exists()
+    status, out, err = run(tmp_path, "train", "--json", "--scale", "0-100")
+    result = strict(out)
+    assert status == 0 and result["trained_on"].startswith("labels of set, opinions mapped from 0–100 to 1–5, data ")
+    assert result["history"][0]["loss"] < 9
+    assert json.loads((tmp_path/"results"/"dover"/"train.json").read_text())["trained_on"] == result["trained_on"]
+    files[0].write_text(five[files[0]].replace("B_001.mp4", "A_000.mp4"))
+    files[1].write_text(five[files[1]])
+    status, out, err = run(tmp_path, "train", "--json")
+    assert status == 1 and "duplicate name (2)" in strict(out)["error"]
+
+
+def test_encoding(tmp_path, monkeypatch):
+    "Every command that reads a table takes it, and refuses what is no text with the line and this remedy."
+    monkeypatch.chdir(tmp_path)
+    Path("t.csv").write_bytes("video,a,b,Prompt\nx,1,2,caf\u00e9\ny,2,1,z\nz,3,4,z\n".encode("latin-1"))
+    Path("set/train/labels").mkdir(parents=True)
+    Path("set/train/labels/train_labels.csv").write_bytes("video_name,Prompt\nx,caf\u00e9\n".encode("latin-1"))
+    tables = {"evaluate t.csv t.csv --pred a --target b": 0, "gmad t.csv --first a --second b --pairs 1 --tolerance 3": 0,
+              "ranks build t.csv --name n --model dover --out o.json": 1, "score-set t.csv --model qualivision --out o.csv": 1,
+              "transfer --data t.csv --out o.safetensors": 1, "train --data t.csv --out o": 1, "infer-datasets t.csv": 1,
+              "predict --data set --split train --out p.csv": 1}
+    monkeypatch.setattr("qualivision.cli._scorer", lambda *a: FiveMos.__new__(FiveMos))
+    monkeypatch.setattr(FiveMos, "settings", {}, raising=False)
+    for command, then in tables.items():
+        shown = CliRunner().invoke(app, [*command.split(), "--json"])
+        assert shown.exit_code == 1 and "line 2: it is not text in UTF-8 (byte 0xe9)" in shown.stderr and "--encoding" in shown.stderr, command
+        shown = CliRunner().invoke(app, [*command.split(), "--json", "--encoding", "latin-1"])
+        assert shown.exit_code == then and "not text" not in shown.stderr, (command, shown.output)
+        assert "there is no encoding 'klingon'" in CliRunner().invoke(app, [*command.split(), "--encoding", "klingon"]).stderr
+
+
 def test_train_tells_people_what_came_out(monkeypatch):
     result = dict(epoch=3, step=12, best={"score": 0.51234, "epoch": 2, "step": 8}, checkpoint="checkpoints/dover", trained_on="simulated labels")
     given = []
     monkeypatch.setattr("qualivision.pipeline.train.main", lambda model, **kw: given.append((model, kw)) or result)
     shown = CliRunner().invoke(app, ["train", "--params", "mine.yaml", "--profile", "paper", "--model", "vjepa2"])
-    assert shown.exit_code == 0 and given == [("vjepa2", {"params": Path("mine.yaml"), "profile": "paper"})]
+    assert shown.exit_code == 0 and given == [("vjepa2", {"params": Path("mine.yaml"), "profile": "paper", "scale": None})]
     for words in ("3 epochs, 12 steps", "0.5123 in epoch 2", "checkpoints/dover", "Trained on simulated labels"): assert words in shown.stdout
     def stopped(model, **kw): raise KeyboardInterrupt
     result["best"] = None

@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader
 
 from qualivision.data import dataset
 from qualivision.data.dataset import (ClipCache, DatasetError, DatasetWarning, DecodeEachTime, EpochSampler, FileHashes, VideoQualityDataset,
-                                      augmentation, collate, data_hash, generator_of, load_dataset, load_labels, resolve_splits,
+                                      augmentation, collate, data_hash, generator_of, load_dataset, load_labels, may_flip, resolve_splits,
                                       shared_prompts, split_by_prompt, validate, write_predictions)
 from qualivision.data.sampling import Sampling
 from qualivision.data.video import VideoError, write_video
+from qualivision.files import FileError
 from qualivision.quality import COLUMNS, MOS_COLUMNS
 
 REPO = Path(__file__).parents[1]
@@ -107,14 +108,30 @@ def test_nothing_there(tmp_path):
 @pytest.mark.parametrize("text, message", [
     ("video_name,Prompt,Overall_MOS\na.mp4,x,3\n", "lacks the columns Traditional_MOS, Alignment_MOS, Aesthetic_MOS, Temporal_MOS"),
     ("name,Prompt\na.mp4,x\n", r"lacks the columns video_name.*it has: name, Prompt"),
-    ("", "it has: none"), ("video_name,Prompt\n", "has no rows"), ("video_name,Prompt,Prompt\na,x,y\n", "occurs twice"),
+    ("", "it has: none"), ("video_name,Prompt\n", "has no rows"), ("video_name,Prompt,Prompt\na,x,y\n", "'Prompt' is there twice"),
+    ("\n \n", "it has: none"),
     ("video_name,Prompt\na.mp4,a boat, far out\nb.mp4,x\nc.mp4,y, z\n", r"(?s)wrong length \(2\).*row 2, a.mp4: 3 cells.*row 4, c.mp4"),
     (",".join(COLUMNS) + "\na.mp4,x,1,2,3,4,5\nb.mp4,y,1,2,good,4,5\n", r"(?s)not a number \(1\).*row 3, b.mp4: Aesthetic_MOS is 'good'"),
-    ('video_name,Prompt\na.mp4,"x\n', "not a CSV file"), (b"video_name,Prompt\na.mp4,\xff\xfe\n", "not a CSV file in UTF-8"),
+    ('video_name,Prompt\na.mp4,"x\n', "line 2: it is no CSV"),
+    (b"video_name,Prompt\na.mp4,x\nb.mp4,caf\xe9\n", "line 3: it is not text in UTF-8.*--encoding"),
 ])
 def test_malformed_label_files(root, text, message):
     label_file(root, "val").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(DatasetError, match=message): load_dataset(root)
+    with pytest.raises((DatasetError, FileError), match=message): load_dataset(root)
+
+
+def test_other_encodings_and_names_that_are_no_utf8(root):
+    "UTF-16 with its mark, GBK where somebody says so; a file name may be any bytes, and comes back out of a table of predictions."
+    text = "video_name,Prompt\nA_1000.mp4,一只红色的船\nNA,café\n"
+    for code, say in (("utf-16", None), ("gb18030", "gb18030")):
+        label_file(root, "val").write_bytes(text.encode(code))
+        assert load_labels(root, "val", say)[["video_name", "Prompt"]].to_numpy().tolist() == [["A_1000.mp4", "一只红色的船"], ["NA", "café"]]
+    with pytest.raises(FileError, match="--encoding"): load_dataset(root)
+    label_file(root, "val").write_bytes(b"video_name,Prompt\ncaf\xe9.mp4,rain\n")
+    os.rename(root/"val/videos/A_1000.mp4", os.fsencode(root/"val/videos") + b"/caf\xe9.mp4")
+    val = validate(load_dataset(root)).query("split == 'val'")
+    write_predictions(val, np.full((1, 5), 3.), root/"p.csv")
+    assert os.path.isfile(val["path"].iloc[0]) and (root/"p.csv").read_bytes().splitlines()[1].startswith(b"caf\xe9.mp4,rain,3.0")
 
 
 def test_quotes_line_breaks_and_a_byte_order_mark(root):
@@ -138,6 +155,8 @@ def test_generators():
 def break_mos(root): edit(root, "train", lambda t: t.__setitem__("Overall_MOS", t["Overall_MOS"].where(t.index != 2, 5.5)))
 def break_label(root): edit(root, "train", lambda t: t.__setitem__("Temporal_MOS", t["Temporal_MOS"].where(t.index != 3)))
 def break_duplicate(root): edit(root, "train", lambda t: t.__setitem__("video_name", t["video_name"].replace("B_0000.mp4", "A_0000.mp4")))
+def break_twice(root): edit(root, "train", lambda t: t.__setitem__("video_name", t["video_name"].replace("B_0000.mp4", "./A_0000.mp4")))
+def break_address(root): edit(root, "test", lambda t: t.__setitem__("video_name", "https://x.org/" + t["video_name"]))
 def break_leak(root): edit(root, "val", lambda t: t.__setitem__("Prompt", " A  Candle"))
 def break_prompt(root): edit(root, "train", lambda t: t.__setitem__("Prompt", t["Prompt"].replace("two dogs", "  ")))
 def break_escape(root): edit(root, "test", lambda t: t.__setitem__("video_name", "../videos/" + t["video_name"]))
@@ -155,6 +174,8 @@ def break_cut(root):
 BREAKS = [(break_mos, "MOS outside 1–5", [("train", 4, "C_0000.mp4", "Overall_MOS = 5.5")]),
           (break_label, "missing label in a labelled split", [("train", 5, "A_0001.mp4", "Temporal_MOS")]),
           (break_duplicate, "duplicate name", [("train", 2, "A_0000.mp4", ""), ("train", 3, "A_0000.mp4", "")]),
+          (break_twice, "duplicate name", [("train", 2, "A_0000.mp4", ""), ("train", 3, "./A_0000.mp4", "")]),
+          (break_address, "an address, not a file", [("test", i) for i in (2, 3, 4)]),
           (break_leak, "prompt in two splits", [("train", 8), ("train", 9), ("train", 10), ("val", 2), ("val", 3), ("val", 4)]),
           (break_prompt, "no prompt", [("train", 5), ("train", 6), ("train", 7)]),
           (break_escape, "a name that leads out of the videos folder", [("test", 2), ("test", 3), ("test", 4)]),
@@ -269,11 +290,45 @@ def test_resolve_splits(root):
 def test_resolve_splits_refuses(root):
     frame = load_dataset(root)
     with pytest.raises(DatasetError, match="it is missing"): resolve_splits(frame[frame["split"] != "train"], 0)
-    hole, leak = frame["Overall_MOS"].where(frame.index != 1), frame["Prompt"].replace("a kite", "Two dogs")
-    with pytest.raises(DatasetError, match="1 of 15 rows lack labels"): resolve_splits(frame.assign(Overall_MOS=hole), 0)
-    with pytest.raises(DatasetError, match="1 prompts stand in train and test"): resolve_splits(frame.assign(Prompt=leak), 0)
     drop_labels(root, "train")
     with pytest.raises(DatasetError, match="it has no labels"): resolve_splits(load_dataset(root), 0)
+
+
+ROW_BREAKS = [b for b in BREAKS if b[0] not in (break_missing, break_suffix, break_text, break_empty, break_cut)]
+
+
+@pytest.mark.parametrize("damage, kind, rows", ROW_BREAKS, ids=lambda x: x.__name__ if callable(x) else "")
+def test_splits_are_made_of_checked_rows_alone(root, damage, kind, rows):
+    "The way by which labels reach every five-MOS model refuses what `validate` refuses, files aside."
+    damage(root)
+    with pytest.raises(DatasetError, match=re.escape(kind)) as e: resolve_splits(load_dataset(root), 0)
+    assert len(e.value.problems) == len(rows)
+
+
+def test_opinions_on_another_scale(root):
+    "Refused with the remedy; mapped where the scale is said, and the note says so; outside of it they are refused again."
+    want = resolve_splits(load_dataset(root), 0)
+    for split in ("train", "val", "test"): edit(root, split, lambda t: t.__setitem__(list(MOS_COLUMNS), (t[list(MOS_COLUMNS)] - 1) * 25))
+    frame = load_dataset(root)
+    with pytest.raises(DatasetError, match=r"(?s)MOS outside 1–5 \(2\d\).*data.scale: \[0, 100\].*--scale 0-100"): resolve_splits(frame, 0)
+    got = resolve_splits(frame, 0, scale=[0, 100])
+    assert got["note"] == want["note"] + "; opinions mapped from 0–100 to 1–5"
+    assert all(np.allclose(got[s][list(MOS_COLUMNS)], want[s][list(MOS_COLUMNS)]) for s in ("train", "val", "test"))
+    assert np.allclose(validate(frame, scale="0-100")[list(MOS_COLUMNS)].max(), 5, atol=.7)
+    with pytest.raises(DatasetError, match="MOS outside 0–50"): resolve_splits(frame, 0, scale="0-50")
+    for scale in ("100-0", "0", "a-b", [1], [0, "x"], [0, float("inf")], 5):
+        with pytest.raises(DatasetError, match="is no scale"): resolve_splits(frame, 0, scale=scale)
+
+
+def test_what_may_be_mirrored():
+    "Nothing that a mirror changes, in any language; every prompt of the embedded set as it was, or its table would change."
+    stays = ("a sign saying stop", "the word love in neon", "un coche gira a la derecha", "Ein Auto biegt rechts ab",
+             "汽车向左转", "машина едет налево",
+             'a balloon with "7"', "route 66", "a map of the city", "café", "a car turning clockwise", "LETTERS")
+    assert not [prompt for prompt in stays if may_flip(prompt)]
+    embedded = load_dataset(REPO/"data")["Prompt"].unique()
+    before = re.compile(r"\b(left|right|(counter|anti)?-?clockwise)|[左右]", re.IGNORECASE)
+    assert [may_flip(p) for p in embedded] == [before.search(p) is None for p in embedded] and all(map(may_flip, embedded))
 
 
 # ---- hashes -----------------------------------------------------------------------------------------------------
@@ -288,8 +343,8 @@ def later(monkeypatch):
 @pytest.fixture
 def reads(monkeypatch):
     "The files whose bytes were hashed."
-    seen, real = [], dataset._sha256
-    monkeypatch.setattr(dataset, "_sha256", lambda p: seen.append(str(p)) or real(p))
+    seen, real = [], dataset.file_sha256
+    monkeypatch.setattr(dataset, "file_sha256", lambda p: seen.append(str(p)) or real(p))
     return seen
 
 
@@ -429,16 +484,16 @@ def test_bad_videos_are_rows_or_one_error(root, tmp_path):
     with pytest.raises(VideoError, match="C_0000.mp4"): cache.get(bad[0])
 
 
-def test_a_full_disk(root, tmp_path, monkeypatch, counted, capsys):
+def test_a_full_disk(root, tmp_path, monkeypatch, counted):
     sampling, log = counted
     cache, paths = ClipCache(tmp_path/"cache", sampling), load_dataset(root)["path"].tolist()
     with monkeypatch.context() as m:
         m.setattr(dataset.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 100_000, 100_000))
-        with pytest.raises(DatasetError, match="needs 0.00 GB for 21 clips"): cache.build(paths)
-    assert "21 clips to decode" in capsys.readouterr().err and len(log()) == 1 and not list((tmp_path/"cache").rglob("*.npy"))
+        with pytest.raises(FileError, match="the 21 clips of the cache need 0.00 GB"): cache.build(paths)
+    assert len(log()) == 1 and not list((tmp_path/"cache").rglob("*.npy"))
     with monkeypatch.context() as m:
         m.setattr(dataset.np, "save", lambda f, a: f.write(b"begun") and (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(DatasetError, match="No space left on device"): cache.get(paths[0])
+        with pytest.raises(FileError, match="No space left on device"): cache.get(paths[0])
     assert not [f for f in (tmp_path/"cache").rglob("*") if f.is_file()]
 
 
@@ -608,6 +663,9 @@ def test_predictions_refuse_what_is_no_score(root, tmp_path):
     assert write_predictions(test, scores, tmp_path/"p.csv", missing="empty").isna().sum().sum() == 5
     assert (tmp_path/"p.csv").read_text().splitlines()[2] == "B_2000.mp4,a kite,,,,,"
     scores[1, 0] = 3.
+    write_predictions(test, scores, tmp_path/"p.csv", missing="empty")
+    assert (tmp_path/"p.csv").read_text().splitlines()[2] == "B_2000.mp4,a kite,3.000000,,,,", "a dimension without a score is an empty cell"
+    scores[1, 1] = np.inf
     with pytest.raises(DatasetError, match="no finite scores"): write_predictions(test, scores, tmp_path/"p.csv", missing="empty")
 
 

@@ -109,16 +109,45 @@ def test_notebooks_hold_no_errors():
 
 README = ("generate README.md again: jupyter execute --inplace nbs/index.ipynb, nbdev_clean, "
           "then jupyter nbconvert --to markdown --stdout --no-input "
-          "--RegexRemovePreprocessor.patterns=\"['^#\\|\\s*hide']\" nbs/index.ipynb > README.md")
+          "--RegexRemovePreprocessor.patterns=\"['^#\\|\\s*hide']\" nbs/index.ipynb | sed 's#](\\.\\./#](#g' > README.md")
 
 
 def test_readme_is_the_index():
-    "README.md is nbs/index.ipynb in markdown, byte for byte."
+    "README.md is nbs/index.ipynb in markdown, byte for byte, with links that start one folder higher."
     index = ROOT/"nbs"/"index.ipynb"
     if not index.exists(): pytest.skip("there is no nbs/index.ipynb yet")
     hide = "--RegexRemovePreprocessor.patterns=['^#\\|\\s*hide']"
     made = run("-m", "nbconvert", "--to", "markdown", "--stdout", "--no-input", hide, index, cwd=ROOT).stdout
-    assert (ROOT/"README.md").read_text(encoding="utf-8") == made, README
+    assert (ROOT/"README.md").read_text(encoding="utf-8") == made.replace("](../", "]("), README
+
+
+def links(text: str) -> list[str]:
+    "The files that a page in markdown links to or shows."
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:|#", link)]
+
+
+@pytest.mark.parametrize("page", ["README.md", "results/README.md", "nbs/index.ipynb"])
+def test_links_lead_to_files(page):
+    "From where the page lies: README.md on a forge, the index in JupyterLab."
+    file = ROOT/page
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        shown = [o["data"].get("text/markdown", "") for c in cells for o in c.get("outputs", ()) if "data" in o]
+        text = "\n".join("".join(part) for part in [*(c["source"] for c in cells if c["cell_type"] == "markdown"), *shown])
+    lost = [link for link in links(text) if not (file.parent/link.split("#")[0]).exists()]
+    assert links(text) and not lost, f"{page} links to {lost}"
+
+
+def test_contents_list_every_chapter():
+    "In the order of the numbers within each folder, under today's titles."
+    readme = (ROOT/"README.md").read_text(encoding="utf-8")
+    listed = dict(re.findall(r"^- \[(\d\d · .+)\]\((nbs/\S+\.ipynb)\)$", readme, re.M))
+    def entry(path):
+        title = "".join(json.loads(path.read_text(encoding="utf-8"))["cells"][0]["source"]).splitlines()[0].removeprefix("# ")
+        return f"{path.name[:2]} · {title}", path.relative_to(ROOT).as_posix()
+    chapters = dict(entry(p) for p in (ROOT/"nbs").rglob("[0-9]*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+    assert listed == chapters, README
 
 
 # ---- the code -------------------------------------------------------------------------------------------------------
@@ -181,6 +210,16 @@ def test_nothing_generated_is_tracked():
     if not (ROOT/".git").exists(): pytest.skip("not a git checkout")
     ignored = git("ls-files", "--cached", "--ignored", "--exclude-standard").split()
     assert not ignored, f"tracked and ignored at once: {ignored}"
+
+
+def test_a_checkout_has_the_same_bytes_everywhere():
+    "With git's autocrlf, Windows' default, code would get other line ends: another code hash, and every stage would count as changed."
+    if not (ROOT/".git").exists(): pytest.skip("not a git checkout")
+    names = git("ls-files", "-z", "--", f"{PACKAGE}/*.py", "nbs", "*.yaml", "run.sh", "results/*.csv").split("\0")
+    differ = [n for n in filter(None, names)
+              if subprocess.run(["git", "-c", "core.autocrlf=true", "cat-file", "--filters", f":{n}"], cwd=ROOT, capture_output=True).stdout
+              != subprocess.run(["git", "cat-file", "blob", f":{n}"], cwd=ROOT, capture_output=True).stdout]
+    assert names and not differ, f"{len(differ)} files, such as {differ[:3]}: .gitattributes must set text=auto eol=lf"
 
 
 def test_scripts_are_executable():

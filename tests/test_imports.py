@@ -1,5 +1,6 @@
 "The import rule (a notebook imports only from smaller numbers), and every module alone in a fresh process."
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ WRITTEN = {c.module: c for c in chapters() if c.module}
 CODE = sorted(m for m in modules() if not is_package(m))
 
 # what takes seconds to import and is therefore imported inside the functions that use it
-HEAVY = ("sentence_transformers", "transformers", "accelerate", "sklearn", "seaborn", "dvclive", "wandb", "tensorboard")
+HEAVY = ("sentence_transformers", "transformers", "accelerate", "sklearn", "seaborn", "scipy.stats", "dvclive", "wandb", "tensorboard")
 
 
 def python_of(cell: str) -> str:
@@ -96,3 +97,29 @@ def test_module_imports_alone(module, imported):
     assert "error" not in answer, f"import {module} in a fresh process:\n{answer['error']}"
     assert answer["file"] == str(modules()[module]), "the import came from another checkout"
     assert not answer["heavy"], f"import {module} pulls in {answer['heavy']}: import them inside the functions that use them"
+
+
+# what a score does not need, also once it is made
+UNUSED = (*HEAVY, "pandas", "pyarrow", "scipy", "matplotlib", "huggingface_hub", "rich", "IPython", "PIL", "requests", "urllib3", "onnxruntime")
+SCORE = """
+import json, sys
+sys.argv = ["qualivision", "score", "clip.mp4", "--prompt", "a red boat", "--checkpoint", "weights", "--json"]
+from qualivision.cli import main
+try: main()
+except SystemExit as e: print(json.dumps({"status": e.code, "found": [m for m in json.loads(%r) if m in sys.modules]}), file=sys.stderr)
+"""
+
+
+def test_scoring_a_video_is_light(tmp_path):
+    "All of `qualivision score`: what takes seconds to import is not imported, and nothing is left in the current folder."
+    import tiny
+    tiny.checkpoint(tmp_path/"weights")
+    tiny.clip(tmp_path/"clip.mp4", (200, 60, 40))
+    env = {**os.environ, "QUALIVISION_CACHE": str(tmp_path/"kept")}
+    for kept in (0, 1):
+        assert len(list(tmp_path.rglob("*.f32"))) == kept
+        code = SCORE % json.dumps(UNUSED)
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+        answer = json.loads(done.stderr.splitlines()[-1])
+        assert answer == {"status": 0, "found": []} and json.loads(done.stdout)[0]["error"] is None, done.stdout + done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "kept", "weights"]

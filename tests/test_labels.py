@@ -3,7 +3,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qualivision.data.labels import SETS, VALUES, LabelError, check_set, find_set, known_set, place_of, read_labels
+from qualivision.data.labels import SETS, VALUES, LabelError, check_set, find_set, known_set, place_of, places, read_labels
+from qualivision.files import FileError
 
 
 @pytest.fixture
@@ -21,12 +22,18 @@ def test_lines_of_dover(read):
     assert table.attrs == {"left_out": 0, "scores": False}
 
 
-@pytest.mark.parametrize("given", [dict(name="DIVIDE_MaxWell/val_labels.txt"), dict(columns="name,aesthetic,technical,overall"),
-                                   dict(known=SETS["DIVIDE-3k"])])
+@pytest.mark.parametrize("given", [dict(columns="name,aesthetic,technical,overall"), dict(known=SETS["DIVIDE-3k"])])
 def test_lines_of_divide(read, given):
     table = read("a, b.mp4, 1, 2, 3\nc.mp4,2,,4\nd.mp4,3,1,5\n", **given)
     assert table.overall.tolist() == [3, 4, 5] and table.aesthetic.tolist() == [1, 2, 3] and table.video[0] == "a, b.mp4"
     assert table.technical[[0, 2]].tolist() == [2, 1] and np.isnan(table.technical[1])
+
+
+@pytest.mark.parametrize("name", ["divided/labels.txt", "DIVIDE_MaxWell/val_labels.txt", "MaxWell.txt"])
+def test_a_path_says_nothing_of_columns(read, name):
+    "Lengths and frame rates are no opinions, wherever the file lies."
+    table = read("v1.mp4,207,25,5.1\nv2.mp4,214,26,4.2\n", name)
+    assert table.columns.tolist() == ["line", "video", "overall"] and table.overall.tolist() == [5.1, 4.2]
 
 
 def test_headers(read):
@@ -57,21 +64,23 @@ BAD = {"a,-1,-1,3\nb,-1,-1,x\nc,-1,-1,nan\n": "line 2: overall is 'x', no number
        "a,-1,-1,\n": "line 1: overall is '', no number", "a,3\n": "line 1: it has 2 cells, not 4", " , 1, 1, 3\n": "line 1: there is no name",
        "name,mos\na,3\n\na,4\n": "line 4: 'a' stands in line 2 already", "name,mos\na,3\nb,3,3\n": "line 3: it has 3 cells, not 2",
        "name,mos,score\na,3,4\n": "line 1: two columns hold the overall", "name,mos,technical\na,3,bad\n": "line 2: technical is 'bad'",
-       'name,mos\n"a,3\n': "no CSV", '"a"b,1,1,3\n': "no CSV", "": "it is empty", "name,mos\n": "0 usable lines",
+       "name,mos,MOS\na,3,4\n": "line 1: the column 'mos' is there twice", 'name,mos\n"a,3\n': "no CSV",
+       '"a"b,1,1,3\n': "no CSV", "": "it is empty", "name,mos\n": "0 usable lines",
        "video,fused,error\na,,gone\n": "0 usable lines, 1 more were not scored"}
 
 
 @pytest.mark.parametrize("text", BAD)
 def test_bad_lines_are_told(read, text):
-    with pytest.raises(LabelError, match=f"labels.csv.*{BAD[text]}") as e: read(text)
+    with pytest.raises((LabelError, FileError), match=f"labels.csv.*{BAD[text]}") as e: read(text)
     assert e.value.remedy
 
 
 def test_files_that_are_no_labels(read, tmp_path):
-    (tmp_path/"a.csv").write_bytes(b"\xff\xfe1")
+    (tmp_path/"a.csv").write_bytes(b"a,1,1,3\nb,1,\xff,4\n")
     (tmp_path/"a.parquet").write_bytes(b"no parquet")
-    for name, said in {"a.csv": "not text in UTF-8", "gone.csv": "cannot be read", ".": "cannot be read", "a.parquet": "as Parquet"}.items():
-        with pytest.raises(LabelError, match=said): read_labels(tmp_path/name)
+    for name, said in {"a.csv": "line 2: it is not text in UTF-8.*--encoding",
+                       "gone.csv": "cannot be read", ".": "cannot be read", "a.parquet": "as Parquet"}.items():
+        with pytest.raises(FileError, match=said): read_labels(tmp_path/name)
     with pytest.raises(LabelError, match="no column of names"): read("a,1\n", columns="video,technical")
     with pytest.raises(LabelError, match="1 usable lines. Here it takes 3"): read("name,mos\na,1\n", least=3)
 
@@ -83,14 +92,29 @@ def test_known_sets(read):
     for s in SETS.values(): assert known_set(s.name.lower()) is s and (not s.preset or known_set(s.preset) is s)
     with pytest.raises(LabelError, match="LSVQ_test"): known_set("nothing")
     with pytest.raises(LabelError): known_set("")
-    assert find_set("KoNViD/labels.txt").name == "KoNViD-1k" and find_set("LSVQ/labels_1080p.txt").name == "LSVQ_1080p"
-    assert find_set("mine/a.csv") is None
     table = read("a,-1,-1,3\nb,-1,-1,5.5\n")
     with pytest.raises(LabelError, match="f.txt line 2: MOS of KoNViD-1k lie from 1 to 5, this is 5.5"):
         check_set(known_set("val-kv1k"), table, "f.txt")
     many = read("".join(f"{i},-1,-1,{i % 5}\n" for i in range(235)))
     with pytest.raises(LabelError, match="CVD2014 has 234 videos, these are 235"): check_set(known_set("CVD2014"), many)
     check_set(known_set("DIVIDE-3k"), table)
+
+
+SPREAD = "".join(f"v{k}.mp4,0,0,{m}\n" for k, m in enumerate((5.1, 4.2, 3.3, 2.4, 1.5, .6)))
+FOUND = {"KoNViD/labels.txt": "KoNViD-1k", "LSVQ/labels_1080p.txt": "LSVQ_1080p", "lsvq_test.txt": "LSVQ_test", "my CVD-2014/labels.txt": "CVD2014",
+         "AIGC_VD/labels.txt": None, "divided/labels.txt": None, "my/labels.txt": None, "ugc/labels.txt": None}
+
+
+@pytest.mark.parametrize("path", FOUND)
+def test_a_set_is_known_by_whole_words_counts_and_ranges(read, path):
+    "A word within a word is none; a right word is not believed where the opinions are not that set's, and the answer says why."
+    scale = SETS[FOUND[path]] if FOUND[path] else SETS["LSVQ"]
+    own = pd.DataFrame({"line": range(6), "overall": np.linspace(max(scale.low, 0), min(scale.high, 100), 6)})
+    found, why = find_set(path, own)
+    assert (found and found.name) == FOUND[path] and (f"6 of {found.videos} videos" in why if found else "names no known data set" in why)
+    other, why = find_set(path, read(SPREAD, path))
+    assert other is None and ("but MOS of" in why if found else "names no known data set" in why)
+    if found: assert find_set(path, pd.concat([own] * 9999)) [0] is None
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -104,7 +128,17 @@ def test_lines_of_every_known_set(read, name):
 
 
 def test_places(tmp_path):
-    for name in ("one/a.mp4", "two/b.mp4"): (tmp_path/name).parent.mkdir(exist_ok=True); (tmp_path/name).write_bytes(b"x")
+    "By the whole of the name: a folder in it is never left out, and two lines never share a film."
+    for name in ("one/a.mp4", "two/b.mp4", "two/deep/a.mp4"):
+        (tmp_path/name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path/name).write_bytes(b"x")
     folders = [tmp_path/"one", tmp_path/"two"]
-    assert place_of("deep/a.mp4", folders) == str(tmp_path/"one"/"a.mp4") and place_of("b.mp4", folders) == str(tmp_path/"two"/"b.mp4")
-    assert place_of("deep/c.mp4", folders) == str(tmp_path/"one"/"deep"/"c.mp4")
+    assert place_of("a.mp4", folders) == str(tmp_path/"one"/"a.mp4") and place_of("b.mp4", folders) == str(tmp_path/"two"/"b.mp4")
+    assert place_of("deep/a.mp4", folders) == str(tmp_path/"two"/"deep"/"a.mp4")
+    assert place_of("deep/b.mp4", folders) == str(tmp_path/"one"/"deep"/"b.mp4"), "not two/b.mp4"
+    assert place_of("https://x.org/a.mp4", folders) == "https://x.org/a.mp4"
+    (tmp_path/"two"/"link").symlink_to("deep")
+    for names in (["b.mp4", "./b.mp4"], ["b.mp4", "../two/b.mp4"], ["deep/a.mp4", "link/a.mp4"], ["b.mp4", str(tmp_path/"two"/"b.mp4")]):
+        table = pd.DataFrame({"line": [3, 7], "video": names})
+        with pytest.raises(LabelError, match="l.csv line 7: .* as .* in line 3 is"): places(table, folders, "l.csv")
+    assert len(set(places(pd.DataFrame({"line": [1, 2], "video": ["a.mp4", "deep/a.mp4"]}), folders))) == 2

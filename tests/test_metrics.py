@@ -10,6 +10,7 @@ from scipy.optimize import curve_fit
 from qualivision.evaluation.metrics import (
     EVALUATED, METRICS, MetricError, bootstrap, evaluate_files, evaluate_frames, fit_logistic, format_metrics, krcc, logistic, mae,
     paired_bootstrap, plcc, plcc_logistic, rmse, srocc)
+from qualivision.files import FileError
 from qualivision.quality import DIMENSIONS, MOS_COLUMNS
 
 
@@ -117,7 +118,7 @@ def test_five_columns():
     assert list(result) == list(DIMENSIONS)
     by_name = predictions.set_index("video_name").loc[labels.video_name]
     for d, c in zip(DIMENSIONS, MOS_COLUMNS):
-        assert list(result[d]) == ["n", *EVALUATED, "ci"] and result[d]["n"] == 100
+        assert list(result[d]) == ["n", *EVALUATED, "ci", "reasons"] and not result[d]["reasons"] and result[d]["n"] == 100
         assert result[d]["krcc"] == scipy.stats.kendalltau(by_name[c], labels[c]).statistic
         for m in EVALUATED: assert result[d]["ci"][m][0] < result[d][m] < result[d]["ci"][m][1]
     assert json.loads(json.dumps(result)) == result
@@ -152,11 +153,9 @@ def spoil(frame, column, value):
     "row missing in predictions": (lambda p, t: (p[:-1], t, {}), "missing in the other file"),
     "row missing in labels": (lambda p, t: (p, t[1:], {}), "A_000.mp4"),
     "twice": (lambda p, t: (p, pd.concat([t, t[:1]]), {}), "twice"),
-    "NaN prediction": (lambda p, t: (spoil(p, "Overall_MOS", np.nan), t, {}), "no number"),
-    "NaN label": (lambda p, t: (p, spoil(t, "Overall_MOS", np.nan), {}), "no number"),
     "text": (lambda p, t: (spoil(p, "Overall_MOS", "three"), t, {}), "no number"),
     "infinite": (lambda p, t: (spoil(p, "Overall_MOS", np.inf), t, {}), "no number"),
-    "constant": (lambda p, t: (p.assign(Temporal_MOS=3.0), t, {}), "temporal, SROCC.*constant"),
+    "nothing is left": (lambda p, t: (spoil(p, "Overall_MOS", np.nan), t, dict(pred="Overall_MOS", target="Overall_MOS")), "no number for .*Not one"),
     "nameless": (lambda p, t: (p.drop(columns="video_name"), t, {}), "no column `video_name`"),
     "lost name": (lambda p, t: (spoil(p, "video_name", None), t, {}), "have no video_name"),
     "no dimension": (lambda p, t: (p.drop(columns="Alignment_MOS"), t, {}), "no column `Alignment_MOS`"),
@@ -171,8 +170,51 @@ def test_bad_tables_are_errors(case):
     with pytest.raises(MetricError, match=message): evaluate_frames(p, t, **options)
 
 
+HOLES = {"constant predictions": lambda p, t: (p.assign(Temporal_MOS=3.), t), "constant labels": lambda p, t: (p, t.assign(Temporal_MOS=3.)),
+         "no relation": lambda p, t: (p.assign(Temporal_MOS=[1, 1, 2, 2, 3] * 20), t.assign(Temporal_MOS=[4.5, 1.5, 4, 2, 3] * 20)),
+         "an empty prediction": lambda p, t: (spoil(p, "Temporal_MOS", np.nan), t), "an empty label": lambda p, t: (p, spoil(t, "Temporal_MOS", ""))}
+
+
+@pytest.mark.parametrize("hole", HOLES)
+def test_what_is_not_defined_hides_nothing(hole, tmp_path):
+    "Through files: one dimension has a hole, the other four are what they were, and what of it is defined stands."
+    predictions, labels = tables()
+    predictions, labels = HOLES[hole](predictions.sort_index(), labels)
+    predictions.to_csv(tmp_path/"p.csv", index=False), labels.to_csv(tmp_path/"l.csv", index=False)
+    result, whole = evaluate_files(tmp_path/"p.csv", tmp_path/"l.csv", n=100), evaluate_frames(*tables(), n=100)
+    for d in DIMENSIONS:
+        if d != "temporal": assert result[d] == whole[d]
+    r = result["temporal"]
+    undefined = {m for m in EVALUATED if r[m] is None}
+    assert undefined == ({"plcc_logistic"} if hole == "no relation" else set(EVALUATED) - {"rmse"} if "constant" in hole else set(EVALUATED))
+    assert set(r["reasons"]) == undefined | {f"ci {m}" for m in EVALUATED if r[m] is not None and r["ci"][m] is None}
+    text = format_metrics(result)
+    assert all(reason in text for reason in r["reasons"].values()) and len(text.splitlines()) == 31 and json.loads(json.dumps(result)) == result
+
+
+def test_an_interval_may_be_undefined_alone():
+    r = evaluate_frames(*(pd.DataFrame({"video": list("abc"), "x": x}) for x in ([1, 2, 3], [1, 3, 2])), "x", "x")["x"]
+    assert r["srocc"] == pytest.approx(.5) and r["ci"]["srocc"] is None and "resamples have no value" in r["reasons"]["ci srocc"] and r["ci"]["rmse"]
+    assert "too few" in r["reasons"]["plcc_logistic"] and "ci plcc_logistic" not in r["reasons"]
+
+
+def test_names_like_holes(tmp_path):
+    "NA, null, None and nan are names; an empty cell, nan and NaN are holes where a number is expected."
+    names = ["NA", "null", "nan", "None", "NULL", "n/a", "a"]
+    (tmp_path/"p.csv").write_text("video,x\n" + "".join(f"{n},{i}\n" for i, n in enumerate(names)))
+    assert evaluate_files(tmp_path/"p.csv", tmp_path/"p.csv", "x", "x", group="video")["x"]["n"] == 7
+    for hole in ("", "nan", "NaN"):
+        (tmp_path/"q.csv").write_text("video,x,y\n" + "".join(f"{n},{i},{hole if i == 2 else i}\n" for i, n in enumerate(names)))
+        with pytest.raises(MetricError, match="no number for nan"): evaluate_files(tmp_path/"q.csv", tmp_path/"q.csv", "x", "y")
+    (tmp_path/"q.csv").write_text("video,x,y\n" + "".join(f"{n},{i},{'NA' if i == 2 else i}\n" for i, n in enumerate(names)))
+    with pytest.raises(MetricError, match="`y` holds no number for nan. Correct it"): evaluate_files(tmp_path/"q.csv", tmp_path/"q.csv", "x", "y")
+
+
 def test_bad_files_are_errors(tmp_path):
-    (tmp_path / "empty.csv").write_text("")
-    (tmp_path / "binary.csv").write_bytes(b"\x00\xff\xfe" * 50)
-    for name in ("gone.csv", "empty.csv", "binary.csv"):
-        with pytest.raises(MetricError, match=name): evaluate_files(tmp_path / name, tmp_path / name)
+    (tmp_path/"empty.csv").write_text("")
+    (tmp_path/"binary.csv").write_bytes(b"\x00\xff\xfe" * 50)
+    (tmp_path/"twice.csv").write_text("video,x,x\na,1,2\n")
+    (tmp_path/"latin.csv").write_bytes(b"video,x,scene\na,1,caf\xe9\nb,2,z\nc,3,z\n")
+    for name in ("gone.csv", "empty.csv", "binary.csv", "twice.csv", "latin.csv"):
+        with pytest.raises(FileError, match=name): evaluate_files(tmp_path/name, tmp_path/name, "x", "x")
+    assert evaluate_files(tmp_path/"latin.csv", tmp_path/"latin.csv", "x", "x", encoding="latin-1")["x"]["n"] == 3

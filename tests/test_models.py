@@ -289,7 +289,7 @@ def test_causes_asked_by_name(kind, bank):
     named = dict(causes=("blur", "noise", "flicker"), attributes=("colour", "motion"), bank=bank)
     if kind == "dover": model = DoverPlusPlus(replace(SMALL, **named))
     else: model = VJepaMos(replace(VJEPA_EMBEDDED, frames=4, size=36, patch=12, hidden_size=48, layers=2, encoder_heads=2, grid=(2, 1, 1),
-                                   text_dim=12, fusion_width=32, fused_dim=32, frozen_dtype="float32", colours=("overall",) if bank else (), **named))
+                                   text_dim=12, fusion_width=32, fused_dim=32, frozen_dtype="fp32", colours=("overall",) if bank else (), **named))
     model.eval()
     frames, text = batch()
     with torch.no_grad(): out, other = model(frames, text), model(frames, text.flip(0))

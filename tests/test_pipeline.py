@@ -18,7 +18,7 @@ import yaml
 from chapters import ROOT
 from qualivision.models.qualivision import DoverPlusPlus
 from qualivision.models.transfer import save_body
-from qualivision.pipeline.report import readme_results
+from qualivision.pipeline.report import readme_results, report
 from qualivision.quality import DIMENSIONS
 from qualivision.training.pretrain import asking
 from qualivision.training.trainer import model_config
@@ -43,7 +43,7 @@ SMALL = {   # of the profile embedded: networks that are trained in seconds and 
 MODELS = ["dover", "vjepa2"]
 STAGES = ["prepare", *(f"{stage}@{model}" for stage in ("train", "evaluate") for model in MODELS), "compare", "report"]
 FILES = {"splits.json", "prepare.json", "metrics.json", "predictions.csv", "rows.csv", "compare.json", "summary.json", "README.md", "table.txt",
-         "rows.png", "scatter.png", "curves.png", "scratch/.gitkeep",
+         "road.png", "rows.png", "scatter.png", "curves.png", "scratch/.gitkeep",
          *(f"{m}/{f}" for m in MODELS for f in ("train.json", "curves.csv", "predictions.csv", "evaluate.json"))}
 
 if not (ROOT/".git").exists(): pytest.skip("not a git checkout", allow_module_level=True)
@@ -54,9 +54,10 @@ def test_readme_shows_these_results():
     "The table in README.md is that of results/; skipped where a run of one's own has changed them since the commit."
     changed = subprocess.run(["git", "status", "--porcelain", "--", "results"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     if changed: pytest.skip("results/ differs from the commit: make README.md again from nbs/index.ipynb to publish it")
-    shown = [line for line in readme_results(ROOT/"results").splitlines() if line[:1] in ("|", "-") or line.startswith("data ")]
+    shown = readme_results(ROOT/"results").replace("](../", "](").splitlines()
     readme = (ROOT/"README.md").read_text(encoding="utf-8").splitlines()
     assert not [line for line in shown if line not in readme], "execute nbs/index.ipynb and make README.md from it"
+    assert (ROOT/"results"/"README.md").read_text(encoding="utf-8") == report(ROOT/"results"), "run the report stage"
 
 
 class Repository:
@@ -151,7 +152,7 @@ def test_results(repository):
     assert list(metrics["differences"]["dover"]) == rows[2:-2] and list(metrics["differences"]["vjepa2"]) == ["dover", *rows[2:-2]]
     assert metrics["ceiling"]["traditional"]["srocc"]["value"] > .8
     assert repository.json("splits.json")["prompts"] == PROMPTS
-    assert "simulated labels" in about["labels"] and "The labels are simulated." in (repository.at/"results"/"README.md").read_text()
+    assert "simulated labels" in about["labels"] and "The labels are simulated:" in (repository.at/"results"/"README.md").read_text()
     table = (repository.at/"results"/"table.txt").read_text()
     assert max(map(len, table.splitlines())) <= 60 and all(name in table for name in ("DOVER++", "V-JEPA 2", "text+gen.", "handcraft", "ceiling"))
     assert "V-JEPA 2 has no pretraining: its encoder, the trunk, was trained" in " ".join(table.split())

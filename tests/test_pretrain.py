@@ -22,6 +22,7 @@ from qualivision.data.sampling import Sampling
 from qualivision.data.simulate import FPS, SEED, SPLITS, crf, plan
 from qualivision.data.stream import CAUSE_NAMES, Reserved, lesson, reserved, show
 from qualivision.data.video import write_video
+from qualivision.files import file_sha256
 from qualivision.models.transfer import body_names, config_for, load_body, start_from_body, unpack
 from qualivision.models import weights
 from qualivision.models.qualivision import DoverPlusPlus, VJepaMos
@@ -34,7 +35,7 @@ from qualivision.training.trainer import Task, TrainError, model_config, train_m
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = {"config": "vjepa2_embedded", "frames": 4, "size": 48, "patch": 16, "hidden_size": 48, "layers": 2, "encoder_heads": 2, "mlp_ratio": 2.,
-         "grid": [2, 3, 3], "fusion_width": 16, "heads": 2, "fused_dim": 16, "bank": [], "frozen_dtype": "float32"}
+         "grid": [2, 3, 3], "fusion_width": 16, "heads": 2, "fused_dim": 16, "bank": [], "frozen_dtype": "fp32"}
 SHORT = {"window": 4, "masked_windows": 1, "windows": 2, "passes": 1, "batch_size": 4, "warmup_steps": 1, "judge_clips": 4, "workers": 0,
          "precision": "no", "device": "cpu"}
 
@@ -177,7 +178,7 @@ def test_both_bodies_are_small_and_what_the_registry_says():
         lessons = about["pretrain"]["window"] * about["pretrain"]["windows"]
         assert about["trained_on"].startswith(f"{lessons} simulated clips") and e.trained_on.startswith(f"{lessons:,} simulated clips")
         assert e.licence == about["licence"] == "MIT" and about["command"] in told and about["code_hash"][:12] in told
-        assert about["sha256"] == weights.file_sha256(ROOT/e.shipped/"model.safetensors")
+        assert about["sha256"] == file_sha256(ROOT/e.shipped/"model.safetensors")
 
 
 def test_killed_it_ends_as_an_undisturbed_run(made, tmp_path):

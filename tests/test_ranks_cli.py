@@ -34,7 +34,7 @@ def test_what_cannot_be_built(tmp_path):
     (tmp_path/"a.csv").write_text("video,technical\na,1\nb,1\n")
     (tmp_path/"sets.json").write_text("no sets")
     made = ("--name", "x", "--model", "dover", "--out", tmp_path/"sets.json", "--json")
-    for file, said in {"a.csv": "two different scores", "gone.csv": "no such file", "gone.parquet": "cannot be read"}.items():
+    for file, said in {"a.csv": "two different scores", "gone.csv": "cannot be read", "gone.parquet": "cannot be read"}.items():
         status, about, _ = call("build", tmp_path/file, *made)
         assert status == 1 and said in about["error"]
     (tmp_path/"a.csv").write_text("video,technical\na,1\nb,2\n")

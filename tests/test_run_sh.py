@@ -234,6 +234,12 @@ def test_lab(machine):
     assert machine.asked[-1][1].startswith("-m jupyterlab ") and machine.asked[-1][1].endswith("--port=8899")
 
 
+def test_precision_reaches_the_pipeline_and_nonsense_is_refused_first(machine):
+    r = machine(QUALIVISION_PRECISION="half")
+    assert r.returncode == 1 and "QUALIVISION_PRECISION=half" in r.stderr and "fp32, bf16, fp16 or auto" in r.stderr and not machine.asked
+    assert machine(QUALIVISION_PRECISION="fp32").returncode == 0 and "QUALIVISION_PRECISION" in machine("help").stdout
+
+
 def test_help_and_nonsense(machine):
     shown = machine("help")
     assert shown.returncode == 0 and "usage" in shown.stdout and machine.asked == []

@@ -2,18 +2,23 @@
 import csv
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 
-from qualivision.data.dataset import ClipCache, VideoQualityDataset, collate, load_labels
+from qualivision.data.dataset import ClipCache, DatasetError, VideoQualityDataset, collate, load_labels
 from qualivision.data.sampling import Sampling
+from qualivision.data.video import write_video
+from qualivision.files import FileError
 from qualivision.inference.score import ScoreError, Scorer, predict
+from qualivision.models.text import TextError
 from qualivision.models.weights import WeightsError
-from qualivision.quality import COLUMNS, DIMENSIONS, MOS_MAX, MOS_MIN
+from qualivision.quality import COLUMNS, DIMENSIONS, MOS_MAX, MOS_MIN, QualiVisionError
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,79 @@ def test_bad_videos_become_rows_and_the_rest_go_on(scorer, root, tmp_path):
     for r, v in zip(records[1:-1], videos[1:-1]):
         assert str(v) in r.error and all(getattr(r, d) is None for d in DIMENSIONS) and r.trained_on == "simulated labels (tiny)"
     for prompt in ("", " ", None): assert "no prompt" in next(scorer.score_many([(good, prompt)])).error
+
+
+@pytest.mark.parametrize("wrong", [RuntimeError("a kernel failed"), MemoryError(), OSError(5, "Input/output error"), ValueError("no"),
+                                   UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "no")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("seam", ["sampling", "model", "encoder"])
+def test_whatever_one_video_raises_is_its_row(scorer, root, monkeypatch, seam, wrong, capfd):
+    count, good = [], root/"train"/"videos"/"A_000.mp4"
+    holder, name = {"sampling": (Sampling, "counted"), "model": (type(scorer.model), "forward"), "encoder": (type(scorer.encoder), "embed")}[seam]
+    real = getattr(holder, name)
+    def sometimes(self, *a, **k):
+        count.append(1)
+        if len(count) == 2: raise wrong
+        return real(self, *a, **k)
+    monkeypatch.setattr(holder, name, sometimes)
+    records = list(scorer.score_many([(good, "a red boat")] * 3))
+    assert [r.error is None for r in records] == [True, False, True] and records[0] == records[2]
+    assert str(good) in records[1].error and "Traceback" in capfd.readouterr().err
+
+
+def test_five_alike_in_an_unforeseen_way_stop_the_run(scorer, root, monkeypatch, capfd):
+    def never(*a): raise RuntimeError("this build lacks a kernel")
+    monkeypatch.setattr(Sampling, "counted", never)
+    records = scorer.score_many([(root/"train"/"videos"/"A_000.mp4", "a boat")] * 9)
+    assert all(next(records).error for _ in range(4))
+    with pytest.raises(QualiVisionError, match="first 5 items all failed alike"): next(records)
+    assert capfd.readouterr().err.count("Traceback") == 1
+
+
+def test_one_frame_has_no_motion_to_judge(scorer, root, tmp_path):
+    "All but the temporal score, which is null with its reason; a frozen clip of several frames has that fault and is judged."
+    frame = np.random.default_rng(0).integers(0, 255, (1, 32, 32, 3), dtype=np.uint8)
+    still, frozen = write_video(tmp_path/"still.mp4", frame), write_video(tmp_path/"frozen.mp4", frame.repeat(2, 0))
+    one, two = scorer.score_many([(still, "a red boat"), (frozen, "a red boat")])
+    assert one.error is None and one.temporal is None and list(one.reasons) == ["temporal"] and "one frame" in one.reasons["temporal"]
+    assert all(MOS_MIN <= getattr(one, d) <= MOS_MAX for d in DIMENSIONS if d != "temporal")
+    assert '"temporal": null' in json.dumps(one.to_dict()) and two.temporal is not None and not two.reasons
+    assert scorer.judge(*[scorer.sampling(still), "a red boat"], 1)[0][:3] == [one.traditional, one.alignment, one.aesthetic]
+
+
+def test_an_empty_cell_for_what_cannot_be_judged(scorer, root, tmp_path):
+    copy = shutil.copytree(root, tmp_path/"set")
+    still = sorted((copy/"test"/"videos").iterdir())[0]
+    write_video(still, np.full((1, 32, 32, 3), 90, np.uint8))
+    predict(copy, "test", scorer, tmp_path/"out.csv")
+    with open(tmp_path/"out.csv", newline="") as f: rows = {r["video_name"]: r for r in csv.DictReader(f)}
+    assert [c for c in COLUMNS if not rows[still.name][c]] == ["Temporal_MOS"] and sum(not v for r in rows.values() for v in r.values()) == 1
+
+
+def test_what_a_reader_should_know_of_the_prompt_is_in_the_record(scorer, root, recwarn):
+    video = root/"train"/"videos"/"A_000.mp4"
+    plain, one, many, cut = (scorer.score(video, p) for p in ("a red boat", "a red boat sails by 🚀", "🚀 boat", "word " * 300))
+    assert plain.warnings == one.warnings == () and not recwarn
+    assert len(many.warnings) == 1 and "1 of the 2 tokens" in many.warnings[0] and "(50%)" in many.warnings[0]
+    assert len(cut.warnings) == 1 and "reads 256 tokens" in cut.warnings[0]
+    assert scorer.score(video, "🚀 boat").warnings == many.warnings                # also where its embedding is known
+
+
+@pytest.mark.parametrize("prompt", ["🚀🌕", "\u200b\u200b", "สวัสดีครับ", "caf\udce9"])
+def test_a_prompt_that_cannot_be_read_is_an_error(scorer, root, monkeypatch, prompt):
+    monkeypatch.setattr(Sampling, "counted", lambda *a: pytest.fail("it decoded a video for that"))
+    with pytest.raises(TextError): scorer.score(root/"train"/"videos"/"A_000.mp4", prompt)
+    (record,) = scorer.score_many([(root/"train"/"videos"/"A_000.mp4", prompt)])
+    assert record.error and record.prompt == prompt and os.sep + "A_000.mp4" in record.video
+
+
+def test_rows_of_prompts_that_cannot_be_read_are_refused(root, tmp_path):
+    copy = shutil.copytree(root, tmp_path/"set")
+    labels = copy/"train"/"labels"/"train_labels.csv"
+    lines = labels.read_text().splitlines()
+    for n, prompt in ((1, "🚀🌕"), (2, "\u200b")): lines[n] = ",".join([lines[n].split(",")[0], prompt, *lines[n].split(",")[-5:]])
+    labels.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(DatasetError, match=r"cannot be read \(2\)"): tiny.train(copy, tmp_path, epochs=1, warmup_steps=0)
+    assert not (tmp_path/"cache").exists()
 
 
 def test_score_many_is_lazy(scorer, root):
@@ -105,7 +183,7 @@ def test_where_nothing_can_be_written_is_known_before_the_first_video(scorer, ro
     monkeypatch.setattr(Scorer, "score", lambda *a: pytest.fail("it began to score"))
     (tmp_path/"file").touch()
     for out, cause in ((tmp_path, "it is a folder"), (tmp_path/"file"/"out.csv", "nothing can be written")):
-        with pytest.raises(ScoreError, match=cause): predict(root, "test", scorer, out)
+        with pytest.raises(FileError, match=cause): predict(root, "test", scorer, out)
 
 
 def test_an_address_is_no_missing_file(scorer):

@@ -29,7 +29,7 @@ def stored() -> dict[str, Path]:
 
 
 def test_every_file_has_the_checksum_that_git_holds():
-    lines = dict(reversed(line.split("  ", 1)) for line in (ROOT/"data.sha256").read_text().splitlines())
+    lines = dict(reversed(line.split("  ", 1)) for line in (ROOT/"tests"/"fixtures"/"data.sha256").read_text().splitlines())
     files = stored()
     assert set(lines) == {f"data/{name}" for name in files}
     wrong = [name for name, path in files.items() if hashlib.sha256(path.read_bytes()).hexdigest() != lines[f"data/{name}"]]

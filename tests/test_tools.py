@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,8 +27,10 @@ from typer.testing import CliRunner
 
 from qualivision.cli import app
 from qualivision.data.dataset import load_dataset, validate
+from qualivision.data.labels import known_set
 from qualivision.data.video import write_video
 from qualivision.evaluation.metrics import srocc
+from qualivision.files import FileError
 from qualivision.inference import official
 from qualivision.inference.bulk import BulkError, find_videos, read_manifest, score_set
 from qualivision.inference.datasets import DataError, infer_set, pull_set, set_metrics, unpack
@@ -35,6 +38,7 @@ from qualivision.models.convnext3d import INFLATED, InflatedConvNeXt3D
 from qualivision.models.cover import COVER, CLIPImage
 from qualivision.models.dover import Branches, DOVERMobile, QualityHead
 from qualivision.models.weights import WeightsError
+from qualivision.quality import QualiVisionError
 
 ROOT = Path(__file__).parents[1]
 KEYS = ["video", "technical", "aesthetic", "fused", "ranks", "seed", "weights", "error"]
@@ -215,7 +219,8 @@ def test_score_set_of_a_folder(call, here, tmp_path, monkeypatch):
         shutil.copy(here/source, folder/name)
     args = "score-set", folder, "--model", "dover", "--weights", "small.pth", "--out", tmp_path/"s.csv"
     status, about, err = call(*args, "--json")
-    assert status == 1 and about == dict(out=str(tmp_path/"s.csv"), model="dover", videos=3, scored=2, kept=0, failed=1) and "bad.mp4" in err
+    assert status == 1 and about == dict(out=str(tmp_path/"s.csv"), model="dover", videos=3, scored=2, kept=0, failed=1,
+                                            passed_over={".txt": 1}) and "bad.mp4" in err
     rows, first = rows_of(tmp_path/"s.csv"), (tmp_path/"s.csv").read_bytes()
     assert [r["video"] for r in rows] == ["b.mp4", "bad.mp4", "more/a.MOV"]
     assert list(rows[0]) == ["video", "technical", "aesthetic", "fused", "error", "sha256"]
@@ -336,10 +341,10 @@ def test_what_stops_a_run_says_so(tmp_path):
     (tmp_path/"a.mp4").write_text("x")
     (tmp_path/"o.csv.journal").write_text("this is no database, and it is longer than the head of one" * 20)
     with pytest.raises(BulkError, match="no journal"): score_set(tmp_path, tmp_path/"o.csv", Length())
-    for out, said in ((tmp_path/"o.txt", "neither"), (tmp_path/"a.mp4"/"x.csv", "cannot be made")):
-        with pytest.raises(BulkError, match=said): score_set(tmp_path, out, Length())
+    for out, said in ((tmp_path/"o.txt", "neither"), (tmp_path/"a.mp4"/"x.csv", "nothing can be written")):
+        with pytest.raises(QualiVisionError, match=said): score_set(tmp_path, out, Length())
     with pytest.raises(BulkError, match="no such scores"): score_set(tmp_path, tmp_path/"p.csv", Length(), form="cover")
-    with pytest.raises(BulkError, match="cannot be read"): list(read_manifest(tmp_path/"gone.csv"))
+    with pytest.raises(FileError, match="cannot be read"): list(read_manifest(tmp_path/"gone.csv"))
     class Greedy(Length):
         def prepare(self, path): raise MemoryError
     assert score_set(tmp_path, tmp_path/"g.csv", Greedy())["failed"] == 1 and "memory ran out" in (tmp_path/"g.csv").read_text()
@@ -352,10 +357,11 @@ def test_infer_datasets(call, here, tmp_path):
     mos = [2.5, 3.5, 1.5, 4.0]
     label = tmp_path/"KoNViD"/"labels.txt"
     label.parent.mkdir()
-    label.write_text("".join(f"videos/{k}.mp4, -1, -1, {m}\n" for k, m in enumerate(mos)) + "gone.mp4, -1, -1, 3\n")
+    label.write_text("".join(f"{k}.mp4, -1, -1, {m}\n" for k, m in enumerate(mos)) + "gone.mp4, -1, -1, 3\n")
     args = "infer-datasets", label, "--videos", here, "--weights", "small.pth", "--out", tmp_path/"scores"
     status, (r,), err = call(*args, "--json")
     assert status == 1 and (r["set"], r["weight"], r["videos"], r["scored"], r["failed"]) == ("KoNViD-1k", .54, 5, 4, 1) and "gone.mp4" in err
+    assert r["why"] == "its path names it (konvid): 5 of 1200 videos, MOS from 1.5 to 4"
     rows = rows_of(tmp_path/"scores"/"KoNViD-1k-dover.csv")[:4]
     t, a = (np.array([float(x[b]) for x in rows]) for b in ("technical", "aesthetic"))
     fused = .54 * (t - t.mean()) / t.std() + .46 * (a - a.mean()) / a.std()
@@ -374,11 +380,73 @@ def test_labels_of_views(tmp_path):
         columns = ("technical", "aesthetic", "fused")
         def rate(self, path, prompt): return dict(technical=-path.stat().st_size, aesthetic=path.stat().st_size, fused=.5)
     (tmp_path/"divide.txt").write_text("a,1,3,1\nc,2,2,2\nd,3,1,3\n")
-    r = infer_set(tmp_path/"divide.txt", None, Two(), tmp_path/"o", weight=0.)
+    r = infer_set(tmp_path/"divide.txt", None, Two(), tmp_path/"o", known_set("DIVIDE-3k"), weight=0.)
     found = [r["plcc"], *(r["branches"][b]["srocc"] for b in ("technical", "aesthetic"))]
     assert r["set"] == "DIVIDE-3k" and found == pytest.approx([1, 1, 1]) and r["plcc_logistic"] is None
     scores = {b: np.array([1., 2, 4]) for b in ("semantic", "technical", "aesthetic", "overall")}
     assert set_metrics(scores, {"overall": [1, 2, 4]})["rmse"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_path_is_no_proof(tmp_path):
+    "Six films with opinions from .6 to 5.1 are not CVD2014, and lengths and frame rates are no opinions; the answer says so."
+    for k in range(6): (tmp_path/f"v{k}.mp4").write_text("x" * (k + 1))
+    class Two(Length):
+        columns = ("technical", "aesthetic", "fused")
+        def rate(self, path, prompt): return dict(technical=path.stat().st_size, aesthetic=-1 / path.stat().st_size, fused=.5)
+    said = {"AIGC_VD": "no known data set", "divided": "no known data set", "CVD2014": "names CVD2014 .cvd2014., but MOS of",
+            "divide": "--set DIVIDE-3k"}
+    for folder, words in said.items():
+        (tmp_path/folder).mkdir()
+        rows = "".join(f"v{k}.mp4,{200 + k},{25 - k},{m}\n" for k, m in enumerate((5.1, 4.2, 3.3, 2.4, 1.5, .6)))
+        (tmp_path/folder/"labels.txt").write_text(rows)
+        r = infer_set(tmp_path/folder/"labels.txt", tmp_path, Two(), tmp_path/folder/"o")
+        assert r["set"] == ("DIVIDE-3k" if folder == "divide" else "labels") and r["weight"] == .6104 and re.search(words, r["why"]), r
+        assert r["branches"]["technical"]["srocc"] == pytest.approx(-1), "compared with the overall opinion, not with a frame rate"
+
+
+def test_one_undefined_number_hides_no_other(call, here, tmp_path):
+    "A branch that is constant, opinions that are, four videos: a dash with its reason, in JSON null; the rest stands."
+    for k in range(5): (tmp_path/f"{k}.mp4").write_text("x" * (k + 1))
+    class Flat(Length):
+        columns = ("technical", "aesthetic", "fused")
+        def rate(self, path, prompt): return dict(technical=1., aesthetic=path.stat().st_size, fused=.5)
+    (tmp_path/"l.txt").write_text("".join(f"{k}.mp4,0,0,{m}\n" for k, m in enumerate((1, 3, 2, 5, 4))))
+    r = infer_set(tmp_path/"l.txt", None, Flat(), tmp_path/"o")
+    assert r["branches"]["aesthetic"] == {"srocc": pytest.approx(.8), "plcc": pytest.approx(.8), "reasons": {}}
+    assert r["srocc"] is r["rmse"] is None and r["reasons"]["srocc"] == "technical: its scores are constant"
+    assert r["branches"]["technical"]["plcc"] is None and "constant" in r["branches"]["technical"]["reasons"]["plcc"]
+    label = tmp_path/"four.txt"
+    label.write_text("".join(f"{k}.mp4,0,0,{m}\n" for k, m in enumerate((1, 3, 2, 5))))
+    args = "infer-datasets", label, "--videos", here, "--weights", "small.pth", "--out", tmp_path/"p"
+    status, (r,), _ = call(*args, "--json")
+    assert status == 0 and r["plcc_logistic"] is None and r["reasons"] == {"plcc_logistic": "4 clips are too few"} and r["srocc"] is not None
+    status, text, _ = call(*args)
+    assert status == 0 and "no PLCC_LOGISTIC: 4 clips are too few" in text and "names no known data set" in " ".join(text.split())
+
+
+def test_results_of_one_name_do_not_overwrite_each_other(call, here, tmp_path):
+    "In one command they lie under the names of their folders; in two the second is refused before it scores."
+    args = "--videos", here, "--weights", "small.pth", "--out", tmp_path/"o", "--json"
+    for folder, mos in (("a", (1, 3, 2)), ("b", (3, 1, 2))):
+        (tmp_path/folder).mkdir()
+        (tmp_path/folder/"labels.txt").write_text("".join(f"{k}.mp4,0,0,{m}\n" for k, m in enumerate(mos, 1)))
+    labels = [tmp_path/f/"labels.txt" for f in "ab"]
+    status, (a, b), _ = call("infer-datasets", *labels, *args)
+    assert status == 0 and [Path(r["table"]).name for r in (a, b)] == ["a-labels-dover.csv", "b-labels-dover.csv"] and a["srocc"] != b["srocc"]
+    assert call("infer-datasets", labels[0], *args)[0] == 0
+    before = (tmp_path/"o"/"labels-dover.csv").read_bytes()
+    status, said, _ = call("infer-datasets", labels[1], *args)
+    assert status == 1 and f"holds the scores of {labels[0]}" in said["error"] and (tmp_path/"o"/"labels-dover.csv").read_bytes() == before
+    assert "given twice" in call("infer-datasets", labels[0], labels[0], *args)[1]["error"]
+
+
+def test_what_is_passed_over_is_said(call, here, tmp_path):
+    (tmp_path/"set").mkdir()
+    for name in ("a.vob", "b.txt", "c.doc", "d.doc"): shutil.copy(here/"1.mp4", tmp_path/"set"/name)
+    args = "score-set", tmp_path/"set", "--model", "dover", "--weights", "small.pth", "--out", tmp_path/"o.csv"
+    status, about, _ = call(*args, "--json")
+    assert status == 0 and about["passed_over"] == {".doc": 2, ".txt": 1} and about["scored"] == 1
+    assert "passed over: 2 .doc, 1 .txt" in call(*args)[1]
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -460,7 +528,7 @@ def test_one_process_pulls_into_a_folder(hub, tmp_path):
     for text in ("no JSON", "[1, 2]", "3"):
         (tmp_path/".pulled.json").write_text(text)
         with pytest.raises(DataError, match="not the list"): pull_set("LSVQ", tmp_path, progress=False)
-    with pytest.raises(DataError, match="nothing can be written"): pull_set("LSVQ", tmp_path/"README.md"/"x", progress=False)
+    with pytest.raises(FileError, match="nothing can be written"): pull_set("LSVQ", tmp_path/"README.md"/"x", progress=False)
 
 
 def test_pull_that_cannot_be(call, hub, tmp_path, monkeypatch):

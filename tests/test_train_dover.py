@@ -19,7 +19,7 @@ from qualivision.models.transfer import load_head, parts, save_head
 from qualivision.models.vjepa2 import state_hash
 from qualivision.models.weights import S_LAB, load_checkpoint
 from qualivision.training import transfer as training
-from qualivision.training.trainer import seed_all
+from qualivision.devices import seed_all
 from qualivision.training.transfer import FreshViews
 
 VIEWS = ("technical", "aesthetic")

@@ -17,15 +17,17 @@ import pytest
 import tiny
 import torch
 
+from qualivision import files
 from qualivision.data.dataset import collate
 from qualivision.data.sampling import Sampling
+from qualivision.devices import DeviceError, make_accelerator, seed_all
 from qualivision.models.qualivision import DoverPlusPlus
 from qualivision.models.text import TextEncoder
 from qualivision.models.weights import load_checkpoint
 from qualivision.training import trainer
 from qualivision.training.losses import HybridLoss
-from qualivision.training.trainer import (TrainConfig, TrainError, fit, make_accelerator, prepare_data, read_pointer, seed_all, start_run,
-                                          steps_per_epoch, take_step, training_loss, validate, warmup_cosine)
+from qualivision.training.trainer import (TrainConfig, TrainError, fit, prepare_data, read_pointer, start_run, steps_per_epoch,
+                                          take_step, training_loss, validate, warmup_cosine)
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -132,7 +134,8 @@ def forked(work) -> int:
 def test_killed_inside_any_save(sets, tmp_path, monkeypatch):
     "The process dies between any two writes of its saves; what is left is always a whole one to go on from."
     config = tiny.settings(epochs=2, batch_size=12, warmup_steps=1)
-    counted = ("save_checkpoint", "_fresh", "_sync", "_replace_text", "switch_pointer", "write_history")
+    counted = [(trainer, n) for n in ("save_checkpoint", "_fresh", "sync_to_disk", "write_whole", "switch_pointer", "write_history")]
+    counted += [(files, "sync_to_disk")]                                     # inside write_whole, before its name and after it
     want = model()
     fit(want, sets.train, sets.val, config, tmp_path/"whole", progress=False)
 
@@ -144,7 +147,7 @@ def test_killed_inside_any_save(sets, tmp_path, monkeypatch):
                 if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)
                 return real(*a, **kw)
             return call
-        for name in counted: setattr(trainer, name, wrapped(getattr(trainer, name)))
+        for module, name in counted: setattr(module, name, wrapped(getattr(module, name)))
         fit(model(), sets.train, sets.val, config, folder, progress=False)
 
     for moment in range(1, 500):
@@ -325,7 +328,7 @@ def test_steps_that_float16_leaves_out_are_counted_and_bounded(sets, tmp_path):
 
 def test_an_absent_device_is_an_error():
     if torch.cuda.is_available(): pytest.skip("this machine has a CUDA device")
-    with pytest.raises(TrainError, match="offers cpu"): make_accelerator("cuda")
+    with pytest.raises(DeviceError, match="offers cpu"): make_accelerator("cuda")
 
 
 # --- precision, processes, workers ---

@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 from scipy.stats import pearsonr
 from typer.testing import CliRunner
@@ -182,8 +183,27 @@ def test_label_files(tmp_path):
     with pytest.raises(LabelError, match="labels.csv line 2: MOS of YouTube-UGC lie from 1 to 5, this is 70"):
         read("a.mp4,-1,-1,3\nb.mp4,-1,-1,70\n", known=known_set("val-ytugc"))
     with pytest.raises(RatingsError, match=r"labels.csv line 3: 'z.mp4' is not in .*; 2 of 3 videos"): read("name,mos\na.mp4,3\nz.mp4,2\ny.mp4,2\n")
-    with pytest.raises(RatingsError, match="as another line's video"): read("name,mos\na.mp4,3\nfolder/a.mp4,2\n")
+    with pytest.raises(RatingsError, match="line 3: 'cam2/a.mp4' is not in .*holds a a.mp4"): read("name,mos\na.mp4,3\ncam2/a.mp4,2\n")
+    with pytest.raises(LabelError, match="line 3: './a.mp4' is the file .* as 'a.mp4' in line 2"): read("name,mos\na.mp4,3\n./a.mp4,2\n")
+    with pytest.raises(RatingsError, match="line 2: 'https://x.org/a.mp4' is an address"): read("name,mos\nhttps://x.org/a.mp4,3\n")
+    hundred = "name,mos,technical\na.mp4,0,50\nb.mp4,100,\nc.mp4,25,25\n"
+    assert read(hundred).overall.tolist() == [0, 100, 25], "DOVER learns from any scale"
+    assert read(hundred, scale="0-100")[["overall", "technical"]].fillna(9).to_numpy().tolist() == [[1, 3], [5, 9], [2, 2]]
+    with pytest.raises(RatingsError, match="b.mp4: overall is 100, not from 0 to 50"): read(hundred, scale="0-50")
     assert preset_settings("val-cvd2014") == {"weight": .576, "splits": 10} and preset_settings("DIVIDE-3k", False) == {"weight": .6104}
+
+
+def test_the_layout_of_a_data_set(tmp_path):
+    "Opinions on any scale; but one video has one opinion here too."
+    root = tiny.data_set(tmp_path/"set", train=2, val=1)
+    file = root/"train"/"labels"/"train_labels.csv"
+    table = pd.read_csv(file)
+    table["Overall_MOS"] *= 20
+    table.to_csv(file, index=False)
+    assert read_ratings(root).overall.max() > 20 and read_ratings(root, scale="0-100").overall.between(1, 5).all()
+    table.loc[1, "video_name"] = "./" + table.video_name[0]
+    table.to_csv(file, index=False)
+    with pytest.raises(QualiVisionError, match="duplicate name"): read_ratings(root)
 
 
 def test_held_out_by_group():

@@ -16,7 +16,8 @@ from qualivision.data import video as V
 from qualivision.data.video import VideoWarning, frame_times, probe, read_frames, write_video
 
 sys.path.insert(0, str(Path(__file__).parent))
-from video_zoo import H, N, UNEVEN, W, ZOO, build, copy, encode, number, numbers, picture, x264  # noqa: E402
+from video_zoo import (  # noqa: E402
+    FLIP, H, MPEG, N, UNEVEN, VP9_10BIT, W, ZOO, build, copy, encode, number, numbers, picture, retag, x264, x265)
 
 needs_decord = pytest.mark.skipif(V._decord() is None, reason="decord has no wheel here")
 SAFE = [name for name, clip in ZOO.items() if clip.safe]
@@ -253,6 +254,316 @@ def test_a_picture_that_changes_its_size_is_refused(tmp_path):
     with pytest.raises(V.VideoError, match="changes its size at frame 12"): read_frames(tmp_path / "c.h264", [0])
 
 
+
+# ---------------------------------------------------------------- colours and transparency
+
+COLOURS = np.random.default_rng(3).integers(0, 256, (6, H // 8, W // 8, 3), dtype=np.uint8).repeat(8, 1).repeat(8, 2)
+WEIGHTS = {1: (.2126, .0722), 2: (.299, .114), 3: (.299, .114), 4: (.30, .11), 5: (.299, .114), 6: (.299, .114), 7: (.212, .087), 9: (.2627, .0593)}
+
+
+def by_the_standard(planes: np.ndarray, matrix: int, bits: int) -> np.ndarray:
+    "(3,H,W) as stored, limited range -> (H,W,3) from 0 to 255, by the formulas of H.273."
+    scale = 1 << bits - 8
+    if matrix == 0: return planes[[2, 0, 1]].transpose(1, 2, 0) * (255 / ((1 << bits) - 1))       # green, blue, red
+    y, b, r = (planes[0] / scale - 16) / 219, (planes[1] / scale - 128) / 224, (planes[2] / scale - 128) / 224
+    if matrix == 8:
+        b, r = b * 224 / 219, r * 224 / 219
+        return 255 * np.stack([y - b + r, y + b, y - b - r], -1).clip(0, 1)
+    kr, kb = WEIGHTS[matrix]
+    red, blue = y + 2 * (1 - kr) * r, y + 2 * (1 - kb) * b
+    return 255 * np.stack([red, (y - kr * red - kb * blue) / (1 - kr - kb), blue], -1).clip(0, 1)
+
+
+@pytest.fixture(scope="module")
+def lossless(tmp_path_factory):
+    "The same colours as H.264 with 8 bits, as it is and turned, and as HEVC with 10; 4:4:4, nothing lost."
+    folder = tmp_path_factory.mktemp("lossless")
+    for name, codec, fmt, options, matrix in (("8", "libx264", "yuv444p", x264(":qp=0"), None), ("turned", "libx264", "yuv444p", x264(":qp=0"), FLIP),
+                                              ("10", "libx265", "yuv444p10le", x265(":lossless=1"), None)):
+        with av.open(str(folder / f"{name}.mp4"), "w") as c:
+            s = c.add_stream(codec, rate=24, options={k: str(v) for k, v in options.items()})
+            s.width, s.height, s.pix_fmt = W, H, fmt
+            if matrix: s.set_display_matrix(matrix)
+            for p in COLOURS: c.mux(s.encode(av.VideoFrame.from_ndarray(p, format="rgb24").reformat(format=fmt, threads=1)))
+            c.mux(s.encode())
+    return folder
+
+
+def refilled(byte):
+    "What the C library fills unused memory with, where it can: a buffer that nobody writes then shows."
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt: mallopt(-6, byte)                                                            # M_PERTURB; 0: not at all
+
+
+@pytest.mark.parametrize(("source", "name"), [("8.mp4", "a.mp4"), ("turned.mp4", "b.mp4"), ("8.mp4", "c.avi"), ("8.mp4", "d.ts"),
+                                              ("10.mp4", "e.mkv"), ("10.mp4", "f.ts"), ("10.mp4", "g.mp4")])
+@pytest.mark.parametrize("matrix", range(18))
+def test_every_colour_matrix_is_read_by_the_standard_or_refused(lossless, tmp_path, source, name, matrix):
+    path, bits = retag(lossless / source, tmp_path / name, matrix), 10 if source == "10.mp4" else 8
+    if matrix >= 10:
+        for act in (lambda: probe(path), lambda: read_frames(path, [0]), lambda: read_frames(path, [0], damaged="warn"), lambda: frame_times(path)):
+            with pytest.raises(V.VideoError, match=rf"colour matrix {matrix} \("): act()
+        return
+    with av.open(str(lossless / source)) as c: stored = [V._planes(f) for f in c.decode(video=0)]
+    right, got = np.stack([by_the_standard(p, matrix, bits) for p in stored]), []
+    if source == "turned.mp4": right = right[:, :, ::-1]
+    for fill in (1, 254):
+        refilled(fill)
+        try: got += [read_frames(path, range), read_frames(path, range, "pyav"), np.stack(read_frames(path, range, each=lambda frame, at: frame))]
+        finally: refilled(0)
+    assert all(np.array_equal(got[0], g) for g in got[1:])
+    assert np.abs(got[0] - right).max() <= 2
+
+
+@needs_decord
+@pytest.mark.parametrize("matrix", range(10))
+def test_both_readers_agree_on_every_colour_matrix_or_auto_avoids_decord(tmp_path, matrix):
+    plain = encode(tmp_path / "a.mp4", "libx264", n=6, options=x264())
+    path = retag(plain, tmp_path / "b.mp4", matrix)
+    if probe(path).reader == "decord": assert np.array_equal(read_frames(path, range, "decord"), read_frames(path, range, "pyav"))
+    else:
+        with pytest.warns(VideoWarning, match="YCgCo"): theirs = read_frames(path, range, "decord")
+        assert np.abs(theirs.astype(int) - read_frames(path, range)).mean() > 5
+    assert (probe(path).reader == "pyav") == (matrix == 8)
+
+
+def test_a_conversion_that_fails_is_an_error_and_no_picture(zoo, monkeypatch):
+    "Whatever the reason, from whichever frame on: the pass must not take it for damage, nor hand on memory that nobody filled."
+    class Fails:
+        calls = 0
+        def __init__(self): self.real = av.video.reformatter.VideoReformatter()
+        def reformat(self, *args, **kwargs):
+            Fails.calls += 1
+            if Fails.calls % 7 == 0: raise av.error.OSError(95, "Operation not supported")
+            return self.real.reformat(*args, **kwargs)
+    monkeypatch.setattr(V, "VideoReformatter", Fails)
+    for name in ("hevc.mp4", "cut_hevc.mkv"):
+        for damaged in ("error", "warn"):
+            with pytest.raises(V.VideoError, match="cannot be turned into RGB"): read_frames(zoo / name, range, damaged=damaged)
+
+
+def test_a_frame_that_was_counted_and_does_not_come_is_an_error(zoo, monkeypatch):
+    real = V._pass
+    def fewer(path, look, shelf=None, *args, **kwargs):
+        if shelf is not None: shelf.places.pop(5)                                            # as if it had not come
+        result = real(path, look, shelf, *args, **kwargs)
+        if shelf is not None: shelf.places[5] = [5]
+        return result
+    monkeypatch.setattr(V, "_pass", fewer)
+    for each in (None, lambda frame, at: at):
+        with pytest.raises(V.CorruptVideo, match="frame 5 was counted, and did not come"): read_frames(zoo / "hevc.mp4", range, each=each)
+
+
+def see_through(k: int, hidden: int) -> np.ndarray:
+    "(96,128,4): picture k above; below, transparent from left to right, over a hidden colour where nothing can be seen."
+    out = np.concatenate([picture(k), np.full((H, W, 1), 255, np.uint8)], -1)
+    out[64:, :, 3] = np.linspace(0, 255, W).astype(np.uint8)
+    out[64:, :, :3] = np.where(out[64:, :, 3:] == 0, hidden, 100)
+    return out
+
+
+@pytest.mark.parametrize(("name", "codec", "fmt"), [
+    ("a.mov", "prores_ks", "yuva444p10le"), ("b.mov", "qtrle", "argb"), ("c.mkv", "ffv1", "bgra"), ("d.png", "apng", "rgba"),
+    ("e.webm", "libvpx-vp9", "yuva420p"), ("f.webm", "libvpx", "yuva420p"), ("g.mov", "png", "rgba"), ("h.webp", "", "")])
+def test_transparent_pixels_are_seen_on_white(tmp_path, name, codec, fmt):
+    seen = []
+    for hidden in (0, 255):
+        path, frames = tmp_path / f"{hidden}{name}", [see_through(k, hidden) for k in range(6)]
+        if not codec:
+            from PIL import Image
+            first, *rest = map(Image.fromarray, frames)
+            first.save(path, save_all=True, append_images=rest, duration=40, lossless=True, exact=True)
+        else:
+            options = {"auto-alt-ref": "0", "crf": "4", "b": "4000000"} if "vpx" in codec else {}
+            with av.open(str(path), "w", format="apng" if codec == "apng" else None) as c:
+                s = c.add_stream(codec, rate=24, options=options)
+                s.width, s.height, s.pix_fmt = W, H, fmt
+                for f in frames: c.mux(s.encode(av.VideoFrame.from_ndarray(f, format="rgba").reformat(format=fmt, threads=1)))
+                c.mux(s.encode())
+        seen.append(read_frames(path, range))
+        assert numbers(seen[-1]) == list(range(6)) and probe(path).reader != "decord"
+    right = V.over_background(np.stack([see_through(k, 0) for k in range(6)]))[:, 66:, 2:]
+    rough = 40 if "420" in fmt else 4                                                       # lossy codecs blur colours over the rim
+    for frames in seen: assert np.abs(frames[:, 66:, 8:].astype(int) - right[:, :, 6:]).max() <= rough, name
+    for frames in seen: assert (frames[:, 68:, 0] >= 250).all()                              # nothing of the hidden colour
+
+
+def test_transparency_of_a_gif_is_white_and_of_raw_avi_none(tmp_path):
+    from PIL import Image
+    frames = [Image.fromarray(see_through(k, 0)) for k in range(4)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=40)
+    gif = read_frames(tmp_path / "a.gif", range)
+    assert (gif[:, 66:, 0] == 255).all() and numbers(gif) == [0, 1, 2, 3]
+    empty = np.concatenate([picture(3), np.zeros((H, W, 1), np.uint8)], -1)                  # as screen recorders write it
+    with av.open(str(tmp_path / "a.avi"), "w") as c:
+        s = c.add_stream("rawvideo", rate=24)
+        s.width, s.height, s.pix_fmt = W, H, "bgra"
+        for _ in range(3): c.mux(s.encode(av.VideoFrame.from_ndarray(empty, format="rgba").reformat(format="bgra", threads=1)))
+        c.mux(s.encode())
+    assert np.array_equal(read_frames(tmp_path / "a.avi", range), np.stack([picture(3)] * 3))
+
+
+# ---------------------------------------------------------------- animations under the names of pictures
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.jpg", "a.mp4"])
+def test_an_animation_is_a_video_whatever_its_name(tmp_path, name):
+    from PIL import Image
+    first, *rest = [Image.fromarray(picture(k)) for k in range(8)]
+    for kind in ("PNG", "WEBP"):
+        path = tmp_path / name
+        first.save(path, kind, save_all=True, append_images=rest, duration=[40, 40, 80, 40, 40, 40, 40, 40], lossless=True)
+        assert V.is_animation(path) and np.array_equal(read_frames(path, range), np.stack([picture(k) for k in range(8)]))
+        assert np.allclose(frame_times(path), [0, .04, .08, .16, .2, .24, .28, .32], atol=1e-3) and probe(path).frames == 8
+        assert read_frames(path, [7, 2], each=lambda frame, at: (number(frame), at)) == [(7, 0), (2, 1)]
+        first.save(path, kind)
+        assert not V.is_animation(path)
+        with pytest.raises(V.NotAVideo, match="still picture"): read_frames(path, [0])
+
+
+PROFILE = """
+import gc, sys
+from qualivision.data.video import read_frames
+frames = read_frames(sys.argv[1], range)
+gc.collect()
+print(len(frames), "frames")
+"""
+
+
+def test_a_png_says_late_that_it_is_animated(tmp_path):
+    "Colour profiles and texts may stand before the mark; they are stepped over."
+    from PIL import Image, PngImagePlugin
+    first, *rest = [Image.fromarray(picture(k)) for k in range(3)]
+    first.save(tmp_path / "a.png", save_all=True, append_images=rest, duration=40, icc_profile=np.random.default_rng(0).bytes(5000))
+    assert V.is_animation(tmp_path / "a.png")
+    out = subprocess.run([sys.executable, "-c", PROFILE, tmp_path / "a.png"], capture_output=True, text=True, timeout=300)
+    assert (out.returncode, out.stdout) == (0, "3 frames\n"), out.stderr                      # PyAV frees the name of a profile twice
+    text = PngImagePlugin.PngInfo()
+    text.add_text("note", "acTL")
+    first.save(tmp_path / "b.png", pnginfo=text)
+    assert not V.is_animation(tmp_path / "b.png")
+
+
+def test_a_damaged_webp_is_an_error(tmp_path):
+    from PIL import Image
+    first, *rest = [Image.fromarray(np.random.default_rng(k).integers(0, 256, (H, W, 3), dtype=np.uint8)) for k in range(8)]
+    first.save(tmp_path / "a.webp", save_all=True, append_images=rest, duration=40)
+    data = bytearray((tmp_path / "a.webp").read_bytes())
+    (tmp_path / "cut.webp").write_bytes(data[:len(data) // 2])
+    with pytest.raises(V.TruncatedVideo, match="cut off"): read_frames(tmp_path / "cut.webp", [0])
+    at = data.index(b"VP8 ", data.index(b"VP8 ", len(data) // 2) + 4)
+    data[at + 8:at + 18] = bytes(10)                                                         # the head of one picture
+    (tmp_path / "hurt.webp").write_bytes(data)
+    with pytest.raises(V.CorruptVideo): read_frames(tmp_path / "hurt.webp", [0])
+
+
+# ---------------------------------------------------------------- decoders that cannot
+
+def test_vp9_with_ten_bits_is_read(tmp_path):
+    (tmp_path / "a.webm").write_bytes(VP9_10BIT)
+    assert not V._able("libvpx-vp9", "yuv420p10le") and probe(tmp_path / "a.webm").bit_depth == 10
+    for reader in ("auto", "pyav"): assert numbers(read_frames(tmp_path / "a.webm", range, reader)) == [0, 1, 2, 3]
+
+
+def test_a_decoder_that_refuses_everything_is_checked_against_the_other(zoo, tmp_path, monkeypatch):
+    (tmp_path / "a.webm").write_bytes(VP9_10BIT)
+    monkeypatch.setattr(V, "_able", lambda name, pix_fmt: True)                              # a list that claims too much
+    assert numbers(read_frames(tmp_path / "a.webm", range)) == [0, 1, 2, 3] and len(frame_times(tmp_path / "a.webm")) == 4
+
+
+def test_damage_to_the_only_clean_start_is_no_refusal(tmp_path):
+    "FFmpeg's own VP9 decoder would read on without a word."
+    path = encode(tmp_path / "a.webm", "libvpx-vp9", n=12, options={"deadline": "realtime", "cpu-used": 8, "crf": 20, "b": 0, "g": 99})
+    hurt = flip(path, tmp_path / "b.webm", packet=0, n=8)
+    with pytest.raises(V.CorruptVideo, match="12 of 12 frames are lost"): read_frames(hurt, [0])
+
+
+# ---------------------------------------------------------------- joined streams, and cuts in open groups
+
+@pytest.mark.parametrize("name", ["h264.ts", "hevc.ts", "mpeg2.ts", "mpeg2.mpg"])
+def test_joined_streams_are_whole(zoo, tmp_path, name):
+    "cat a.ts a.ts a.ts"
+    path = tmp_path / name
+    path.write_bytes((zoo / name).read_bytes() * 3)
+    assert probe(path).frames == 3 * N
+    for reader in ("auto", "pyav"):
+        frames = read_frames(path, range, reader)
+        assert numbers(frames) == [*range(N)] * 3
+        assert np.array_equal(frames[:N], read_frames(zoo / name, range)) and np.array_equal(frames[:N], frames[N:2 * N])
+    assert np.allclose(frame_times(path), np.arange(3 * N) / 24, atol=2e-3)                  # the clock goes on
+
+
+def test_streams_whose_clock_goes_on_are_joined_too(zoo, tmp_path):
+    "As the pieces of a stream are downloaded: each counts its packets anew, and keeps the time."
+    pieces = []
+    for k in range(4):
+        with av.open(str(zoo / "h264.mp4")) as a, av.open(str(tmp_path / f"{k}.ts"), "w", options={"avoid_negative_ts": "disabled"}) as b:
+            s = a.streams.video[0]
+            t = b.add_stream_from_template(s)
+            packets = [p for p in a.demux(s) if p.size]
+            keys = [i for i, p in enumerate(packets) if p.is_keyframe] + [len(packets)]
+            for p in packets[keys[k]:keys[k + 1]]:
+                p.stream = t
+                b.mux(p)
+        pieces.append((tmp_path / f"{k}.ts").read_bytes())
+    (tmp_path / "a.ts").write_bytes(b"".join(pieces))
+    assert numbers(read_frames(tmp_path / "a.ts", range)) == [*range(N)]
+    assert np.allclose(frame_times(tmp_path / "a.ts"), np.arange(N) / 24, atol=2e-3)
+
+
+def video_rows(data: bytes) -> list[int]:
+    "Where the transport packets of the pictures are; PyAV's muxer numbers them 256."
+    return [k for k in range(len(data) // 188) if data[188 * k + 1] & 31 == 1 and data[188 * k + 2] == 0]
+
+
+@pytest.mark.parametrize("name", ["h264.ts", "hevc.ts", "mpeg2.ts"])
+@pytest.mark.parametrize("copies", [1, 2])
+def test_a_hole_in_a_transport_stream_is_no_joint(zoo, tmp_path, name, copies):
+    "Packets are missing, from within a picture or between two, in one stream or in two that were joined."
+    data, rng = (zoo / name).read_bytes() * copies, np.random.default_rng(0)
+    rows = video_rows(data)
+    begins = [i for i, k in enumerate(rows) if data[188 * k + 1] & 64]
+    holes = [(i, i + int(n)) for i, n in zip(rng.integers(begins[13], begins[40], 8), rng.integers(1, 15, 8))]
+    holes += [(begins[j], begins[j + 3]) for j in (14, 20, 31)]
+    for a, b in holes:
+        if (b - a) % 16 == 0: continue                                                       # the count comes round: nothing shows
+        gone = set(rows[a:b])
+        path = tmp_path / name
+        path.write_bytes(b"".join(data[188 * k:188 * k + 188] for k in range(len(data) // 188) if k not in gone))
+        with pytest.raises(V.CorruptVideo, match="lost"): read_frames(path, [0])
+
+
+def test_what_a_cut_in_an_open_group_leaves_behind_is_not_lost(zoo, tmp_path):
+    "Copied from a key frame that becomes the time zero: what is shown before it has no time in Matroska, and nothing to lean on."
+    path = copy(zoo / "hevc_hash.mp4", tmp_path / "a.mkv", key=1, zero=12)
+    with av.open(str(path)) as c: assert [p.pts for p in c.demux(video=0) if p.size][:4] == [0, None, None, None]
+    for reader in ("auto", "pyav"): assert numbers(read_frames(path, range, reader)) == [*range(12, N)]
+    assert probe(path).frames == N - 12 and np.allclose(frame_times(path), np.arange(N - 12) / 24, atol=2e-3)
+    with pytest.raises(V.CorruptVideo): read_frames(flip(path, tmp_path / "b.mkv", packet=20), [0])
+    with av.open(str(path)) as a, av.open(str(tmp_path / "c.mkv"), "w") as b:               # a hole further on is a loss
+        s = a.streams.video[0]
+        t = b.add_stream_from_template(s)
+        for k, p in enumerate(p for p in a.demux(s) if p.size):
+            if p.pts is None: continue
+            p.stream = t
+            if k != 16: b.mux(p)
+    with pytest.raises(V.CorruptVideo): read_frames(tmp_path / "c.mkv", [0])
+
+
+# ---------------------------------------------------------------- endings
+
+@pytest.mark.parametrize("name", ["a.m2v", "a.vob", "a.asf", "a.mxf", "a.h264", "a.3g2", "a.f4v", "a.apng", "a.m4v", "a.ogv", "a.mts", "a.nut",
+                                  "a.ivf"])
+def test_endings(tmp_path, name):
+    codec, fmt, options, container = {
+        "m2v": ("mpeg2video", "yuv420p", MPEG, "mpeg2video"), "vob": ("mpeg2video", "yuv420p", MPEG, "vob"), "asf": ("wmv2", "yuv420p", None, None),
+        "mxf": ("mpeg2video", "yuv420p", MPEG, "mxf"), "apng": ("apng", "rgb24", None, "apng"), "ogv": ("libtheora", "yuv420p", None, None),
+        "mts": ("libx264", "yuv420p", x264(), "mpegts"), "ivf": ("libvpx-vp9", "yuv420p", None, None),
+        "f4v": ("libx264", "yuv420p", x264(), "f4v")}.get(name[2:], ("libx264", "yuv420p", x264(), None))
+    if codec not in av.codecs_available: pytest.skip(f"no {codec} here to write it")
+    path = encode(tmp_path / name, codec, n=24, fmt=fmt, options=options, container=container, rate=24 if name != "a.mxf" else 25)
+    assert numbers(read_frames(path, range)) == [*range(24)] and probe(path).frames == 24
+
+
 # ---------------------------------------------------------------- what is no video
 
 def sound(path):
@@ -283,6 +594,8 @@ def noise(path): path.write_bytes(np.random.default_rng(0).integers(0, 256, 6000
     ("noise.mp4", noise, "NotAVideo", "no video format"),
     ("zeros.mp4", lambda p: p.write_bytes(bytes(9000)), "NotAVideo", "no video format"),
     ("still.png", still, "NotAVideo", "still picture"),
+    ("still.jfif", lambda p: p.write_bytes(b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(90)), "NotAVideo", "still picture .JPEG."),
+    ("pointer.mp4", lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "NotAVideo", "Git LFS"),
     ("still.mp4", still, "NotAVideo", "still picture"),
     ("still.ppm", pixmap, "NotAVideo", "still picture"),
     ("sound.mp4", sound, "NoVideoStream", "audio"),
@@ -311,7 +624,35 @@ def test_cover_art_is_no_video(tmp_path):
         c.mux(a.encode(frame))
         c.mux(a.encode())
     with av.open(str(tmp_path / "song.mp4")) as c: assert len(c.streams.video) == 1
-    with pytest.raises(V.NoVideoStream): read_frames(tmp_path / "song.mp4", [0])
+    with pytest.raises(V.NoVideoStream, match="it holds audio, a cover picture and no video"): read_frames(tmp_path / "song.mp4", [0])
+
+
+@pytest.mark.parametrize(("name", "error", "cause"), [
+    ("https://example.org/a.mp4", "MissingVideo", "https://example.org/a.mp4: it is an address"), ("s3://bucket/a.mp4", "MissingVideo", "an address"),
+    ("", "MissingVideo", "the path is empty"), ("link.mp4", "MissingVideo", "a link to gone.mp4, which is not there"),
+    ("pipe.mp4", "NotAVideo", "a pipe"), ("/dev/null", "NotAVideo", "a device"), ("a" * 300 + ".mp4", "VideoError", "cannot be opened"),
+    ("a\0.mp4", "VideoError", "cannot be opened"), ("a.mp4/b.mp4", "MissingVideo", "no such file")])
+def test_what_is_no_file_is_said_to_be_what_it_is(zoo, tmp_path, monkeypatch, name, error, cause):
+    "None of these may be waited for, either."
+    if os.name != "posix" and name in ("pipe.mp4", "/dev/null", "link.mp4"): pytest.skip("no such things here")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.mp4").write_bytes((zoo / "h264.mp4").read_bytes())
+    if name == "pipe.mp4": os.mkfifo(name)
+    if name == "link.mp4": os.symlink("gone.mp4", name)
+    for act in (probe, lambda path: read_frames(path, [0]), frame_times):
+        with pytest.raises(V.VideoError, match=cause) as e: act(name)
+        assert type(e.value).__name__ == error and e.value.remedy
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX")
+@pytest.mark.parametrize("reader", ["auto", "pyav", "decord"])
+def test_a_name_that_is_not_utf8(zoo, tmp_path, reader):
+    path = os.path.join(tmp_path, os.fsdecode(b"caf\xe9.mp4"))
+    try: Path(path).write_bytes((zoo / "h264.mp4").read_bytes())
+    except OSError: pytest.skip("this file system wants UTF-8")
+    if reader != "decord": assert numbers(read_frames(path, [40, 3], reader)) == [40, 3] and probe(path).reader == "pyav"
+    elif V._decord() is not None:
+        with pytest.warns(VideoWarning, match="not UTF-8"), pytest.raises(V.ReaderUnavailable, match="not UTF-8"): read_frames(path, [0], reader)
 
 
 # ---------------------------------------------------------------- damaged files

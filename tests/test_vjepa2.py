@@ -20,7 +20,7 @@ from qualivision.training.trainer import (Task, TrainError, keep_features, model
 from weights_formula import normals, weight
 
 CONFIG = model_config("vjepa2_embedded", dict(frames=4, size=32, patch=16, hidden_size=48, layers=6, encoder_heads=4, grid=(2, 1, 1),
-                                              frozen_dtype="float32", fusion_width=16, heads=2, fused_dim=16))
+                                              frozen_dtype="fp32", fusion_width=16, heads=2, fused_dim=16))
 ENCODER = dict(frames=4, size=32, hidden_size=48, num_hidden_layers=6, num_attention_heads=4, num_pooler_layers=1,
                pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=2)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,7 +108,7 @@ def test_rates_follow_the_roles():
 
 # --- the feature cache ---
 
-@pytest.mark.parametrize("dtype, freeze, pooling", [("float32", .85, "attentive"), ("bfloat16", .85, "attentive"), ("float32", 1., "mean")])
+@pytest.mark.parametrize("dtype, freeze, pooling", [("fp32", .85, "attentive"), ("bf16", .85, "attentive"), ("fp32", 1., "mean")])
 def test_training_from_the_cache_is_training_without_it(data, tmp_path, dtype, freeze, pooling):
     "Equal to the bit, in both types: the frozen part computes one clip at a time with and without the cache."
     config = replace(CONFIG, frozen_dtype=dtype, freeze=freeze, pooling=pooling)
@@ -121,13 +121,13 @@ def test_training_from_the_cache_is_training_without_it(data, tmp_path, dtype, f
 def test_cached_features_are_small_where_everything_is_frozen(data, tmp_path):
     sets = prepare_data(data, sampling_of(CONFIG), tiny_text(), data.parent/"cache", progress=False)
     for freeze, names in ((.85, {"statistics", "places", "colours", "tokens"}), (1., {"statistics", "places", "colours", "features", "grid"})):
-        model = VJepaMos(replace(CONFIG, freeze=freeze, pooling="mean", frozen_dtype="bfloat16"))
+        model = VJepaMos(replace(CONFIG, freeze=freeze, pooling="mean", frozen_dtype="bf16"))
         cache = FeatureCache(tmp_path, sets.val.cache, model)
         assert cache.build(sets.val.paths[:1], progress=False) == 1
         kept = cache.get(sets.val.paths[0])
         assert set(kept) == names and (freeze == 1 or kept["tokens"].dtype == torch.bfloat16)
     torch.manual_seed(1)
-    other = FeatureCache(tmp_path, sets.val.cache, VJepaMos(replace(CONFIG, freeze=1., pooling="mean", frozen_dtype="bfloat16")))
+    other = FeatureCache(tmp_path, sets.val.cache, VJepaMos(replace(CONFIG, freeze=1., pooling="mean", frozen_dtype="bf16")))
     assert other.folder != cache.folder, "other weights, other features"
 
 
@@ -186,7 +186,7 @@ def test_the_trunk_is_frozen_as_it_was_learned(data, tmp_path):
     train(data, tmp_path)
     final, _ = load_checkpoint(tmp_path/"out")
     torch.manual_seed(0)
-    from qualivision.training.trainer import seed_all
+    from qualivision.devices import seed_all
     seed_all(0)
     fresh = VJepaMos(CONFIG).state_dict()
     low = [k for k in final if k.startswith(FROZEN)]

@@ -19,8 +19,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from qualivision.files import FileError, file_sha256
 from qualivision.models import weights
-from qualivision.models.weights import (REGISTRY, Entry, WeightsError, compare, download, file_sha256, inspect, inspect_file, list_weights,
+from qualivision.models.weights import (REGISTRY, Entry, WeightsError, compare, download, inspect, inspect_file, list_weights,
                                         load_checkpoint, load_strict, pull, read_file, read_state, save_checkpoint)
 
 META = dict(config=dict(width=8), data_hash="0" * 64, metrics=dict(srocc=0.5), licence="MIT", trained_on="simulated labels")
@@ -447,8 +448,8 @@ def test_no_network_and_the_answer_comes_at_once(server, tool, tmp_path, monkeyp
 
 
 def test_too_little_space(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(weights.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10, 10, 10))
-    with pytest.raises(WeightsError, match="300,000 bytes are to come and there is less space"): download(f"{server.url}/w.bin", tmp_path/"w.bin")
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10, 10, 10))
+    with pytest.raises(FileError, match="the bytes of w.bin that are to come need 0.00 GB"): download(f"{server.url}/w.bin", tmp_path/"w.bin")
 
 
 @pytest.fixture

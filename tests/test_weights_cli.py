@@ -9,7 +9,8 @@ from torch import nn
 from typer.testing import CliRunner
 
 from qualivision.cli import MODELS, app
-from qualivision.models.weights import REGISTRY, Entry, file_sha256
+from qualivision.files import file_sha256
+from qualivision.models.weights import REGISTRY, Entry
 
 
 @pytest.fixture

@@ -102,13 +102,19 @@ class Sampling:
                  reader: str = "auto"       # of `read_frames`
                 ) -> Tensor:                # (3,T,S,S) uint8
         "The view of a file, each frame resized as it comes. Raises the `VideoError`s of `read_frames`."
-        wanted, resize = [], resize_square if self.view == "square" else processor_view
+        return self.counted(path, reader)[0]
+
+    def counted(self, path: str | os.PathLike, reader: str = "auto"
+               ) -> tuple[Tensor, int]:     # (3,T,S,S) uint8; N, how many frames the video has
+        "The view of a video, and how many frames it was made from: of one frame a model sees T copies. Raises as a call does."
+        wanted, asked, resize = [], [], resize_square if self.view == "square" else processor_view
         def once(n):                        # a frame that the view shows twice is resized once
+            asked.append(n)
             wanted[:] = uniform_indices(n, self.count).tolist()
             return sorted(set(wanted))
         small = read_frames(path, once, reader, each=lambda frame, _: resize(frame[None], self.size)[0])   # of (3,S,S)
         at = {k: i for i, k in enumerate(sorted(set(wanted)))}
-        return torch.stack([small[at[k]] for k in wanted], 1)                           # (3,T,S,S)
+        return torch.stack([small[at[k]] for k in wanted], 1), asked[-1]                # (3,T,S,S)
 
 # %% ../../nbs/data/02_sampling.ipynb #51e34dc7
 def uniform_view(path: str | os.PathLike,  # a video file

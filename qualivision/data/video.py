@@ -207,12 +207,12 @@ def _ends_early(path: Path) -> str | None:  # the reason; None: it is whole, or 
 def _open(path: Path):
     "The container and its video stream, or the typed error that says why there is none."
     with open(path, "rb") as f: head = f.read(256)
-    animated = is_animation(path)
+    animated = is_animation(path)                          # a PNG, since `_look` deals with WebP: FFmpeg misses the mark behind long texts
     again, early = "Copy or download it again.", _ends_early(path)
     give = "Give a video file (mp4, mov, mkv, webm, avi, gif, …)."
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
     if not animated and (what := _not_video(head)): raise NotAVideo(path, what, give)
-    try: container = av.open(f"file:{path}", options=options, metadata_errors="replace")
+    try: container = av.open(f"file:{path}", options=options, metadata_errors="replace", format="apng" if animated else None)
     except av.FFmpegError as e:
         if early: raise TruncatedVideo(path, f"the file is cut off ({early})", again) from e
         if head[4:8] in (b"ftyp", b"moov") or head[:4] in _MAGIC:
@@ -349,8 +349,10 @@ def _scan(path: Path, container, stream) -> _Scan:
     return scan
 
 # %% ../../nbs/data/01_video.ipynb #db205345
-def _turn(frame) -> tuple[bool, bool, bool] | None:  # swap rows and columns, reverse rows, reverse columns; None: some other turn
+def _turn(frame, codec: str = ""
+         ) -> tuple[bool, bool, bool] | None:  # swap rows and columns, reverse rows, reverse columns; None: some other turn
     "How a stored picture becomes upright."
+    if codec in ("png", "apng"): return None if frame.rotation else (False, False, False)
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None: return False, False, False
     a, b, _, c, d = (int(v) for v in np.frombuffer(bytes(matrix), np.int32)[:5])   # x' = a·x + c·y, y' = b·x + d·y
@@ -562,8 +564,8 @@ def _look(path: Path) -> _Look:
         if frame is None and early: raise TruncatedVideo(path, f"the file is cut off ({early}) and no frame is left", again)
         if not packets: raise EmptyVideo(path, "it holds no frames", "Generate it again.")
         if frame is None: raise CorruptVideo(path, scan.cause or "not one frame can be decoded", again)
-        turn = _turn(frame)
-        if turn is None: raise VideoError(path, "its pictures are to be turned by less than a quarter", "Encode it upright.")
+        turn = _turn(frame, codec.codec.canonical_name)
+        if turn is None: raise VideoError(path, "its pictures are to be turned in a way that is not known here", "Encode it upright.")
         _matrix(path, frame)
         shown, leading, clean = _start(packets)
         fps, duration = _rate(stream, [packets[i] for i in sorted(shown - leading)])

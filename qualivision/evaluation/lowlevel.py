@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from ..data.video import read_frames
+from ..files import progress
 from ..quality import QualiVisionError
 
 # %% ../../nbs/evaluation/19_lowlevel.ipynb #3813740f
@@ -175,6 +176,6 @@ def feature_table(
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            rows = list(pool.map(_file_features, paths, chunksize=8))
-    else: rows = [_file_features(p) for p in paths]
+            rows = list(progress(pool.map(_file_features, paths, chunksize=8), len(paths), "measuring"))
+    else: rows = [_file_features(p) for p in progress(paths, len(paths), "measuring")]
     return pd.DataFrame(rows, index=pd.Index(paths, name="path"), columns=list(HAND_CRAFTED))

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ..data.sampling import DOVER_VIEWS, dover_views, enlarged, fragment_corners, uniform_indices, view_indices
 from ..data.video import frame_times, probe, read_frames, write_video
-from .metrics import read_table
+from ..files import number, read_table
 from .ranks import ReferenceSet
 from ..files import check_place, staged
 from ..quality import QualiVisionError
@@ -297,8 +297,8 @@ def gmad_pairs(scores,                    # DataFrame with a row for each video
     if absent: raise MapError(absent[0], f"there is no such column, but {', '.join(map(str, scores.columns[:8]))}", "Name two columns of scores.")
     if first == second: raise MapError(first, "a scorer cannot compete with itself", "Name two columns.")
     name = next((c for c in NAMES if c in scores), None)
-    videos = (scores[name] if name else pd.Series(scores.index)).astype(str).to_numpy()
-    values = {c: pd.to_numeric(scores[c], errors="coerce").to_numpy(np.float64) for c in (first, second)}
+    videos = list(map(str, scores[name] if name else scores.index))
+    values = {c: np.array([np.nan if (x := number(v)) is None else x for v in scores[c]], np.float64) for c in (first, second)}
     for column, x in values.items():
         bad = int((~np.isfinite(x)).sum())
         if bad: raise MapError(column, f"{bad} of {len(x)} scores are no finite numbers", "Score these videos again, or leave them out.")
@@ -317,32 +317,33 @@ def gmad_pairs(scores,                    # DataFrame with a row for each video
                                        "attacker_better", "attacker_worse", "gap"])
 
 
-def _scored(path) -> tuple:     # table without the rows that have an error, the whole table, the name of its column of videos
-    table = read_table(path)
-    failed = table["error"].notna() if "error" in table else np.zeros(len(table), bool)
+def _scored(path, encoding) -> tuple:     # table without the rows that have an error, the whole table, the name of its column of videos
+    table = read_table(path, encoding).reset_index(drop=True)
+    failed = table["error"].str.strip() != "" if "error" in table else np.zeros(len(table), bool)
     return table[~failed], table, next((c for c in NAMES if c in table), None)
 
 
 def gmad_file(path,                      # CSV with a row for each video
               first: str, second: str,   # columns of the two scorers
               pairs: int = 5, tolerance: float = .1,     # as of `gmad_pairs`
-              other=None                 # CSV that holds `second`, of the same videos; None: it is in the first one
+              other=None,                # CSV that holds `second`, of the same videos; None: it is in the first one
+              encoding=None              # of text; None: UTF-8, or UTF-16 with its mark
              ):                          # -> DataFrame; how many videos were left out
     """`gmad_pairs` of one file, or of two that name the same videos; rows with an `error`, or of one file only, are left out.
-    Raises `MapError`, or `MetricError` where a file cannot be read."""
-    table, whole, _ = _scored(path)
+    Raises `MapError`, or `FileError` where a file cannot be read."""
+    table, whole, _ = _scored(path, encoding)
     if other is None: return gmad_pairs(table, first, second, pairs, tolerance), len(whole) - len(table)
     parts, named = [], set()
     for file, column in ((path, first), (other, second)):
-        table, whole, videos = _scored(file)
+        table, whole, videos = _scored(file, encoding)
         if videos is None or column not in table:
             wanted = column if videos else " or ".join(NAMES)
             raise MapError(file, f"there is no column {wanted}", f"It has {', '.join(map(str, table.columns[:8]))}.")
         twice = table[videos][table[videos].duplicated()]
         if len(twice): raise MapError(file, f"{twice.iloc[0]} is there twice", "Leave one row for each video.")
         label = column if first != second else f"{Path(file).stem}: {column}"
-        parts.append(table[[videos, column]].set_axis(["video", label], axis=1).astype({"video": str}))
-        named |= set(whole[videos].astype(str))
+        parts.append(table[[videos, column]].set_axis(["video", label], axis=1))
+        named |= set(whole[videos])
     both = parts[0].merge(parts[1], on="video")
     if not len(both): raise MapError(other, f"it has no video of {Path(path).name}", "Score the same files, named the same way.")
     return gmad_pairs(both, *both.columns[1:], pairs, tolerance), len(named) - len(both)

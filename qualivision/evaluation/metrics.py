@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'EVALUATED', 'MetricError', 'checked', 'srocc', 'plcc', 'krcc', 'rmse', 'mae', 'challenge', 'logistic',
-           'fit_logistic', 'plcc_logistic', 'bootstrap', 'paired_bootstrap', 'evaluate_frames', 'read_table',
+           'fit_logistic', 'plcc_logistic', 'bootstrap', 'paired_bootstrap', 'evaluate_frames', 'or_reason',
            'evaluate_files', 'format_metrics']
 
 # %% ../../nbs/evaluation/20_metrics.ipynb #b446426b
@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from ..files import number, read_table, readable
 from ..quality import DIMENSIONS, MOS_COLUMNS, QualiVisionError
 
 # %% ../../nbs/evaluation/20_metrics.ipynb #a3561845
@@ -99,7 +100,7 @@ def fit_logistic(
     way = -1.0 if (x * y).sum() < 0 else 1.0                             # rising or falling
     r = way * np.nan_to_num(_correlations(np.ones((1, len(x))), curves, y)[0])
     best = np.argmax(r)
-    if r[best] <= 0:
+    if r[best] <= 1e-9:
         raise MetricError("logistic mapping", "predictions and labels have no relation at all", "There is nothing to map; report SROCC.")
     span, low = np.polyfit(way * curves[best], y, 1)
     (c0, c1), (w0, w1) = _bounds(x)
@@ -240,8 +241,8 @@ def _indexed(frame: pd.DataFrame, what: str) -> pd.DataFrame:
     "The table by video; `MetricError` without a name column, with a missing name, with a name twice."
     key = next((k for k in ("video_name", "video") if k in frame), None)
     if key is None: raise MetricError(what, "no column `video_name` or `video`", f"Its columns are {', '.join(map(str, frame.columns))}.")
-    if frame[key].isna().any(): raise MetricError(what, f"{frame[key].isna().sum()} rows have no {key}", "Name every video.")
-    names = frame[key].astype(str)
+    names = pd.Series(["" if pd.isna(n) else readable(str(n)) for n in frame[key]], frame.index, dtype=object)
+    if (lost := names == "").any(): raise MetricError(what, f"{lost.sum()} rows have no {key}", "Name every video.")
     if (twice := names.duplicated()).any():
         raise MetricError(what, f"videos stand in it twice: {_some(names[twice])}", "Leave one row for each.")
     return frame.set_axis(names, axis=0)
@@ -250,13 +251,13 @@ def _some(names, at_most: int = 5) -> str:
     names = list(dict.fromkeys(map(str, names)))
     return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
 
-def _numbers(frame: pd.DataFrame, column: str, what: str) -> np.ndarray:  # (N,) float64, finite
+def _numbers(frame: pd.DataFrame, column: str, what: str) -> np.ndarray:  # (N,) float64, NaN where a cell is empty
+    "`MetricError` without the column, or where a cell holds something else."
     if column not in frame: raise MetricError(what, f"no column `{column}`", f"Its columns are {', '.join(map(str, frame.columns))}.")
-    values = pd.to_numeric(frame[column], errors="coerce").to_numpy(np.float64)
-    if not (ok := np.isfinite(values)).all():
-        raise MetricError(what, f"`{column}` holds no number for {_some(frame.index[~ok])}",
-                          "Every row needs one; leave the video out of both files otherwise.")
-    return values
+    values = [number(None if pd.isna(c) else c) for c in frame[column]]
+    if bad := [n for n, x in zip(frame.index, values) if x is None or np.isinf(x)]:
+        raise MetricError(what, f"`{column}` holds no number for {_some(bad)}", "Correct it, or leave the cell empty.")
+    return np.array(values, np.float64)
 
 # %% ../../nbs/evaluation/20_metrics.ipynb #7af8cf0f
 def evaluate_frames(
@@ -267,8 +268,9 @@ def evaluate_frames(
     group: str | None = None,    # column of clips that belong together, in the labels or else the predictions; None: every row alone
     n: int = 1000, seed: int = 0,
     names: tuple[str, str] = ("predictions", "labels"),  # for messages
-) -> dict:                       # {dimension: {n, srocc, plcc, plcc_logistic, krcc, rmse, challenge, ci: {metric: [low, high]}}}
-    "Metrics with intervals for two tables; `MetricError` on unmatched rows, missing columns, NaN, constant or too short columns."
+) -> dict:                       # {dimension: {n, srocc, plcc, plcc_logistic, krcc, rmse, challenge, ci: {metric: [low, high]}, reasons}}
+    """Metrics with intervals for two tables. What is not defined is None, and `reasons` says why, under the metric's name or `ci` and that name.
+    `MetricError` on unmatched rows and missing columns, and where nothing is defined."""
     if (pred is None) != (target is None):
         raise MetricError("evaluate", "one of the two columns --pred and --target is missing", "Give both, or neither for the five MOS columns.")
     p, t = _indexed(pred_df, names[0]), _indexed(label_df, names[1])
@@ -278,48 +280,56 @@ def evaluate_frames(
     p = p.loc[t.index]
     columns = [(c, c, d) for c, d in zip(MOS_COLUMNS, DIMENSIONS)] if pred is None else [(pred, target, target)]
     groups = None if group is None else _groups(t if group in t else p, group, names[1])
-    return {name: _evaluate(_numbers(p, a, names[0]), _numbers(t, b, names[1]), groups, n, seed, name) for a, b, name in columns}
+    result = {name: _evaluate(_numbers(p, a, names[0]), _numbers(t, b, names[1]), groups, n, seed, t.index) for a, b, name in columns}
+    if all(r[m] is None for r in result.values() for m in EVALUATED):
+        name, r = next(iter(result.items()))
+        raise MetricError(f"{name}, {EVALUATED[0]}", r["reasons"][EVALUATED[0]], "Not one number is defined.")
+    return result
 
 def _groups(frame: pd.DataFrame, column: str, what: str) -> pd.Series:
     if column not in frame: raise MetricError(what, f"no column `{column}` here or in the predictions", "Name one that is there.")
-    if (lost := frame[column].isna()).any():
+    if (lost := frame[column].isna() | (frame[column] == "")).any():
         raise MetricError(what, f"`{column}` is empty for {_some(frame.index[lost])}", "Every row needs a group.")
     return frame[column]
 
-def _evaluate(pred, target, groups, n, seed, dimension) -> dict:
-    try:
-        values = {m: METRICS[m][0](pred, target) for m in EVALUATED}
-        intervals = bootstrap(pred, target, groups, EVALUATED, n, seed)
-    except MetricError as e: raise MetricError(f"{dimension}, {e.what}", e.cause, e.remedy) from e
-    return {"n": len(target), **values, "ci": {m: list(v) for m, v in intervals.items()}}
+# %% ../../nbs/evaluation/20_metrics.ipynb #6be76d9d
+def or_reason(reasons: dict, key: str, compute):  # what it computes
+    "None where that is not defined; `reasons` then says why under that key."
+    try: return compute()
+    except MetricError as e: reasons[key] = e.cause
+
+def _evaluate(pred, target, groups, n, seed, names) -> dict:
+    reasons = {}
+    if (holes := np.isnan(pred) | np.isnan(target)).any():
+        reasons = dict.fromkeys(EVALUATED, f"there is no number for {_some(np.asarray(names)[holes])}")
+        return {"n": len(target), **dict.fromkeys(EVALUATED), "ci": dict.fromkeys(EVALUATED), "reasons": reasons}
+    values = {m: or_reason(reasons, m, lambda m=m: METRICS[m][0](pred, target)) for m in EVALUATED}
+    defined = [m for m in EVALUATED if values[m] is not None]
+    intervals = {m: or_reason(reasons, f"ci {m}", lambda m=m: list(bootstrap(pred, target, groups, [m], n, seed)[m])) for m in defined}
+    return {"n": len(target), **values, "ci": {m: intervals.get(m) for m in EVALUATED}, "reasons": reasons}
 
 # %% ../../nbs/evaluation/20_metrics.ipynb #714a0613
-def read_table(
-    path: str | Path,    # a CSV file
-) -> pd.DataFrame:       # names of videos as text, whatever they look like
-    "A CSV file, or `MetricError` naming it."
-    try: return pd.read_csv(path, dtype={"video_name": str, "video": str})
-    except FileNotFoundError as e: raise MetricError(path, "there is no such file", "Give the path of a CSV file.") from e
-    except (OSError, ValueError) as e: raise MetricError(path, f"cannot be read as CSV ({e})", "Give a CSV file with a header line.") from e
-
 def evaluate_files(
-    predictions: str | Path,     # CSV
-    labels: str | Path,          # CSV; may be the same file
+    predictions: str | Path,     # CSV or Parquet
+    labels: str | Path,          # the same; may be the same file
     pred: str | None = None, target: str | None = None, group: str | None = None,
     n: int = 1000, seed: int = 0,
+    encoding: str | None = None, # of both; None: UTF-8, or UTF-16 with its mark
 ) -> dict:                       # as of `evaluate_frames`
-    "`evaluate_frames` on two CSV files: the work of `qualivision evaluate`."
-    return evaluate_frames(read_table(predictions), read_table(labels), pred, target, group, n, seed, names=(str(predictions), str(labels)))
+    "`evaluate_frames` on two files: the work of `qualivision evaluate`. Raises `MetricError`, `FileError`."
+    tables = (read_table(f, encoding) for f in (predictions, labels))
+    return evaluate_frames(*tables, pred, target, group, n, seed, names=(str(predictions), str(labels)))
 
 def format_metrics(
     result: dict,                # as of `evaluate_frames`
 ) -> str:                        # lines of plain text: a row for each metric and dimension
-    "The result for people: values with their 95 % intervals."
+    "The result for people: values with their 95 % intervals, a dash and the reason where there is none."
     width = max(9, *(len(d) for d in result))
     lines = [f"{'dimension':{width}}  {'metric':13}  {'value':>8}  95 % interval"]
     for dimension, r in result.items():
         for i, m in enumerate(EVALUATED):
-            low, high = r["ci"][m]
+            value, ci = "-" if r[m] is None else f"{r[m]:.4f}", r["ci"][m]
             n = f"   n = {r['n']}" if not i else ""
-            lines.append(f"{dimension if not i else '':{width}}  {m:13}  {r[m]:8.4f}  {low:.4f} to {high:.4f}{n}")
+            why = "" if ci else f"   {r['reasons'].get(m) or r['reasons'][f'ci {m}']}"
+            lines.append(f"{dimension if not i else '':{width}}  {m:13}  {value:>8}  {f'{ci[0]:.4f} to {ci[1]:.4f}' if ci else '-'}{n}{why}")
     return "\n".join(lines)

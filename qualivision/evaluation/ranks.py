@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .metrics import read_table
-from ..files import write_whole
+from ..files import number, read_table, write_whole
 from ..models.dover import FUSION_WEIGHT, LIVE_VQC, fused_logit
 from ..quality import QualiVisionError
 
@@ -170,19 +169,17 @@ def _branch(column: str) -> str | None:
     return name if name in BRANCHES else None
 
 
-def _read_scores(path: Path):   # frame of raw scores, a column for each branch; rows left out because their video failed
-    "One file of scores. Raises `RankError`, or `MetricError` where it cannot be read."
-    import pandas as pd
-    try: table = pd.read_parquet(path) if path.suffix.lower() == ".parquet" else read_table(path)
-    except (OSError, ValueError) as e: raise RankError(path, f"it cannot be read as Parquet ({e})", "Give CSV or Parquet.") from e
+def _read_scores(path: Path, encoding):   # frame of raw scores, a column for each branch; rows left out because their video failed
+    "One file of scores. Raises `RankError`, or `FileError` where it cannot be read."
+    table = read_table(path, encoding)
     columns = {c: b for c in table.columns if (b := _branch(c))}
     if not columns:
         raise RankError(path, f"no column holds scores, it has {', '.join(map(str, table.columns[:6]))}", f"Use {', '.join(BRANCHES[:5])}.")
     if len(set(columns.values())) < len(columns): raise RankError(path, f"two columns hold one score: {', '.join(columns)}", "Keep one of them.")
     cells = table[list(columns)].rename(columns=columns)
-    empty = cells.map(lambda c: c is None or c != c or not str(c).strip()).all(axis=1)
-    failed = table["error"].notna() if "error" in table else empty & (len(columns) > 1)
-    good = cells[~failed].apply(pd.to_numeric, errors="coerce").astype(np.float64)
+    found = cells.map(lambda c: np.inf if (x := number(c)) is None else x).astype(np.float64)         # a hole is NaN, no number infinite
+    failed = table["error"].str.strip() != "" if "error" in table else found.isna().all(axis=1) & (len(columns) > 1)
+    good = found[~failed]
     script = SET_SCRIPT <= {c.strip().lower() for c in columns}
     if script: good = good.apply(lambda c: raw_of_set_script(c.name, c))
     for branch in good:
@@ -194,11 +191,12 @@ def _read_scores(path: Path):   # frame of raw scores, a column for each branch;
 
 def build_set(score_files,          # CSV or Parquet, one or several, one row a video
               name: str,            # what to call the set
-              model: str            # whose scores these are
+              model: str,           # whose scores these are
+              encoding=None         # of text; None: UTF-8, or UTF-16 with its mark
              ) -> tuple[ReferenceSet, int]:   # the set; rows left out because their video failed
-    "A reference set from files of scores. Raises `RankError`, or `MetricError` where a file cannot be read."
+    "A reference set from files of scores. Raises `RankError`, or `FileError` where a file cannot be read."
     import pandas as pd
-    tables = [_read_scores(Path(p)) for p in ([score_files] if isinstance(score_files, (str, os.PathLike)) else score_files)]
+    tables = [_read_scores(Path(p), encoding) for p in ([score_files] if isinstance(score_files, (str, os.PathLike)) else score_files)]
     if len({tuple(sorted(t.columns)) for t, _ in tables}) != 1:
         raise RankError(name, "the files do not hold the same scores, or there are none", "Build a set of each kind.")
     good = pd.concat([t for t, _ in tables])

@@ -23,10 +23,10 @@ from ..evaluation.ranks import fused_score, read_sets, relative_ranks, why_no_ra
 from ..models.cover import COVER, CLIPImage, clip_from_transformers
 from ..models.dover import DOVER, Branches, DOVERMobile
 from ..models.transfer import about_head, load_head, parts
-from ..models.weights import (Entry, WeightsError, about_file, entry, file_sha256, find, load_checkpoint, load_strict, read_state, verify,
-                                        weights_folder)
-from ..quality import QualiVisionError
-from ..training.trainer import pick_device
+from ..devices import announce, autocast, pick_device, resolve_precision
+from ..files import file_sha256, writing
+from ..models.weights import Entry, WeightsError, about_file, entry, find, load_checkpoint, load_strict, read_state, verify, weights_folder
+from ..quality import QualiVisionError, Tally, caught
 from ..training.transfer import predicted_mos
 
 # %% ../../nbs/inference/41_official.ipynb #b74a78e1
@@ -40,7 +40,7 @@ def _pulled(name: str) -> Path:
     e, folder = entry(name), weights_folder()
     path = find(e, folder)
     if path is None: raise OfficialError(name, "its weights are not on this machine", f"`qualivision weights pull {name}` fetches them.")
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
     verify(path, e, folder)
     return path
 
@@ -156,6 +156,7 @@ class OfficialScorer:
                  sets=None,                  # list of ReferenceSet; None: the published ones
                  device: str = "cpu",        # cpu | cuda | mps
                  own: OwnHeads | None = None,   # heads whose MOS stands beside the official scores
+                 precision: str = "fp32",       # fp32 | bf16 | fp16; another one than fp32 stands in every record
                  **sampling):                # antialias, grid_before_enlarging, reader: of `dover_views`
         self.model, self.name, self.weights, self.seed, self.form, self.device = model.to(device).eval(), name, weights, seed, form, device
         self.sets, self.sampling = read_sets() if sets is None else sets, sampling
@@ -164,17 +165,22 @@ class OfficialScorer:
         self.own = own
         self.no_ranks = why_no_ranks(name, self.sets)
         self.settings = {"model": name, "weights": weights["sha256"], "clip": weights.get("clip_sha256"), "seed": seed, "form": form, **sampling}
+        self.precision, self.note = precision, {} if precision == "fp32" else {"precision": precision}
+        self.settings |= self.note
         if own:
             own.heads.to(device)
             self.columns, self.weights = (*self.columns, "mos"), {**weights, "head": own.about}
             self.settings["head"] = own.about["sha256"]
 
     @classmethod
-    def from_weights(cls, name: str = "dover", weights=None, clip=None, device: str = "auto", head=None, **options) -> "OfficialScorer":
-        "The scorer of a published model; see `load_model`, and `own_heads` for a head. Raises OfficialError, WeightsError, TrainError."
-        device = pick_device(device)
+    def from_weights(cls, name: str = "dover", weights=None, clip=None, device: str = "auto", head=None, precision: str = "fp32",
+                     **options) -> "OfficialScorer":
+        "The scorer of a published model; see `load_model`, and `own_heads` for a head. Raises OfficialError, WeightsError, DeviceError."
+        device, choice = pick_device(device), resolve_precision(precision, device, environment=False)
+        announce(choice, on=precision == "auto")
         model, about = load_model(name, weights, clip)
-        return cls(model, name, about, device=device, own=own_heads(model, name, head, weights) if head else None, **options)
+        return cls(model, name, about, device=device, own=own_heads(model, name, head, weights) if head else None,
+                   precision=choice.name, **options)
 
     def prepare(self, video: str | os.PathLike    # a video file; for COVER also a picture
                ) -> dict[str, Tensor]:            # as `dover_views` or `cover_views` gives them
@@ -190,12 +196,13 @@ class OfficialScorer:
             ) -> dict[str, float]:                         # one number for each of `columns`
         "Scores of prepared views. Raises OfficialError for a score that is not finite."
         views = {name: x.to(self.device) for name, x in views.items()}
-        if self.own is None: maps = self.model(views)
-        else:
-            features = self.model.features(views)
-            maps = {name: self.model.get_submodule(f"{name}_head")(x) for name, x in features.items()}
+        with autocast(self.device, self.precision):
+            if self.own is None: maps = self.model(views)
+            else:
+                features = self.model.features(views)
+                maps = {name: self.model.get_submodule(f"{name}_head")(x) for name, x in features.items()}
         scores = {name: m.double().mean().item() for name, m in maps.items()}
-        if self.own: scores["mos"] = self.own.mos(features)
+        if self.own: scores["mos"] = self.own.mos({name: x.float() for name, x in features.items()})
         if self.name == "cover": scores["overall"] = sum(scores.values())
         bad = [name for name, s in scores.items() if abs(s) == float("inf") or s != s]
         if bad: raise OfficialError(self.name, f"its {bad[0]} score is not finite", "Check the weights with `qualivision weights inspect`.")
@@ -207,14 +214,17 @@ class OfficialScorer:
         scores = scores or dict.fromkeys(self.columns)
         ranks = None if error else relative_ranks(scores, self.name, self.sets)
         return {"video": str(video), **scores, "ranks": ranks, **({"why_no_ranks": self.no_ranks} if self.no_ranks else {}),
-                "seed": self.seed, "weights": self.weights, "error": None if error is None else str(error)}
+                "seed": self.seed, **self.note, "weights": self.weights, "error": None if error is None else str(error)}
 
     def score(self, video: str | os.PathLike) -> dict:
         "The record of one video. Raises what `prepare` and `rate` raise."
         return self.record(video, self.rate(self.prepare(video)))
 
     def score_many(self, videos: Iterable) -> Iterator[dict]:
-        "One record per video, in order; what cannot be scored becomes a record with its error, and the rest go on."
+        """One record per video, in order; what cannot be scored becomes a record with its error, and the rest go on.
+        Raises QualiVisionError where the first five fail alike in a way that nobody foresaw."""
+        tally = Tally()
         for video in videos:
-            try: yield self.score(video)
-            except QualiVisionError as e: yield self.record(video, None, e)
+            with caught(video) as item: record = self.score(video)
+            tally.add(item)
+            yield self.record(video, None, item.error) if item else record

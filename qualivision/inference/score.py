@@ -8,18 +8,20 @@ __all__ = ['CHECKPOINT', 'MODELS', 'ScoreError', 'Scorer', 'predict']
 # %% ../../nbs/inference/42_score.ipynb #a6f43939
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..data.dataset import load_labels, write_predictions
 from ..data.sampling import Sampling
+from ..devices import announce, autocast, pick_device, resolve_precision
+from ..files import check_place
+from ..files import progress as with_progress
 from ..models.qualivision import DoverConfig, DoverPlusPlus, VJepaConfig, VJepaMos
 from ..models.text import TextEncoder
 from ..models.weights import load_checkpoint, load_strict
-from ..quality import DIMENSIONS, QualiVisionError, ScoreRecord
-from ..training.trainer import pick_device
+from ..quality import DIMENSIONS, QualiVisionError, ScoreRecord, Tally, caught
 
 # %% ../../nbs/inference/42_score.ipynb #1f345ea7
 CHECKPOINT = "checkpoints/dover"   # where the pipeline puts what it trained, and where scoring looks first
@@ -37,14 +39,20 @@ class Scorer:
                  checkpoint: str,            # folder of the weights
                  trained_on: str,            # labels that the weights have seen
                  licence: str = "",          # of the weights
-                 device: str = "cpu"):       # cpu | cuda | mps
+                 device: str = "cpu",        # cpu | cuda | mps
+                 precision: str = "fp32"):   # fp32 | bf16 | fp16; another one than fp32 stands beside the model's name in every record
         self.model, self.sampling, self.encoder, self.device = model.to(device).eval(), sampling, encoder, device
-        self.licence, self.about = licence, dict(model=name, checkpoint=checkpoint, trained_on=trained_on)
+        self.licence, self.precision = licence, precision
+        self.about = dict(model=name if precision == "fp32" else f"{name} in {precision}", checkpoint=checkpoint, trained_on=trained_on)
 
     @classmethod
     def from_checkpoint(cls, folder: str | Path = CHECKPOINT,
-                        device: str = "auto") -> "Scorer":  # auto | cpu | cuda | mps
-        "The scorer that a checkpoint folder describes. Raises ScoreError where there is none, WeightsError where it does not fit."
+                        device: str = "auto",               # auto | cpu | cuda | mps
+                        precision: str = "fp32"             # auto | fp32 | bf16 | fp16, of all layers, however they were trained
+                        ) -> "Scorer":
+        "The scorer that a checkpoint folder describes. Raises ScoreError where there is none, WeightsError where it does not fit, DeviceError."
+        device, choice = pick_device(device), resolve_precision(precision, device, environment=False)
+        announce(choice, on=precision == "auto")
         if not (Path(folder) / "model.json").is_file():
             raise ScoreError(folder, "there is no checkpoint", "`./run.sh` or `qualivision train` makes one; --checkpoint names another folder.")
         state, meta = load_checkpoint(folder)
@@ -57,30 +65,50 @@ class Scorer:
             raise ScoreError(folder, f"it was trained with the text encoder {meta['text_encoder_key']}, and {encoder.name} is {encoder.key} here",
                              "Install the version that it was trained with: other embeddings mean other scores.")
         kind, config = MODELS[meta["model"]]
-        model = kind(config.of(meta["config"]))
+        model = kind(_computed_in(config.of(meta["config"]), choice.name))
         load_strict(model, state)
         return cls(model, Sampling(**meta["sampling"]), encoder, meta["model"], str(folder),
-                   meta["trained_on"], meta.get("licence", ""), pick_device(device))
+                   meta["trained_on"], meta.get("licence", ""), device, choice.name)
 
     @torch.no_grad()
+    def judge(self, frames: torch.Tensor,       # (3,T,S,S) uint8, as `self.sampling` gives them
+              prompt: str,                      # the text it was generated from
+              shown: int,                       # N, how many frames the video has
+              ) -> tuple[list, dict, tuple]:    # five MOS in the order of DIMENSIONS, None where `reasons` says why; reasons; warnings
+        "What a model says of a view, without what it cannot say. Raises TextError for a prompt that cannot be read."
+        warnings = self.encoder.read(prompt).warnings(self.encoder.name)
+        text = self.encoder.embed(prompt)[None].to(self.device)                             # (1,D)
+        with autocast(self.device, self.precision):
+            mos = self.model(frames[None].to(self.device), text)["mos"][0].float().cpu().tolist()    # (5,)
+        reasons = {"temporal": "the video has one frame, and motion needs two"} if shown < 2 else {}
+        return [None if d in reasons else m for d, m in zip(DIMENSIONS, mos)], reasons, warnings
+
     def score(self, video: str | os.PathLike,  # file
               prompt: str,                     # the text it was generated from
               ) -> ScoreRecord:
-        "Five scores. Raises VideoError for a bad file, ScoreError for a missing prompt or an address in place of a file."
+        "Five scores. Raises VideoError for a bad file, TextError, ScoreError for a bad prompt or an address in place of a file."
         if not isinstance(prompt, str) or not prompt.strip():
             raise ScoreError(video, "there is no prompt", "Give the text that the video was generated from: alignment is judged against it.")
         if "://" in str(video): raise ScoreError(video, "it is an address, not a file", "Download it and give the path of the file.")
-        frames = self.sampling(video)[None].to(self.device)             # (1,3,T,S,S) uint8
-        text = self.encoder.encode([prompt]).to(self.device)            # (1,D)
-        mos = self.model(frames, text)["mos"][0].float().cpu().tolist() # (5,)
-        return ScoreRecord.of(str(video), prompt, mos, **self.about)
+        self.encoder.read(prompt)                                       # before a video is decoded for nothing
+        frames, shown = self.sampling.counted(video)                    # (3,T,S,S) uint8
+        scores, reasons, warnings = self.judge(frames, prompt, shown)
+        return ScoreRecord.of(str(video), prompt, scores, reasons=reasons, warnings=warnings, **self.about)
 
     def score_many(self, pairs: Iterable[tuple],  # of (video, prompt)
                    ) -> Iterator[ScoreRecord]:
-        "One record per pair, in order; what cannot be scored becomes a record with its error, and the rest go on."
+        """One record per pair, in order; what cannot be scored becomes a record with its error, and the rest go on.
+        Raises QualiVisionError where the first five fail alike in a way that nobody foresaw."""
+        tally = Tally()
         for video, prompt in pairs:
-            try: yield self.score(video, prompt)
-            except QualiVisionError as e: yield ScoreRecord.failed(str(video), prompt, e, **self.about)
+            with caught(video) as item: record = self.score(video, prompt)
+            tally.add(item)
+            yield ScoreRecord.failed(str(video), prompt, item.error, **self.about) if item else record
+
+def _computed_in(config, name: str):   # DoverConfig or VJepaConfig → of the same kind
+    "The configuration with all layers in one number format: what is frozen for training is not kept apart."
+    if hasattr(config, "frozen_dtype"): return replace(config, frozen_dtype=name)
+    return config if name == "fp32" else replace(config, freeze_backbone=False)
 
 # %% ../../nbs/inference/42_score.ipynb #cd0fbff7
 def predict(data: str | Path,                     # root of a data set in the TaobaoVD-GC layout
@@ -88,25 +116,16 @@ def predict(data: str | Path,                     # root of a data set in the Ta
             checkpoint: str | Path,               # folder, or a Scorer
             out: str | Path,                      # CSV with video_name, Prompt and five MOS
             device: str = "auto",                 # auto | cpu | cuda | mps
-            progress: bool = False,               # a bar on stderr
+            progress: bool = True,                # how far it is, on stderr
+            precision: str = "fp32",              # auto | fp32 | bf16 | fp16
+            encoding: str | None = None,          # of the label file; None: UTF-8, or UTF-16 with its mark
             ) -> list[ScoreRecord]:               # one per row of the label file
-    "Scores a split and writes the challenge's CSV; rows that failed have empty cells. Raises DatasetError, ScoreError, WeightsError."
-    frame = load_labels(data, split)
-    _check_place(Path(out))
-    scorer = checkpoint if isinstance(checkpoint, Scorer) else Scorer.from_checkpoint(checkpoint, device)
-    records = list(_shown(scorer.score_many(zip(frame["path"], frame["Prompt"])), len(frame), progress))
-    scores = np.array([[np.nan if r.error else getattr(r, d) for d in DIMENSIONS] for r in records])
+    "Scores a split and writes the challenge's CSV; what has no score has an empty cell. Raises DatasetError, FileError, ScoreError, WeightsError."
+    from qualivision.data.dataset import load_labels, write_predictions      # with pandas, which scoring one video does not need
+    frame = load_labels(data, split, encoding)
+    check_place(out)
+    scorer = checkpoint if isinstance(checkpoint, Scorer) else Scorer.from_checkpoint(checkpoint, device, precision)
+    records = list(with_progress(scorer.score_many(zip(frame["path"], frame["Prompt"])), len(frame), "scoring", progress))
+    scores = np.array([[np.nan if getattr(r, d) is None else getattr(r, d) for d in DIMENSIONS] for r in records])
     write_predictions(frame, scores, out, missing="empty")
     return records
-
-def _check_place(out: Path):
-    "ScoreError where no file can be written."
-    if out.is_dir(): raise ScoreError(out, "it is a folder", "Give the name of the CSV file to write.")
-    above = next(p for p in out.absolute().parents if p.exists())          # what is missing below it will be made
-    if not above.is_dir() or not os.access(above, os.W_OK): raise ScoreError(out, f"nothing can be written in {above}", "Choose another folder.")
-
-def _shown(records: Iterator[ScoreRecord], total: int, on: bool) -> Iterator[ScoreRecord]:
-    if not on: return records
-    from rich.console import Console
-    from rich.progress import track
-    return track(records, "scoring", total=total, console=Console(stderr=True))

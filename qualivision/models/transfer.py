@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .qualivision import DoverConfig, DoverPlusPlus, FiveMos, VideoBranch, VJepaConfig, VJepaMos
 from .vjepa2 import state_hash
-from .weights import REGISTRY, S_LAB, LoadReport, WeightsError, about_file, entry, file_sha256, load_strict, pull, read_state
+from ..files import file_sha256, write_whole
+from .weights import REGISTRY, S_LAB, LoadReport, WeightsError, about_file, entry, load_strict, pull, read_state, save_tensors
 
 # %% ../../nbs/models/15_transfer.ipynb #e0bfafd2
 IN_BLOCK = {"0": "dwconv", "1": "norm", "2": "pwconv1", "4": "pwconv2"}
@@ -166,13 +166,10 @@ def save_head(file,               # .safetensors
               model: nn.Module,   # whose heads are saved
               about: dict         # what JSON can hold: licence, trained_on, …
              ) -> dict:           # about, with the hash of the backbones
-    "Write the heads alone; the same heads and words give the same bytes."
+    "Write the heads alone; the same heads and words give the same bytes. Raises `FileError`."
     about = {**about, "backbones": state_hash(*parts(model, "_backbone").children())}
-    heads = {k: v.detach().cpu().contiguous() for k, v in parts(model, "_head").state_dict().items()}
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    part = Path(file).with_name(f".{Path(file).name}.part")
-    save_file(heads, part, metadata={"about": json.dumps(about, sort_keys=True, allow_nan=False)})      # one entry: several would come in any order
-    part.replace(file)
+    said = {"about": json.dumps(about, sort_keys=True, allow_nan=False)}            # one entry: several would come in any order
+    save_tensors(file, parts(model, "_head").state_dict(), said)
     return about
 
 
@@ -242,13 +239,11 @@ def save_body(folder,                # made if it is not there: model.safetensor
               model: FiveMos,
               meta: dict             # what the model card says
              ) -> None:
-    "Write a model's body, packed."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    "Write a model's body, packed. Raises `FileError`."
     state, names = model.state_dict(), body_names(model)
-    packed = {k: v.cpu().contiguous() for k, v in pack({name: state[name] for name in names}).items()}
-    save_file(packed, folder / "model.safetensors")
-    about = {**meta, "body_of": type(model).__name__, "sha256": file_sha256(folder / "model.safetensors")}
-    (folder / "model.json").write_text(json.dumps(about, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    sha = save_tensors(Path(folder) / "model.safetensors", pack({name: state[name] for name in names}))
+    about = {**meta, "body_of": type(model).__name__, "sha256": sha}
+    write_whole(Path(folder) / "model.json", json.dumps(about, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def body_folder(source      # a folder, a name of the registry, or nothing

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from ..files import code_hash, value_hash
-from ..models.qualivision import VJepaMos
+from ..devices import kept_rng, seed_all
+from ..models.qualivision import VJepaMos, settled
 from ..models.text import TextEncoder
 from .params import ParamsError, keep_memory, label_source, read_json, read_params, run_stage, split_rule, write_json
 from .train import from_noise
 from ..quality import DIMENSIONS
-from ..training.trainer import (TrainConfig, build_vjepa, fit, keep_features, kept_rng, model_config, prepare_data, sampling_of, seed_all,
+from ..training.trainer import (TrainConfig, build_vjepa, fit, keep_features, model_config, prepare_data, sampling_of,
                                           train_trunk)
 
 # %% ../../nbs/pipeline/65_ablation.ipynb #dbf7bbdb
@@ -79,13 +80,17 @@ def main(params: str | Path = "params.yaml", profile: str | None = None) -> dict
     section = {"trunk": None, "pretrained": None, **section}
     base = model_config(section["model"]["config"], {k: v for k, v in section["model"].items() if k != "config"})
     shared = {k: v for k, v in section["train"].items() if k != "augment"} | {"tracker": "none", "validate_every": settings["epochs"]}
-    encoder, found = TextEncoder(p["text"]["encoder"], cache="cache/text"), {name: {} for name in VARIANTS}
+    first = TrainConfig.of(shared).settled(True)
+    base, shared = settled(base, first.device), shared | {"precision": first.precision}
+    encoder, found = TextEncoder(p["text"]["encoder"]), {name: {} for name in VARIANTS}
     key = value_hash([asdict(base), shared, section["trunk"], settings, p["data"], code_hash("pipeline.ablation")])[:12]
     for seed in settings["seeds"]:
-        sets = prepare_data(root, sampling_of(base), encoder, "cache", section["train"].get("augment", True), seed, split=split_rule(p["data"]))
         train = TrainConfig.of(shared | {"seed": seed, "epochs": settings["epochs"]})
         first = {"seed": seed, "epochs": settings["trunk_epochs"], "validate_every": 1}
         trunk = TrainConfig.of(shared | section["trunk"] | first) if section["trunk"] else None
+        plans = (train, trunk) if trunk else (train,)
+        augment = section["train"].get("augment", True)
+        sets = prepare_data(root, sampling_of(base), encoder, "cache", augment, seed, split=split_rule(p["data"]), plans=plans)
         folder, state = Path(f"runs/ablation/{key}/{seed}"), None
         for name, change in VARIANTS.items():
             kept = folder/f"{value_hash(change)[:12]}.json"
@@ -95,9 +100,9 @@ def main(params: str | Path = "params.yaml", profile: str | None = None) -> dict
                     write_json(kept, run_variant(replace(base, **change), state, sets, train, folder/value_hash(change)[:12], encoder.encode))
             found[name][seed] = read_json(kept)
     results = summarised(found)
-    write_json("results/ablation.json", {"labels": label_source(root), "split": "validation, last epoch", "seeds": settings["seeds"],
-                                         "code_hash": code_hash("pipeline.ablation"), "parameters": {"model": asdict(base), **settings},
-                                         "variants": results})
+    write_json("results/ablation.json", {
+        "labels": label_source(root, p["data"].get("scale")), "split": "validation, last epoch", "seeds": settings["seeds"],
+        "code_hash": code_hash("pipeline.ablation"), "parameters": {"model": asdict(base), **settings}, "variants": results})
     return results
 
 if __name__ == "__main__" and "__file__" in globals(): run_stage(main)     # as a program, and not in this notebook

@@ -150,7 +150,7 @@ def main(
     settings, root, splits = p["evaluate"], p["data"]["root"], read_splits(p["data"])
     split, note = asked_split(models)
     asked = splits[split]
-    features, encoder = pd.read_csv("work/features.csv", index_col="path"), TextEncoder(p["text"]["encoder"], cache="cache/text")
+    features, encoder = pd.read_csv("work/features.csv", index_col="path"), TextEncoder(p["text"]["encoder"])
     train, clips = (known_about(splits[s], features, encoder) for s in ("train", split))
     (baselines, omitted), (oracles, unknown) = baseline_rows(train, clips), ceiling_rows(root, asked)
     scratch, unmade = scratch_rows(asked, split, read_json("results/splits.json")["data_hash"])
@@ -162,7 +162,7 @@ def main(
     write_json("results/summary.json", summary(results))
     write_json("results/compare.json", {
         "models": list(models), "split": split, "note": note, "videos": len(asked), "prompts": int(asked["group"].nunique()),
-        "labels": label_source(root), "omitted": unmade | omitted | unknown, "code_hash": code_hash("pipeline.compare"),
+        "labels": label_source(root, p["data"].get("scale")), "omitted": unmade | omitted | unknown, "code_hash": code_hash("pipeline.compare"),
         "parameters": {"text": p["text"]["encoder"], "resamples": settings["resamples"], "seed": settings["seed"]}})
     return results
 

@@ -12,12 +12,10 @@ import numpy as np
 import pandas as pd
 
 from ..data.dataset import ClipCache, write_predictions
-from ..files import code_hash
+from ..files import code_hash, progress
 from ..inference.score import Scorer
-from ..models.text import TextEncoder
 from ..models.weights import about_file
 from .params import keep_memory, known_model, read_params, read_splits, run_stage, write_json
-from ..quality import DIMENSIONS
 
 # %% ../../nbs/pipeline/62_evaluate.ipynb #eb56df47
 def judged_split(
@@ -32,15 +30,14 @@ def judged_split(
 def model_scores(
     checkpoint: str | Path,
     clips: pd.DataFrame,                # rows with path and Prompt
-    cache: str | Path = "cache",        # of decoded clips and embedded prompts
+    cache: str | Path = "cache",        # of decoded clips
     device: str = "auto",
 ) -> np.ndarray:                        # (N,5) predicted MOS
-    "One score after the other, as a user would get it. Raises VideoError, ScoreError, WeightsError."
+    "One score after the other, as a user would get it. Raises VideoError, TextError, ScoreError, WeightsError."
     scorer = Scorer.from_checkpoint(checkpoint, device)
-    scorer.sampling = ClipCache(cache, scorer.sampling).get
-    scorer.encoder = TextEncoder(scorer.encoder.name, cache=Path(cache)/"text")
-    records = (scorer.score(path, prompt) for path, prompt in zip(clips["path"], clips["Prompt"]))
-    return np.array([[getattr(r, d) for d in DIMENSIONS] for r in records]).round(6)
+    kept, every = ClipCache(cache, scorer.sampling), scorer.sampling.count      # people judged all five of every clip, however short
+    rows = progress(zip(clips["path"], clips["Prompt"]), len(clips), "scoring")
+    return np.array([scorer.judge(kept.get(path), prompt, every)[0] for path, prompt in rows]).round(6)
 
 # %% ../../nbs/pipeline/62_evaluate.ipynb #4e4fb31f
 SECTIONS = ("data", "evaluate")

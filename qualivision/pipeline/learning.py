@@ -88,7 +88,7 @@ def main(
     keys = [*DIMENSIONS, "mean"]
     curves = {start: {clips: {k: interval([s[k] for s in seeds.values()]) for k in keys} for clips, seeds in of.items()}
               for start, of in found.items()}
-    about = {"labels": label_source(data["root"]), "split": "validation, last epoch", "code_hash": code_hash("pipeline.learning"),
+    about = {"labels": label_source(data["root"], data.get("scale")), "split": "validation, last epoch", "code_hash": code_hash("pipeline.learning"),
              "parameters": {"model": asdict(plan(model, p[model])[0]), **settings}, "curves": curves}
     write_json(f"results/learning-{model}.json", about)
     return about

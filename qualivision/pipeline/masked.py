@@ -10,12 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..files import code_hash, value_hash
+from ..devices import announce, kept_rng, resolve_precision, seed_all
 from ..models.qualivision import VJepaMos
 from ..models.text import TextEncoder
 from .ablation import interval
 from .params import ParamsError, keep_memory, read_json, read_params, run_stage, write_json
 from ..training.pretrain import PretrainConfig, asking, plain_encoder, pretrain
-from ..training.trainer import kept_rng, kind_of, model_config, sampling_of, seed_all
+from ..training.trainer import kind_of, model_config, sampling_of
 
 # %% ../../nbs/pipeline/69_masked.ipynb #33078100
 SECTIONS = ("text", "pretrain", "masked", "vjepa2")
@@ -29,7 +30,7 @@ def both_ways(settings: dict,           # the section `masked`: seeds, masked_wi
     seeds, first = settings.get("seeds") or [], settings.get("masked_windows") or 0
     if len(seeds) < 2 or not first:
         raise ParamsError("masked", f"{len(seeds)} seeds and {first} masked windows", "Give at least two seeds and one window: runs are compared.")
-    return {start: {s: PretrainConfig.of({**(base or {}), **rest, "seed": s, "masked_windows": n}) for s in seeds}
+    return {start: {s: PretrainConfig.of({**(base or {}), **rest, "seed": s, "masked_windows": n}).settled() for s in seeds}
             for start, n in (("tasks alone", 0), ("masked first", first))}
 
 def compared(found: dict) -> dict:      # start → seed → name → figure
@@ -47,6 +48,7 @@ def main(
     keep_memory()
     p = read_params(SECTIONS, params, profile)
     runs, values = both_ways(p["masked"], p["pretrain"].get("vjepa2")), dict(p["vjepa2"]["model"])
+    announce(resolve_precision(next(iter(runs["tasks alone"].values())).precision), progress)
     config, encoder = asking(model_config(values.pop("config"), values)), TextEncoder(p["text"]["encoder"])
     if kind_of(config) != "vjepa2": raise ParamsError("vjepa2.model.config", f"it is a configuration of {kind_of(config)}", "Name one of V-JEPA 2.")
     code, found = code_hash("pipeline.masked"), {}

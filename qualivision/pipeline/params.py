@@ -16,8 +16,8 @@ from pathlib import Path
 
 import yaml
 
-from ..data.dataset import load_dataset, resolve_splits
-from ..quality import QualiVisionError
+from ..data.dataset import checked, load_dataset, resolve_splits, scale_note
+from ..quality import QualiVisionError, caught
 
 # %% ../../nbs/pipeline/59_params.ipynb #86f44845
 MODELS = ("dover", "vjepa2")    # of the pipeline; each has a section of parameters, a folder of results and one of weights
@@ -45,20 +45,23 @@ def read_params(
 # %% ../../nbs/pipeline/59_params.ipynb #c2b312d7
 def split_rule(data: dict) -> dict:    # the section `data`
     "The arguments of `resolve_splits` in it."
-    return {"seed": data["seed"], "val_fraction": data["val_fraction"], "test_fraction": data["test_fraction"]}
+    scale = {"scale": data["scale"]} if data.get("scale") else {}
+    return {"seed": data["seed"], "val_fraction": data["val_fraction"], "test_fraction": data["test_fraction"], **scale}
 
 def read_splits(
-    data: dict,     # the section `data`: root, seed, val_fraction, test_fraction
+    data: dict,     # the section `data`: root, seed, val_fraction, test_fraction; scale, where the MOS are not on 1–5
 ) -> dict:          # as of `resolve_splits`, and all: the whole table
     "The data set with its splits. Raises DatasetError."
     frame = load_dataset(data["root"])
-    return resolve_splits(frame, **split_rule(data)) | {"all": frame}
+    return resolve_splits(frame, **split_rule(data)) | {"all": checked(frame, data.get("scale"))}
 
 def label_source(
     root: str | Path,  # of a data set
-) -> str:              # for people; says so where labels are simulated
+    scale=None,        # of its MOS, if they were mapped
+) -> str:              # for people; says so where labels are simulated, and where they were mapped
     "Whose opinion the labels are. A simulated data set is known by the file of its causes, which no real one has."
-    return "simulated labels" if (Path(root)/"simulation"/"causes.csv").is_file() else f"labels of {Path(root).resolve().name}"
+    labels = "simulated labels" if (Path(root)/"simulation"/"causes.csv").is_file() else f"labels of {Path(root).resolve().name}"
+    return ", ".join(filter(None, (labels, scale_note(scale))))
 
 # %% ../../nbs/pipeline/59_params.ipynb #4d7f9e19
 def known_model(model: str) -> str:   # one of MODELS
@@ -90,10 +93,10 @@ def note_machine(stage: str, seconds: float, folder: str | Path = "work"):
     with open(Path(folder)/"machine.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(about) + "\n")
 
 def run_stage(main):   # the stage's main(), which takes the program's arguments
-    "Runs a stage as a program: an error that was foreseen is one message and status 1, and the run is noted."
+    "Runs a stage as a program: an error is one message and status 1, after its traceback where nobody foresaw it; and the run is noted."
     began, arguments = time.perf_counter(), sys.argv[1:]
-    try: main(*arguments)
-    except QualiVisionError as e: sys.exit(str(e))
+    with caught(Path(sys.argv[0]).stem) as wrong: main(*arguments)
+    if wrong: sys.exit(f"{wrong.trace}{wrong.error}")
     note_machine("@".join([Path(sys.argv[0]).stem, *arguments]), time.perf_counter() - began)
 
 # %% ../../nbs/pipeline/59_params.ipynb #5a028d22

@@ -48,9 +48,9 @@ def main(params: str | Path = "params.yaml", profile: str | None = None, progres
     keep_memory()
     p = read_params(SECTIONS, params, profile)
     root, workers = p["data"]["root"], p["prepare"]["workers"]
-    frame = validate(load_dataset(root))
+    asked, encoder = views({"dover": p["dover"], "vjepa2": p["vjepa2"]}), TextEncoder(p["text"]["encoder"])
+    frame = validate(load_dataset(root), prompts=encoder.read)
     splits = resolve_splits(frame, **split_rule(p["data"]))
-    asked, encoder = views({"dover": p["dover"], "vjepa2": p["vjepa2"]}), TextEncoder(p["text"]["encoder"], cache="cache/text")
     used = used_rows(splits)
     for view in dict.fromkeys(asked.values()): ClipCache("cache", view).build(used["path"], workers, progress)
     encoder.encode(list(dict.fromkeys(used["Prompt"])))
@@ -59,7 +59,7 @@ def main(params: str | Path = "params.yaml", profile: str | None = None, progres
     about = manifest(splits, data_hash(frame, "cache"))
     write_json("results/splits.json", about)
     write_json("results/prepare.json", {
-        "labels": label_source(root), "text_encoder": encoder.key, "code_hash": code_hash("pipeline.prepare"),
+        "labels": label_source(root, p["data"].get("scale")), "text_encoder": encoder.key, "code_hash": code_hash("pipeline.prepare"),
         "parameters": {"split": split_rule(p["data"]), "text": p["text"]["encoder"], "views": {m: view.key() for m, view in asked.items()}}})
     return about
 

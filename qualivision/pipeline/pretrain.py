@@ -11,13 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..files import code_hash, value_hash
+from ..devices import kept_rng, seed_all
 from ..data.stream import reserved
 from ..models.qualivision import DoverPlusPlus, VJepaMos
 from ..models.text import TextEncoder
 from ..models.transfer import load_body, save_body
 from .params import ParamsError, keep_memory, known_model, read_params, run_stage, write_json
 from ..training.pretrain import PretrainConfig, asking, figures_of, plain_encoder, pretrain
-from ..training.trainer import kept_rng, kind_of, model_config, sampling_of, seed_all, write_history
+from ..training.trainer import kind_of, model_config, sampling_of, write_history
 
 # %% ../../nbs/pipeline/66_pretrain.ipynb #f6952cfe
 SECTIONS = {"dover": ("text", "pretrain", "dover"), "vjepa2": ("text", "pretrain", "vjepa2")}     # model → what its pretraining reads
@@ -84,7 +85,8 @@ def main(
     if length not in ("full", "short"): raise ParamsError(f"length {length}", "there is no such length", "Choose full or short.")
     if not section or length == "short" and not short:
         raise ParamsError(f"pretrain.{model}", "there are no settings for it", "This profile starts from published weights; add a section.")
-    settings, values = PretrainConfig.of({**section, **(short if length == "short" else {})}), dict(p[model]["model"])
+    settings = PretrainConfig.of({**section, **(short if length == "short" else {})}).settled(progress)
+    values = dict(p[model]["model"])
     config, encoder = asking(model_config(values.pop("config"), values)), TextEncoder(p["text"]["encoder"])
     if kind_of(config) != model: raise ParamsError(f"{model}.model.config", f"it is a configuration of {kind_of(config)}", "Name one of this model.")
     code = code_hash("pipeline.pretrain")                          # of what runs, whatever is edited meanwhile

@@ -8,8 +8,9 @@ __all__ = ['SECTIONS', 'plan', 'from_noise', 'main', 'train_to', 'best_of', 'sam
 # %% ../../nbs/pipeline/61_train.ipynb #e3849d95
 from pathlib import Path
 
-from ..data.dataset import data_hash, load_dataset
-from ..files import code_hash
+from ..data.dataset import data_hash, load_dataset, scale_of
+from ..files import check_place, code_hash
+from ..models.qualivision import settled
 from ..models.weights import about_file
 from .params import (ParamsError, keep_memory, known_model, label_source, read_json, read_params, run_stage, split_rule,
                                          write_json)
@@ -20,7 +21,7 @@ def plan(
     model: str,          # dover | vjepa2
     section: dict,       # its section of the parameters
 ) -> tuple:              # configuration of the model; of its training; of the trunk's, or None; rest: fields of Task
-    "What a model's section asks for. Raises ParamsError for an unknown part, TrainError for an unknown value."
+    "What a model's section asks for. Raises ParamsError for an unknown part, TrainError for an unknown value, DeviceError."
     parts = ("model", "train", "pretrained", "feature_cache") + (("trunk",) if model == "vjepa2" else ())
     if unknown := sorted(set(section) - set(parts)):
         raise ParamsError(f"{model}.{unknown[0]}", "there is no such part", f"There are: {', '.join(parts)}.")
@@ -28,7 +29,8 @@ def plan(
     config = model_config(overrides.pop("config"), overrides)
     if kind_of(config) != model: raise ParamsError(f"{model}.model.config", f"it is a configuration of {kind_of(config)}", "Name one of this model.")
     rest = {"augment": train.pop("augment", True), **{k: section[k] for k in ("pretrained", "feature_cache") if k in section}}
-    return config, TrainConfig.of(train), TrainConfig.of(train | trunk) if trunk else None, rest
+    settings = TrainConfig.of(train).settled()             # what is hashed and written is what this machine computes in, never `auto`
+    return settled(config, settings.device), settings, TrainConfig.of(train | trunk).settled() if trunk else None, rest
 
 # %% ../../nbs/pipeline/61_train.ipynb #a7aa235f
 def from_noise(
@@ -52,10 +54,12 @@ def main(
     profile: str | None = None,           # None: the one that the file names
     checkpoint: str | Path | None = None, # None: checkpoints/MODEL
     progress: bool = True,                # on stderr
+    scale=None,                           # of the MOS, such as "0-100"; None: as the file says
 ) -> dict:                                # as of `train_model`
     "Trains and publishes. Raises ParamsError, TrainError, DatasetError, VideoError, WeightsError."
     keep_memory()
     p = read_params(SECTIONS[known_model(model)], params, profile)
+    if scale is not None: p["data"]["scale"] = list(scale_of(scale))
     results, checkpoint = Path("results")/model, Path(checkpoint or f"checkpoints/{model}")
     return train_to(model, p[model], p["data"], p["text"]["encoder"], results, checkpoint, progress)
 
@@ -70,9 +74,10 @@ def train_to(
 ) -> dict:                 # as of `train_model`
     "Trains as a section says. Raises ParamsError, TrainError, DatasetError, VideoError, WeightsError."
     root = data["root"]
+    for place in (results/"train.json", checkpoint/"model.json"): check_place(place)      # before hours of work, not after them
     same_data(root)
     config, settings, trunk, rest = plan(model, section)
-    task = Task(root, checkpoint, text=text, split=split_rule(data), trained_on=label_source(root),
+    task = Task(root, checkpoint, text=text, split=split_rule(data), trained_on=label_source(root, data.get("scale")),
                 licence=data["licence"], **rest)
     result = train_model(task, config, settings, trunk, progress=progress)
     results.mkdir(parents=True, exist_ok=True)

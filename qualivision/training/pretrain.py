@@ -13,7 +13,6 @@ import json
 import math
 import os
 import pickle
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -26,10 +25,12 @@ from torch.nn import functional as F
 
 from ..data.sampling import Sampling
 from ..data.stream import CAUSE_NAMES, VALUES, Lessons, LessonStream
+from ..devices import DEVICES, ENVIRONMENT, PRECISIONS, Choice, announce, deterministic, make_accelerator, precision_name, resolve_precision, seed_all
+from ..files import Meter, staged
 from ..models.qualivision import ALIGNMENT, FiveMos, input_channels
 from ..models.vjepa2 import VideoEncoder
-from ..quality import QualiVisionError
-from .trainer import _sync, deterministic, make_accelerator, parameter_groups, seed_all, warmup_cosine
+from ..quality import QualiVisionError, say
+from .trainer import parameter_groups, warmup_cosine
 
 # %% ../../nbs/training/33_pretrain.ipynb #c1d6247d
 class PretrainError(QualiVisionError): "Pretraining cannot start, or cannot go on."
@@ -56,7 +57,7 @@ class PretrainConfig:
     strangers: int = 5             # prompts of other clips of the batch, for each clip
     momentum: float = 0.99         # of the average that masked prediction aims at, at first; it goes to 1
     judge_clips: int = 320         # lessons of unseen scenes, for the figures
-    precision: str = "bf16"        # no | bf16
+    precision: str = "auto"        # auto | fp32 | bf16; no is fp32
     device: str = "auto"           # auto | cpu | cuda | mps
     workers: int = 2               # processes that make lessons
     seed: int = 7                  # of lessons, order and dropout; not that of the embedded data set
@@ -70,8 +71,9 @@ class PretrainConfig:
         for name in ("masked_windows", "warmup_steps", "workers", "strangers", "seed"): need(getattr(self, name) >= 0, name, "at least 0")
         need(self.judge_clips >= 2, "judge_clips", "at least 2: figures are rank correlations")
         need(self.lr > 0, "lr", "above 0")
-        need(self.precision in ("no", "bf16"), "precision", "no or bf16")
-        need(self.device in ("auto", "cpu", "cuda", "mps"), "device", "auto, cpu, cuda or mps")
+        if self.precision == "no": object.__setattr__(self, "precision", precision_name("no"))
+        need(self.precision in PRECISIONS and self.precision != "fp16", "precision", "auto, fp32 or bf16")
+        need(self.device in DEVICES, "device", "one of " + ", ".join(DEVICES))
         need(0 <= self.dropout < 1, "dropout", "in [0,1)")
         need(0 < self.momentum < 1, "momentum", "between 0 and 1")
 
@@ -81,6 +83,16 @@ class PretrainConfig:
         if unknown := sorted(set(values) - {f.name for f in fields(cls)}):
             raise PretrainError(f"pretrain.{unknown[0]}", "there is no such setting", "There are: " + ", ".join(f.name for f in fields(cls)) + ".")
         return cls(**values)
+
+    def settled(self, progress: bool = False) -> "PretrainConfig":   # progress: say on stderr what was chosen and why
+        "The same with the precision that is computed in, in the place of `auto`. Raises DeviceError, PretrainError."
+        choice = resolve_precision(self.precision, self.device, "pretrain.precision")
+        if choice.name == "fp16":                                    # a GPU before Ampere, or forced: there is no gradient scaling here
+            if self.precision != "auto" or os.environ.get(ENVIRONMENT):
+                raise PretrainError("pretrain.precision: fp16", "gradients are not scaled here", "Set it to fp32 or bf16.")
+            choice = Choice("fp32", "this device has no bfloat16, and pretraining does not scale the gradients of float16")
+        announce(choice, progress)
+        return replace(self, precision=choice.name)
 
     def deciding(self) -> dict:
         "The values that the result depends on."
@@ -254,7 +266,8 @@ def pretrain(model: FiveMos,               # with fresh weights; learns in place
              progress: bool = True,        # on stderr
              ) -> dict:                    # finished, windows (done so far), history (a row for each window)
     "Pretrains a model, or goes on where the folder says. Raises PretrainError; SimulationError for the seed of the embedded data set."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    folder, config = Path(folder), config.settled(progress)
+    folder.mkdir(parents=True, exist_ok=True)
     acc, text = make_accelerator(config.device, config.precision), _Text(encode)
     device = acc.device
     model.to(device)
@@ -267,7 +280,9 @@ def pretrain(model: FiveMos,               # with fresh weights; learns in place
     state = _restore(folder, config)
     history, done, total = state["history"], 0, sum(p.windows for p in phases)
     stream = LessonStream(config.seed, sampling, "learn", config.others, config.workers)
-    with stream as lessons, deterministic(device), dropout_of(model, config.dropout):
+    steps = sum(p.windows for p in phases) * math.ceil(config.window / config.batch_size) * config.passes
+    with stream as lessons, deterministic(device), dropout_of(model, config.dropout), Meter("pretraining", steps, progress) as bar:
+        bar.done = bar.before = steps * state["window"] // total
         for phase in phases:
             if state["window"] >= done + phase.windows:                      # a phase that is over: only its result counts
                 done += phase.windows
@@ -281,7 +296,7 @@ def pretrain(model: FiveMos,               # with fresh weights; learns in place
                 window = lessons.get(w * config.window, config.window)
                 made = time.perf_counter() - began
                 row = {"window": w + 1, "phase": phase.name, "clips": (w + 1) * config.window,
-                       **_learn(phase, window, text, optimizer, acc, config, w - done)}
+                       **_learn(phase, window, text, optimizer, acc, config, w - done, bar.step)}
                 if phase is phases[-1] and (w + 1 == total or (w - done + 1) % max(1, phase.windows // 6) == 0):
                     row |= judge(tasks, _judged(config, sampling), text, config.batch_size, acc)
                 history.append(row)
@@ -289,7 +304,7 @@ def pretrain(model: FiveMos,               # with fresh weights; learns in place
                          "tasks": phase.tasks.state_dict(), "optimizer": optimizer.state_dict()}
                 _save(folder, state)
                 _note(folder, w + 1, made, time.perf_counter() - began, config)
-                if progress: print(_line(row, total, made, time.perf_counter() - began), file=sys.stderr, flush=True)
+                if progress: say(_line(row, total, made, time.perf_counter() - began))
                 if stop_after is not None and (stop_after := stop_after - 1) == 0:
                     return {"finished": w + 1 == total, "windows": w + 1, "history": history}
             done += phase.windows
@@ -302,7 +317,7 @@ def silence(model: FiveMos):
     "All scores answer the middle: four were never asked for, and alignment has the scale of a contrast, far too steep for a MOS."
     for last in (model.mos_predictor.predictor[-1], model.causes.path): last.weight.zero_(), last.bias.zero_()
 
-def _learn(phase, window: Lessons, text, optimizer, acc, config, k) -> dict:
+def _learn(phase, window: Lessons, text, optimizer, acc, config, k, done) -> dict:
     "All passes over a window; means of the losses."
     words = text(window.prompts) if phase.name == "tasks" else None
     steps, sums, number = math.ceil(config.window / config.batch_size) * config.passes, {}, 0
@@ -328,6 +343,7 @@ def _learn(phase, window: Lessons, text, optimizer, acc, config, k) -> dict:
             phase.tasks.after_step(step / (steps * phase.windows))
             for name, value in {"loss": float(loss.detach()), **parts}.items(): sums[name] = sums.get(name, 0) + value
             number += 1
+            done()
     return {name: round(value / number, 5) for name, value in sums.items()}
 
 def _line(row, total, made, took) -> str:
@@ -335,8 +351,7 @@ def _line(row, total, made, took) -> str:
     return f"window {row['window']}/{total} {row['phase']}: {facts} | {took:.0f} s, {made:.0f} s of it for making clips"
 
 def _save(folder: Path, state: dict):
-    part = folder / "state.part"
-    torch.save(state, part); _sync(part); os.replace(part, folder / "state.pt"); _sync(folder)
+    with staged(folder / "state.pt") as part: torch.save(state, part)
 
 def _restore(folder: Path, config: PretrainConfig) -> dict:
     "The state of an unfinished run; of a run with other settings: an error."
@@ -402,6 +417,7 @@ def judge(tasks: CauseTasks, lessons: Lessons, text, batch_size: int, acc) -> di
 
 def figures_of(model: FiveMos, config: PretrainConfig, sampling: Sampling, encode) -> dict:   # arguments as of `pretrain`
     "What `judge` says of a model by itself, such as `load_body` gives; contents are named by fresh heads, so that attribute_NAME is chance."
+    config = config.settled()
     acc = make_accelerator(config.device, config.precision)
     with torch.random.fork_rng(devices=[]): tasks = CauseTasks(model.to(acc.device), config).to(acc.device)
     return judge(tasks, _judged(config, sampling), _Text(encode), config.batch_size, acc)
@@ -410,6 +426,5 @@ def figures_of(model: FiveMos, config: PretrainConfig, sampling: Sampling, encod
 def plain_encoder(encoder):          # TextEncoder
     "Its embeddings without its memory: the prompts of pretraining come once."
     def encode(prompts: list[str]) -> Tensor:   # (N,D) float32, on the CPU, each of length 1
-        made = encoder.model.encode(prompts, batch_size=64, normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False)
-        return made.float().cpu().clone()
+        return torch.stack([encoder.network(p) for p in prompts]).cpu()
     return encode

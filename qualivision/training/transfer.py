@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.dataset import DecodeEachTime, FileHashes, load_dataset
-from ..data.labels import check_set, known_set, place_of, read_labels
-from ..files import value_hash
+from ..data.dataset import DecodeEachTime, FileHashes, check_names, load_dataset, read_ahead, scale_note, scale_of
+from ..devices import announce, autocast, deterministic, kept_rng, pick_device, resolve_precision, seed_all
+from ..data.labels import VALUES, check_set, known_set, places, read_labels
+from ..files import check_place, is_address, staged, value_hash, write_whole, writing
 from ..data.sampling import DOVER_VIEWS, dover_views
 from ..evaluation.metrics import METRICS, MetricError, bootstrap
 from ..evaluation.ranks import SET_WEIGHTS
@@ -32,26 +33,25 @@ from ..models.transfer import inherited_licence, parts, save_head, weights_file
 from ..models.vjepa2 import FeatureCache, state_hash
 from ..models.weights import REGISTRY, load_strict, read_state, save_checkpoint
 from ..quality import QualiVisionError
-from .trainer import deterministic, epoch_batches, kept_rng, parameter_groups, pick_device, seed_all, warmup_cosine
+from .trainer import epoch_batches, parameter_groups, warmup_cosine
 
 # %% ../../nbs/training/32_transfer.ipynb #d112014a
 class RatingsError(QualiVisionError): "Videos and opinions that cannot be trained on."
 
 
-def _from_file(file: Path, videos: Path | None, columns, group, known) -> pd.DataFrame:
-    table = read_labels(file, columns, known)
+def _from_file(file: Path, videos: Path | None, columns, group, known, encoding) -> pd.DataFrame:
+    table = read_labels(file, columns, known, encoding=encoding)
     if known: check_set(known, table, file)
     folders = [videos] if videos else [file.parent, file.parent / "videos"]
-    table["path"] = [place_of(v, folders) for v in table.video]
+    table["path"] = pd.Series(places(table, folders, file), dtype=object)
     lost = table[~table.path.map(lambda p: Path(p).is_file())]
     if len(lost):
         where = " or ".join(map(str, folders))
         cause = f"{lost.video.iloc[0]!r} is not in {where}; {len(lost)} of {len(table)} videos are not there"
-        raise RatingsError(f"{file} line {lost.line.iloc[0]}", cause, "Name their folder with --videos.")
-    twice = table[table.path.duplicated()]
-    if len(twice):
-        raise RatingsError(f"{file} line {twice.line.iloc[0]}", f"{twice.video.iloc[0]!r} is {twice.path.iloc[0]}, as another line's video is",
-                           "Keep the folders of the names.")
+        if is_address(lost.video.iloc[0]): cause = f"{lost.video.iloc[0]!r} is an address, not a file"
+        near = next((f for f in folders if (f / Path(lost.video.iloc[0]).name).is_file()), None)
+        other = f" ({near} holds a {Path(lost.video.iloc[0]).name}; a name with a folder is looked for with its folder.)" if near else ""
+        raise RatingsError(f"{file} line {lost.line.iloc[0]}", cause, f"Name their folder with --videos.{other}")
     if group == "folder": table["group"] = [str(Path(v).parent) for v in table.video]
     elif group: raise RatingsError(file, f"group {group!r}", "Name the column `group`, `prompt` or `scene`, or use folder.")
     return table
@@ -61,24 +61,38 @@ def read_ratings(data,                        # label file, a folder with one, o
                  videos=None,                 # folder of the videos; None: that of the file, or videos/ in it
                  columns: str | None = None,  # of a file without header, see `read_labels`
                  group: str | None = None,    # "folder": videos of one folder belong together; None: a column group, prompt or scene, or each alone
-                 known=None                   # KnownSet whose labels they must be
+                 known=None,                  # KnownSet whose labels they must be
+                 encoding: str | None = None, # of labels; None: UTF-8, or UTF-16 with its mark
+                 scale=None                   # of the opinions, such as "0-100", to map them to 1–5; None: they stay what they are
                 ) -> pd.DataFrame:            # video, path, overall, group; technical and aesthetic where there are such opinions
-    "Videos with opinions. Raises `RatingsError`, `LabelError`, `DatasetError`."
+    "Videos with opinions. Raises `RatingsError`, `LabelError`, `DatasetError`, `FileError`."
     data, videos = Path(data), Path(videos) if videos else None
     if not data.exists(): raise RatingsError(data, "there is no such file or folder", "Give a CSV of videos and MOS.")
     if data.is_dir() and any((data / s).is_dir() for s in ("train", "val", "test")):
-        table = load_dataset(data).dropna(subset=["Overall_MOS"]).reset_index(drop=True)
+        check_names(table := load_dataset(data, encoding))
+        table = table.dropna(subset=["Overall_MOS"]).reset_index(drop=True)
         table = table.rename(columns={"video_name": "video", "Overall_MOS": "overall", "Traditional_MOS": "technical", "Aesthetic_MOS": "aesthetic"})
         said = {"left_out": 0, "scores": False}
     else:
         files = sorted([*data.glob("*.csv"), *data.glob("labels.txt")]) if data.is_dir() else [data]
         if len(files) != 1: raise RatingsError(data, f"{len(files)} files in it could be the labels", "Give the CSV itself.")
-        table = _from_file(files[0], videos, columns, group, known)
+        table = _from_file(files[0], videos, columns, group, known, encoding)
         said = table.attrs
     if "group" not in table: table["group"] = table.video
-    table = table[[c for c in ("video", "path", "overall", "technical", "aesthetic", "group") if c in table]].astype({"group": str})
+    table = table[[c for c in ("video", "path", "overall", "technical", "aesthetic", "group") if c in table]]
+    table["group"] = pd.Series(list(map(str, table.group)), dtype=object)
+    if scale is not None: _rescale(table, scale)
     table.attrs = dict(said)
     return table
+
+
+def _rescale(table: pd.DataFrame, scale):
+    "Opinions from that scale to 1–5, in place. Raises `RatingsError`, `DatasetError`."
+    low, high = scale_of(scale)
+    for column in [v for v in VALUES if v in table]:
+        off = table[(table[column] < low) | (table[column] > high)]
+        if len(off): raise RatingsError(off.video.iloc[0], f"{column} is {off[column].iloc[0]:g}, not from {low:g} to {high:g}", "Check the scale.")
+        table[column] = 1 + 4 * (table[column] - low) / (high - low)
 
 # %% ../../nbs/training/32_transfer.ipynb #e4dc8267
 def preset_settings(name: str | None,       # of a data set; None: of none
@@ -258,9 +272,7 @@ def _unfinished(state, key) -> dict | None:
 
 
 def _keep(state, **values):
-    state.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(values, part := state.with_name(state.name + ".part"))
-    part.replace(state)
+    with staged(state) as part: torch.save(values, part)
 
 # %% ../../nbs/training/32_transfer.ipynb #8aaa6450
 def fusion_constants(scores: dict[str, np.ndarray],   # technical, aesthetic: (N,)
@@ -372,10 +384,12 @@ class FreshViews(torch.utils.data.Dataset):
         return {v: x[(i + self.epoch) % len(x)] for v, x in views.items()}                     # one clip of each view
 
 
-def train_all(model: nn.Module, table: pd.DataFrame, config: TransferConfig, workers=0, state=None, key="", progress=False) -> dict:
+def train_all(model: nn.Module, table: pd.DataFrame, config: TransferConfig, workers=0, state=None, key="", progress=False,
+              precision="fp32"      # fp32 | bf16
+             ) -> dict:
     "Everything learns; the model keeps the last weights. One split, as in `train_heads`."
     device, (train, test) = next(model.parameters()).device, hold_out(table, config.test, config.seed)
-    views, half = FreshViews(table.path, config.seed), device.type == "cuda" and torch.cuda.is_bf16_supported()
+    views = FreshViews(table.path, config.seed)
     if config.fresh_heads: _refresh(parts(model, "_head"), config.seed)
     rates = {"_head": config.lr, "_backbone": config.lr * config.backbone_lr}
     groups = [g | {"lr": lr} for ending, lr in rates.items() for g in parameter_groups(parts(model, ending), config.weight_decay)]
@@ -386,12 +400,12 @@ def train_all(model: nn.Module, table: pd.DataFrame, config: TransferConfig, wor
         if at != epoch:
             views.epoch, at = epoch, epoch
             order = [train[b].tolist() for b in epoch_batches(len(train), config.batch_size, config.seed, epoch)]
-            queue = iter(torch.utils.data.DataLoader(views, batch_sampler=order, num_workers=workers))
+            queue = read_ahead(views, order, workers=workers)
         return next(queue)
 
     def scores_of(x):
         model.train()
-        with torch.autocast(device.type, torch.bfloat16, enabled=half): return score(model({v: y.to(device) for v, y in x.items()}))
+        with autocast(device.type, precision): return score(model({v: y.to(device) for v, y in x.items()}))
 
     history = fit_branches(model, groups, batch, scores_of, _labels(table), config, train, device, state, key, progress)
     metrics, constants = judged(whole_scores(model, table.path, config.view_seed), table, train, test, config.weight)
@@ -420,47 +434,58 @@ def transfer(data, out,                                 # see `read_ratings`; th
              preset: str | None = None,                 # name of a known data set, whose labels these must be
              videos=None, columns: str | None = None, group: str | None = None,   # see `read_ratings`
              cache="cache",                             # folder of features
-             device: str = "auto", workers: int = 0, progress: bool = True
+             device: str = "auto", workers: int = 0, progress: bool = True,
+             encoding: str | None = None, scale=None    # see `read_ratings`
             ) -> dict:                                  # the report
     "Fit official DOVER to a data set. Raises `RatingsError`, `LabelError`, `WeightsError`, `VideoError`, `DatasetError`."
-    config, out = config or TransferConfig(), Path(out)
+    config, out, device = config or TransferConfig(), Path(out), pick_device(device)
+    precision = "fp32" if head_only else _precision(device, progress)
     if model not in KINDS: raise RatingsError(f"model {model!r}", "it cannot be transferred", f"Use {' or '.join(KINDS)}.")
     if head_only and from_scratch: raise RatingsError("from scratch", "heads alone cannot make use of random backbones", "Use end-to-end.")
     if head_only and out.suffix != ".safetensors": raise RatingsError(out, "heads are saved as .safetensors", "Name the file so.")
     if not head_only and config.splits > 1: raise RatingsError("splits", "end to end there is one split", "Repeat with other seeds.")
+    beside = out.with_suffix(".json") if head_only else out / "report.json"
+    for place in (beside, out if head_only else out / "model.json"): check_place(place)
     known = known_set(preset) if preset else None
-    table = read_ratings(data, videos, columns, group, known)
+    table = read_ratings(data, videos, columns, group, known, encoding, scale)
     source = weights or model
     with kept_rng():
         seed_all(config.seed)
         net = KINDS[model](checkpointing=not head_only)
     if not from_scratch: load_strict(net, read_state(weights_file(source)), source=source)
-    net, hashes = net.to(pick_device(device)), FileHashes(cache)
+    net, hashes = net.to(device), FileHashes(cache)
     data_hash = value_hash(sorted([hashes(row["path"]), *(str(v) for k, v in row.items() if k != "path")] for row in table.to_dict("records")))
     hashes.save()
     title = known.name if known else Path(data).resolve().name
     if table.attrs["scores"]: title = f"scores in {title}, no opinions"
+    if note := scale is not None and scale_note(scale): title = f"{title}, {note}"
     learned = REGISTRY[source].trained_on if source in REGISTRY else Path(source).name
     named = None if from_scratch else str(source) if source in REGISTRY else Path(source).name
     report = {"model": model, "mode": "head-only" if head_only else "end-to-end", "weights": named,
               "licence": "" if from_scratch else inherited_licence(source), "data": title, "videos": len(table), "left_out": table.attrs["left_out"],
               "data_hash": data_hash,
-              "trained_on": f"{title}, {len(table)} videos" + ("" if from_scratch else f"; before that {learned}"), "config": asdict(config)}
+              "trained_on": f"{title}, {len(table)} videos" + ("" if from_scratch else f"; before that {learned}"), "config": asdict(config),
+              **({} if head_only else {"precision": precision})}
     if head_only:
         store = FeatureCache(cache, DecodeEachTime(DoverSampling(config.view_seed)), FrozenBackbones(net))
         store.build(table.path, progress=progress)
         splits = train_heads(net, table, store, config, progress)
         save_head(out, net, {k: v for k, v in report.items() if k != "config"} | {"fusion": splits[0]["fusion"], "seed": config.seed})
-        beside = out.with_suffix(".json")
     else:
         state, key = out.with_name(out.name + ".run") / "state.pt", value_hash([report, state_hash(net)])
-        splits = [train_all(net, table, config, workers, state, key, progress)]
+        splits = [train_all(net, table, config, workers, state, key, progress, precision)]
         save_checkpoint(out, net, report | {"fusion": splits[0]["fusion"], "metrics": splits[0]["after"]})
-        state.unlink(missing_ok=True), state.parent.rmdir()
-        beside = out / "report.json"
+        with writing(state): state.unlink(missing_ok=True), state.parent.rmdir()
     report |= {"splits": splits, "over_splits": _over(splits)}
-    beside.write_text(json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(beside, json.dumps(report, indent=1, sort_keys=True, allow_nan=False) + "\n")
     return report
+
+
+def _precision(device: str, progress: bool) -> str:
+    "What the device computes natively; float32 in the place of float16, whose gradients would have to be scaled."
+    choice = resolve_precision("auto", device, "transfer")
+    announce(choice, progress)
+    return "fp32" if choice.name == "fp16" else choice.name
 
 
 def _over(splits) -> dict | None:
