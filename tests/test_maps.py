@@ -167,6 +167,15 @@ def test_times_are_those_of_the_frames(tmp_path):
         assert np.allclose(frame_times(film), edges[shown], atol=1e-3) and probe(film).duration == pytest.approx(12.4, abs=1e-3)
 
 
+def test_two_frames_at_one_time(video, tmp_path, monkeypatch):
+    "What some broken files say: the second one comes a moment later, and the film can be written."
+    times = frame_times(video)
+    times[41], times[-1] = times[40], times[-2]
+    monkeypatch.setattr("qualivision.evaluation.maps.frame_times", lambda path: times)
+    made = write_maps(Brightness(), video, tmp_path/"out")
+    assert 0 < np.diff(frame_times(made["files"]["divergence.mp4"])).min() < 1e-3
+
+
 def test_one_frame_has_no_time(tmp_path):
     one = write_video(tmp_path/"one.mp4", np.zeros((1, 224, 224, 3), np.uint8))
     with pytest.raises(MapError, match="one frame.*qualivision dover"): score_maps(Brightness(), one)

@@ -72,8 +72,9 @@ def score_maps(model: nn.Module,         # DOVER, DOVERMobile, or what takes the
         raise MapError(type(model).__name__, f"its views are not {' and '.join(names)}", "Use DOVER or DOVER-Mobile.")
     info = probe(video)
     if info.frames == 1: raise MapError(video, "it has one frame, and so no score over time", "`qualivision dover` scores it.")
-    views, times = dover_views(video, seed), frame_times(video)
-    edges = np.append(times, max(info.duration, times[-1] + 1e-3))
+    views, edges = dover_views(video, seed), np.append(frame_times(video), info.duration)
+    least = np.arange(len(edges)) * 1e-4                                       # some files show two frames at one time
+    edges = (np.maximum.accumulate(edges - least) + least).round(6)            # to the microsecond
     size, taken = (info.height, info.width), view_indices(DOVER_VIEWS, info.frames, seed)
     maps = model.to(device).eval()({name: x.to(device) for name, x in views.items()})             # (clips,1,16,7,7)
     scores = {name: maps[name][:, 0].flatten(0, 1).double().cpu().numpy() for name in names}      # (slots,7,7)
