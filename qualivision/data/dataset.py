@@ -242,7 +242,8 @@ def _check_files(frame, read):
     gone = ~frame["path"].map(os.path.isfile) & (frame["video_name"] != "") & ~frame["video_name"].map(is_address)
     hint = lambda r: "a file of that name with .mp4 is there" if os.path.isfile(r["path"] + ".mp4") else ""  # noqa: E731
     problems, seen, tally = _rows(frame, gone, "missing file", hint), {}, Tally()
-    for i in np.flatnonzero(frame["path"].map(os.path.isfile)):
+    there = np.flatnonzero(frame["path"].map(os.path.isfile))
+    for i in progress(there, len(there), "checking files"):
         one, row, path = frame.iloc[[i]], frame.iloc[i], frame["path"].iloc[i]
         with caught(path) as wrong:
             probe(path)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..files import FileError, file_sha256, read_text, value_hash, write_whole
+from ..files import FileError, file_sha256, progress, read_text, value_hash, write_whole
 from .weights import REGISTRY, read_state
 from ..quality import QualiVisionError, caught, say
 
@@ -287,4 +287,4 @@ class TextEncoder:
         if not len(prompts): return torch.empty(0, self.dim)
         if told := doubts(self.name, {p: self.read(p) for p in prompts if not isinstance(p, str) or p not in self._known}):
             warnings.warn(told, stacklevel=2)
-        return torch.stack([self.embed(p) for p in prompts])
+        return torch.stack([self.embed(p) for p in progress(prompts, len(prompts), "prompts")])

@@ -635,9 +635,7 @@ def prepare_data(root: str | Path,                # in the TaobaoVD-GC layout
     used = [splits["train"], splits["val"]]
     clips.build([p for part in used for p in part["path"]], progress=progress)
     prompts = list(dict.fromkeys(p for part in used for p in part["Prompt"]))
-    with Meter("prompts", len(prompts), progress) as bar:
-        text = dict(zip(prompts, encoder.encode(prompts)))
-        bar.step(len(prompts))
+    text = dict(zip(prompts, encoder.encode(prompts)))
     train, val = (VideoQualityDataset(part, clips, text, augment=augment and part is used[0], seed=seed) for part in used)
     return Prepared(train, val, data_hash(frame, cache), splits["note"])
 
