@@ -5,10 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from qualivision.inference.official import CLIP, load_model
+from qualivision.data.video import NotAVideo
+from qualivision.inference.official import CLIP, OfficialError, OfficialScorer, load_model
 from qualivision.models.convnext3d import INFLATED, Block, GlobalResponseNorm, InflatedConvNeXt3D
 from qualivision.models.cover import COVER, CLIPImage
 from qualivision.models.dover import DOVER, DOVERMobile, ViewError, complexity, fused_logit, score
@@ -255,3 +257,13 @@ def test_gpu_gives_the_official_numbers(filled, official_numbers):
     with torch.no_grad(): maps = model({k: v.cuda() for k, v in views_of(official_numbers, "dover/alt", DOVER.views).items()})
     model.cpu()
     for v in DOVER.views: assert np.abs(maps[v].cpu().numpy() - official_numbers[f"dover/alt/{v}/score_map"]).max() < 5e-4     # TF32 convolutions
+
+
+@pytest.mark.parametrize("name,kind", [("a.png", "PNG"), ("a.jfif", "JPEG"), ("a.mp4", "WEBP"), ("a", "TIFF")])
+def test_dover_says_where_pictures_go(name, kind, tmp_path):
+    "Told by content; of a name that lies as well. What is neither is not called a picture."
+    scorer = OfficialScorer(torch.nn.Identity(), "dover", {"file": "f", "sha256": "0" * 64})
+    Image.new("RGB", (32, 32)).save(tmp_path/name, kind)
+    with pytest.raises(OfficialError, match="it is a picture.*`qualivision cover`"): scorer.prepare(tmp_path/name)
+    (tmp_path/name).write_text("no picture " * 9)
+    with pytest.raises(NotAVideo, match="it is text"): scorer.prepare(tmp_path/name)
