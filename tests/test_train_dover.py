@@ -133,10 +133,10 @@ def test_one_label_teaches_both_views_with_plcc_and_rank_loss(call, videos, tmp_
 
 
 def test_views_learn_from_opinions_of_their_own(call, videos):
-    "Lines of DIVIDE-3k: each view under its own label, the overall one counts half; a view nobody was asked about does without."
+    "Lines as DIVIDE-3k has them: each view under its own label, the overall one counts half; a view nobody was asked about does without."
     own = {"aesthetic": [2, 5, 1, 4, 3, 6], "technical": [1, 3, 2, 6, 4, 5]}
     text = "".join(f"{i}.mp4,{own['aesthetic'][i]},{own['technical'][i]},{5 - .6 * i:.2f}\n" for i in range(6))
-    args = "train", "--data", labels(text, "DIVIDE/labels.txt"), "--videos", videos, *ONE_STEP
+    args = "train", "--data", labels(text, "DIVIDE/labels.txt"), "--videos", videos, "--columns", "name,aesthetic,technical,overall", *ONE_STEP
     status, report, err = call(*args, "--out", "a")
     assert status == 0, err
     scores, rows = first_scores(fresh(), videos, report)
