@@ -25,9 +25,9 @@ sees it and uses it.
                TORCH_INDEX=https://download.pytorch.org/whl/cpu
   PYTHON       the Python to make .venv with (3.11 or newer)
   QUALIVISION_PRECISION
-               fp32, bf16, fp16 or auto: the number format of all that
-               trains from now on, whatever params.yaml says; auto is what
-               this machine computes natively. Scoring stays in fp32.
+               fp32, bf16, fp16 or auto: the number format of what is
+               trained from now on, whatever params.yaml says; auto:
+               what this machine computes natively. Scores stay fp32.
 To start over, remove .venv.
 END
 }
@@ -180,7 +180,7 @@ tests() {
     say "notebooks"
     "$PY" -c 'from nbdev.test import nbdev_test; nbdev_test()' --path nbs --n_workers 2 ||
         { status=1; say "notebooks: FAILED (above)"; }
-    MPLBACKEND=Agg "$PY" -m pytest -ra -n 2 --dist loadfile tests "$@" || status=$?     # a file's tests stay together
+    MPLBACKEND=Agg "$PY" -m pytest -ra -n 2 --dist loadfile --no-loadscope-reorder tests "$@" || status=$?     # a file's tests stay together
     return "$status"
 }
 

@@ -89,3 +89,11 @@ def one_thread():
 def two_threads():
     "torch enlarges with another kernel where it has one thread alone; its last bit is another, and some pixels round the other way (LOG.md)."
     yield from threads(2)
+
+
+LONG = ("test_pipeline", "test_pretrain", "test_trainer", "test_train_dover", "test_video", "test_tools", "test_vjepa2")
+
+
+def pytest_collection_modifyitems(items):
+    "The files that take minutes come first, so that of two processes none works on them alone at the end."
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
