@@ -46,7 +46,12 @@ def left_out(config, marker: str) -> bool:
     return not config.getoption(f"--{marker}")
 
 
+LONG = ("test_pipeline", "test_pretrain", "test_trainer", "test_train_dover", "test_video", "test_tools", "test_vjepa2")     # take minutes
+
+
 def pytest_collection_modifyitems(config, items):
+    # the long files first, so that of two processes none works on them alone at the end
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     for marker, meaning in MARKERS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and left_out(config, marker):
@@ -89,11 +94,3 @@ def one_thread():
 def two_threads():
     "torch enlarges with another kernel where it has one thread alone; its last bit is another, and some pixels round the other way (LOG.md)."
     yield from threads(2)
-
-
-LONG = ("test_pipeline", "test_pretrain", "test_trainer", "test_train_dover", "test_video", "test_tools", "test_vjepa2")
-
-
-def pytest_collection_modifyitems(items):
-    "The files that take minutes come first, so that of two processes none works on them alone at the end."
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
