@@ -340,6 +340,7 @@ def test_names_that_are_awkward(tmp_path):
 
 
 PEAKS = """
+import tracemalloc
 from test_tools import Length, score_set
 for n in (300, 3000):
     with open("long.txt", "w") as f: f.writelines(f"folder/of/a/video/with/a/long/name/{k:09}.mp4\\n" for k in range(n))
