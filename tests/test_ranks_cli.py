@@ -51,7 +51,7 @@ def test_a_place_that_cannot_be_written(tmp_path, monkeypatch):
     before = (tmp_path/"sets.json").read_bytes()
     (tmp_path/"file").touch()
     status, about, _ = call(*made, "new", "--out", tmp_path/"file"/"sets.json")
-    assert status == 1 and "cannot be written" in about["error"]
+    assert status == 1 and "nothing can be written in" in about["error"]
     def full(self, data): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
     status, about, _ = call(*made, "new", "--out", tmp_path/"sets.json")
