@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qualivision.models.qualivision import CONFIGS, ConcatHead, VJepaMos, config_of_encoder, input_channels
+from qualivision.models.five_mos import CONFIGS, ConcatHead, VJepaMos, config_of_encoder, input_channels
 from qualivision.models.vjepa2 import FeatureCache, training_memory
 
 BATCH, LR = 16, 1e-4

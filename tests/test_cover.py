@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qualivision.models.cover import COVER, CLIPImage, ImageAttention, clip_from_transformers, overall
-from qualivision.models.dover import ViewError, score
+from qualivision.official.cover import COVER, CLIPImage, ImageAttention, clip_from_transformers, overall
+from qualivision.official.dover import ViewError, score
 from qualivision.models.weights import WeightsError, load_strict
 from weights_formula import MAP, agrees, fill, outputs_of, view, views_of, weights_sha256
 

@@ -12,11 +12,11 @@ from typer.testing import CliRunner
 
 from qualivision.cli import app
 from qualivision.files import FileError
-from qualivision.inference.export import ExportError, Graph, OnnxModel, export_onnx, free_lengths, sources
+from qualivision.official.export import ExportError, Graph, OnnxModel, export_onnx, free_lengths, sources
 from qualivision.models.convnext3d import InflatedConvNeXt3D
-from qualivision.models.cover import COVER, CLIPImage
-from qualivision.models.dover import DOVER, Branches, DOVERMobile, QualityHead, score
-from qualivision.models.swin3d import Swin3D
+from qualivision.official.cover import COVER, CLIPImage
+from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, score
+from qualivision.official.swin3d import Swin3D
 from weights_formula import MAP, fill, view, views_of
 
 CLOSE = 1e-4
@@ -94,7 +94,7 @@ def test_a_file_that_differs_is_not_left(small, folder, monkeypatch):
     (folder/"old.onnx").write_bytes(b"old")
     call, written = OnnxModel.__call__, SimpleNamespace(model=SimpleNamespace(metadata_props={}))
     written.save = lambda path, external_data: shutil.copy(small[2]["file"], path)
-    monkeypatch.setattr("qualivision.inference.export._record", lambda *_: written)                 # it was recorded once
+    monkeypatch.setattr("qualivision.official.export._record", lambda *_: written)                 # it was recorded once
     monkeypatch.setattr(OnnxModel, "__call__", lambda self, views: {v: m.flip(-1) for v, m in call(self, views).items()})
     with pytest.raises(ExportError, match="differ"): export_onnx(model, folder/"old.onnx", **ABOUT, shapes=shapes)     # equal scores, other cells
     assert (folder/"old.onnx").read_bytes() == b"old" and not list(folder.glob(".*"))
@@ -102,7 +102,7 @@ def test_a_file_that_differs_is_not_left(small, folder, monkeypatch):
 
 def test_a_place_that_cannot_be_written(folder, monkeypatch):
     "Told before anything is recorded."
-    monkeypatch.setattr("qualivision.inference.export._record", lambda *_: pytest.fail("it was recorded"))
+    monkeypatch.setattr("qualivision.official.export._record", lambda *_: pytest.fail("it was recorded"))
     (folder/"file").touch()
     with pytest.raises(FileError, match="model.onnx: nothing can be written in"): export_onnx(fill(Small()), folder/"file"/"model.onnx", **ABOUT)
 
@@ -151,9 +151,9 @@ def test_command_for_cover_tells_both_sources(monkeypatch, tmp_path):
     "What goes into the file beside COVER's own licence: the image encoder's."
     about = dict(file="/x/COVER.pth", sha256="1" * 64, licence="MIT", trained_on="YouTube-UGC", clip_sha256="2" * 64)
     written = {}
-    monkeypatch.setattr("qualivision.inference.official.load_model", lambda *_: (None, about))
-    monkeypatch.setattr("qualivision.inference.export.onnx_packages", list)
-    monkeypatch.setattr("qualivision.inference.export.export_onnx",
+    monkeypatch.setattr("qualivision.official.scorer.load_model", lambda *_: (None, about))
+    monkeypatch.setattr("qualivision.official.export.onnx_packages", list)
+    monkeypatch.setattr("qualivision.official.export.export_onnx",
                         lambda model, out, **extra: written.update(extra) or dict(file=str(out), bytes=1, inputs={}, difference=0.))
     r = CliRunner().invoke(app, ["export", "--model", "cover", "--clip", "deep/below/clip.safetensors", "--out", str(tmp_path/"c.onnx"), "--json"])
     assert r.exit_code == 0 and json.loads(r.stdout)["licence"] == "MIT" and "hour" in r.stderr

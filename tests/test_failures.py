@@ -22,7 +22,7 @@ from qualivision.data.dataset import ClipCache, DatasetError, read_ahead
 from qualivision.files import FileError
 from qualivision.inference import bulk, official
 from qualivision.inference.bulk import FiveMos, score_set
-from qualivision.inference.official import OfficialScorer
+from qualivision.official.scorer import OfficialScorer
 from qualivision.inference.score import Scorer, predict
 from qualivision.quality import DIMENSIONS, MOS_COLUMNS, QualiVisionError, ScoreRecord
 
@@ -270,7 +270,7 @@ def test_what_nobody_foresaw_ends_a_command_with_a_sentence(call, monkeypatch):
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(call, here, monkeypatch):
     "One sentence, nothing read, nothing left."
     def worked(*a, **k): raise AssertionError("it began to work")
-    for name in ("qualivision.data.video.read_frames", "qualivision.inference.datasets._listing", "qualivision.data.dataset.ClipCache.build"):
+    for name in ("qualivision.data.video.read_frames", "qualivision.official.datasets._listing", "qualivision.data.dataset.ClipCache.build"):
         monkeypatch.setattr(name, worked)
     monkeypatch.setattr(Scorer, "from_checkpoint", worked); monkeypatch.setattr(OfficialScorer, "from_weights", worked)
     monkeypatch.setenv("QUALIVISION_WEIGHTS", str(here/"list.csv"/"weights"))
@@ -301,7 +301,7 @@ def test_training_in_a_folder_that_cannot_be_written(call, here, tmp_path, monke
 
 def test_bad_videos_are_found_before_a_training(call, here, tmp_path, monkeypatch):
     "End to end, the held-out videos are looked at after the last epoch; all that cannot be read are told before the first."
-    monkeypatch.setattr("qualivision.training.transfer.train_all", lambda *a, **k: pytest.fail("it began to train"))
+    monkeypatch.setattr("qualivision.official.transfer.train_all", lambda *a, **k: pytest.fail("it began to train"))
     for k in range(3): (tmp_path/f"bad{k}.mp4").write_bytes(b"no video")
     (tmp_path/"labels.csv").write_text("video,mos\n" + "".join(f"{n},3\n" for n in [*(here/n for n in NAMES), "bad0.mp4", "bad1.mp4", "bad2.mp4"]))
     status, said, err = call("train", "--data", tmp_path/"labels.csv", "--out", tmp_path/"model", "--json")

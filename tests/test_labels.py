@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qualivision.data.labels import SETS, VALUES, LabelError, check_set, find_set, known_set, place_of, places, read_labels
+from qualivision.data.opinions import SETS, VALUES, LabelError, check_set, find_set, known_set, place_of, places, read_labels
 from qualivision.files import FileError
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from qualivision.data.sampling import Sampling
-from qualivision.data.stream import CAUSE_NAMES
+from qualivision.pretraining.lessons import CAUSE_NAMES
 from qualivision.data.video import write_video
-from qualivision.evaluation.ladders import LADDERS, LadderError, ladder, right_steps, square_clip, worse
-from qualivision.models.transfer import load_body
+from qualivision.pretraining.ladders import LADDERS, LadderError, ladder, right_steps, square_clip, worse
+from qualivision.models.bodies import load_body
 
 ROOT = Path(__file__).parents[1]
 STRETCHES = [(name, start) for name in ("carphone_pristine", "bikes", "bigbuckbunny") for start in (0, 60)]

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from qualivision.models.convnext3d import ConvNeXt3D, DepthwiseConv3d, PointwiseConv3d
 from qualivision.models.fusion import QualityAwareFusion, SingleTokenFusion
-from qualivision.models.qualivision import CONFIGS, STATISTICS, VJEPA_EMBEDDED, DoverConfig, DoverPlusPlus, VJepaMos, documented_dover
+from qualivision.models.five_mos import CONFIGS, STATISTICS, VJEPA_EMBEDDED, DoverConfig, DoverPlusPlus, VJepaMos, documented_dover
 from qualivision.models.weights import WeightsError
 from qualivision.quality import QualiVisionError
 from weights_formula import clip, weight

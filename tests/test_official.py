@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from qualivision.data.video import NotAVideo
-from qualivision.inference.official import CLIP, OfficialError, OfficialScorer, load_model
+from qualivision.official.scorer import CLIP, OfficialError, OfficialScorer, load_model
 from qualivision.models.convnext3d import INFLATED, Block, GlobalResponseNorm, InflatedConvNeXt3D
-from qualivision.models.cover import COVER, CLIPImage
-from qualivision.models.dover import DOVER, DOVERMobile, ViewError, complexity, fused_logit, score
-from qualivision.models.swin3d import Swin3D, SwinBlock, WindowAttention, fit_window, window_cells
+from qualivision.official.cover import COVER, CLIPImage
+from qualivision.official.dover import DOVER, DOVERMobile, ViewError, complexity, fused_logit, score
+from qualivision.official.swin3d import Swin3D, SwinBlock, WindowAttention, fit_window, window_cells
 from qualivision.models.weights import REGISTRY, WeightsError, entry, load_strict
 from qualivision.quality import QualiVisionError
 from weights_formula import MAP, agrees, fill, outputs_of, view, views_of, weights_sha256
@@ -199,7 +199,7 @@ def test_groups_of_windows_do_not_matter(monkeypatch):
     block, x = SwinBlock(8, 2, (2, 7, 7), True, True).eval(), torch.randn(2, 4, 20, 28, 8)
     with torch.no_grad():
         whole = block(x)
-        monkeypatch.setattr("qualivision.models.swin3d.GROUP", 1)
+        monkeypatch.setattr("qualivision.official.swin3d.GROUP", 1)
         assert torch.allclose(block(x), whole, atol=1e-6)
 
 

@@ -20,17 +20,17 @@ import yaml
 
 from qualivision.data.sampling import Sampling
 from qualivision.data.simulate import FPS, SEED, SPLITS, crf, plan
-from qualivision.data.stream import CAUSE_NAMES, Reserved, lesson, reserved, show
+from qualivision.pretraining.lessons import CAUSE_NAMES, Reserved, lesson, reserved, show
 from qualivision.data.video import write_video
 from qualivision.files import file_sha256
-from qualivision.models.transfer import body_names, config_for, load_body, start_from_body, unpack
+from qualivision.models.bodies import body_names, config_for, load_body, start_from_body, unpack
 from qualivision.models import weights
-from qualivision.models.qualivision import DoverPlusPlus, VJepaMos
+from qualivision.models.five_mos import DoverPlusPlus, VJepaMos
 from qualivision.models.text import TextEncoder
 from qualivision.models.weights import REGISTRY, Entry, WeightsError, read_state
-from qualivision.training import trainer
-from qualivision.training.pretrain import MaskedPrediction, PretrainConfig, PretrainError, asking, figures_of, plain_encoder, pretrain
-from qualivision.training.trainer import Task, TrainError, model_config, train_model
+from qualivision.training import loop as trainer
+from qualivision.pretraining.tasks import MaskedPrediction, PretrainConfig, PretrainError, asking, figures_of, plain_encoder, pretrain
+from qualivision.training.loop import Task, TrainError, model_config, train_model
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")

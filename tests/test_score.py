@@ -154,7 +154,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     other = tiny.checkpoint(tmp_path/"other")
     from dataclasses import asdict, replace
 
-    from qualivision.models.qualivision import DoverPlusPlus
+    from qualivision.models.five_mos import DoverPlusPlus
     from qualivision.models.weights import load_checkpoint, save_checkpoint
     _, meta = load_checkpoint(other)
     save_checkpoint(other, DoverPlusPlus(replace(tiny.CONFIG, feature_dim=24)), {**meta, "config": asdict(tiny.CONFIG)})

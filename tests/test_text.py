@@ -245,7 +245,7 @@ def test_names_and_widths():
 
 
 def test_importing_the_chapter_is_light(root):
-    code = ("import sys, qualivision.models.text, qualivision.models.qualivision; "
+    code = ("import sys, qualivision.models.text, qualivision.models.five_mos; "
             "print([m for m in ('sentence_transformers', 'transformers') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.strip() == "[]"
     assert Path(text.__file__).is_relative_to(root)

@@ -12,15 +12,15 @@ from typer.testing import CliRunner
 from qualivision import cli
 from qualivision.data.sampling import dover_views
 from qualivision.data.video import write_video
-from qualivision.inference import official
-from qualivision.inference.datasets import set_metrics
-from qualivision.models.dover import DOVER, Branches, DOVERMobile, QualityHead, score
-from qualivision.models.transfer import load_head, parts, save_head
+from qualivision.official import scorer as official
+from qualivision.official.datasets import set_metrics
+from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, score
+from qualivision.models.bodies import load_head, parts, save_head
 from qualivision.models.vjepa2 import state_hash
 from qualivision.models.weights import S_LAB, load_checkpoint
-from qualivision.training import transfer as training
+from qualivision.official import transfer as training
 from qualivision.devices import seed_all
-from qualivision.training.transfer import FreshViews
+from qualivision.official.transfer import FreshViews
 
 VIEWS = ("technical", "aesthetic")
 

@@ -21,12 +21,12 @@ from qualivision import files
 from qualivision.data.dataset import collate
 from qualivision.data.sampling import Sampling
 from qualivision.devices import DeviceError, make_accelerator, seed_all
-from qualivision.models.qualivision import DoverPlusPlus
+from qualivision.models.five_mos import DoverPlusPlus
 from qualivision.models.text import TextEncoder
 from qualivision.models.weights import load_checkpoint
-from qualivision.training import trainer
+from qualivision.training import loop as trainer
 from qualivision.training.losses import HybridLoss
-from qualivision.training.trainer import (TrainConfig, TrainError, fit, prepare_data, read_pointer, start_run, steps_per_epoch,
+from qualivision.training.loop import (TrainConfig, TrainError, fit, prepare_data, read_pointer, start_run, steps_per_epoch,
                                           take_step, training_loss, validate, warmup_cosine)
 
 ROOT = Path(__file__).parents[1]

@@ -11,17 +11,17 @@ from typer.testing import CliRunner
 
 from qualivision.cli import app
 from qualivision.data.dataset import DecodeEachTime
-from qualivision.data.labels import LabelError, known_set
+from qualivision.data.opinions import LabelError, known_set
 from qualivision.data.video import write_video
 from qualivision.models.convnext3d import INFLATED, ConvNeXt3D, InflatedConvNeXt3D
-from qualivision.models.dover import DOVER, Branches, DOVERMobile, QualityHead, score
-from qualivision.models.qualivision import EMBEDDED, PUBLISHED, DoverConfig, DoverPlusPlus
-from qualivision.models.transfer import (BRANCH, about_head, backbone_from_dover, inherited_licence, load_head, official_names, parts, save_head,
+from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, score
+from qualivision.models.five_mos import EMBEDDED, PUBLISHED, DoverConfig, DoverPlusPlus
+from qualivision.models.bodies import (BRANCH, about_head, backbone_from_dover, inherited_licence, load_head, official_names, parts, save_head,
                                          start_from_dover)
 from qualivision.models.vjepa2 import FeatureCache, state_hash
 from qualivision.models.weights import S_LAB, WeightsError, load_strict, read_state, save_checkpoint
 from qualivision.quality import QualiVisionError
-from qualivision.training.transfer import (DoverSampling, FrozenBackbones, RatingsError, TransferConfig, cached_scores, hold_out, limited_view_loss,
+from qualivision.official.transfer import (DoverSampling, FrozenBackbones, RatingsError, TransferConfig, cached_scores, hold_out, limited_view_loss,
                                            plcc_loss, predicted_mos, preset_settings, rank_loss, read_ratings, split_views, train_heads, view_loss)
 from weights_formula import fill, normals, weight
 

@@ -11,11 +11,11 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from qualivision.models.qualivision import CONFIGS, VJepaConfig, VJepaMos, documented_vjepa_head, pretrained_vjepa
+from qualivision.models.five_mos import CONFIGS, VJepaConfig, VJepaMos, documented_vjepa_head, pretrained_vjepa
 from qualivision.models.vjepa2 import EncoderReport, FeatureCache, VideoEncoder, encoder_config, freeze_bottom, load_encoder
 from qualivision.models.weights import WeightsError, load_checkpoint
-from qualivision.training import trainer
-from qualivision.training.trainer import (Task, TrainError, keep_features, model_config, parameter_groups, prepare_data, sampling_of, start_run,
+from qualivision.training import loop as trainer
+from qualivision.training.loop import (Task, TrainError, keep_features, model_config, parameter_groups, prepare_data, sampling_of, start_run,
                                           take_step, train_model)
 from weights_formula import normals, weight
 
@@ -276,7 +276,7 @@ def test_ablation_in_miniature(data, tmp_path, monkeypatch):
     "Every variant and seed; a second call has nothing left to train and finds the same."
     import yaml
 
-    from qualivision.pipeline import ablation
+    from qualivision.experiments import ablation
     monkeypatch.chdir(tmp_path)
     train = dict(batch_size=4, accumulation=1, lr=1e-3, warmup_steps=1, device="cpu", epochs=9)
     model = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(CONFIG).items()}
