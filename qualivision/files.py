@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'FOREIGN', 'PACKAGE', 'FileError', 'reading', 'writing', 'encoding_of', 'read_text', 'is_address',
            'check_cell', 'read_lines', 'read_rows', 'read_table', 'number', 'check_place', 'staged', 'sync_to_disk',
            'readable', 'write_whole', 'check_room', 'Meter', 'progress', 'file_sha256', 'imported', 'code_hash',
-           'value_hash']
+           'value_hash', 'FileHashes']
 
 # %% ../nbs/02_files.ipynb #fb7746c2
 import ast
@@ -325,3 +325,43 @@ def code_hash(
 def value_hash(value) -> str:  # 64 hex digits
     "The hash of what JSON can hold, whatever the order of its keys."
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+# %% ../nbs/02_files.ipynb #97914a99
+def _fingerprint(path):
+    "What changes when a file does: size, both times in ns, inode."
+    try: s = os.stat(path)
+    except FileNotFoundError as e: raise FileError(path, "there is no such file", "Check the name and the folder.") from e
+    return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
+
+# %% ../nbs/02_files.ipynb #73ac2d73
+class FileHashes:
+    "SHA-256 of files, computed once and remembered until a file changes."
+    def __init__(self, folder: str | Path | None = None):  # where to remember them across runs; None: only in memory
+        self.file = Path(folder)/"hashes.json" if folder else None
+        self.known, self.changed = self._stored(), False
+
+    def _stored(self):
+        "What earlier runs and other processes have written."
+        if self.file is None or not self.file.exists(): return {}
+        try: return json.loads(self.file.read_text())
+        except json.JSONDecodeError: return {}      # all of it can be computed again
+
+    def __call__(self, path: str | Path) -> str:     # 64 hex digits
+        "The hash of one file. Raises `FileError` where there is none, or where it cannot be read."
+        path = os.path.abspath(path)
+        mark = _fingerprint(path)
+        if (known := self.known.get(path)) and known[:-1] == mark: return known[-1]
+        started = time.time_ns()
+        try: sha = file_sha256(path)
+        except OSError as e:
+            raise FileError(path, f"it cannot be read ({e.strerror})", "Check that it is a file and may be read.") from e
+        if started - max(mark[1:3]) > 2_000_000_000:
+            self.known[path], self.changed = [*mark, sha], True
+        return sha
+
+    def save(self):
+        "Write what is new; entries of other processes stay."
+        if self.file is None or not self.changed: return
+        self.known = self._stored() | self.known
+        write_whole(self.file, json.dumps(self.known, indent=0))
+        self.changed = False

@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 from test_tools import Length
 
-from qualivision.evaluation.ranks import RankError, build_set, fused_score
+from qualivision.evaluation.ranks import RankError, build_set
+from qualivision.official.fused import fused_score
 from qualivision.files import FileError
 from qualivision.inference.bulk import BulkError, find_videos, read_manifest, score_set
 from qualivision.quality import QualiVisionError

@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from qualivision.cli import app
-from qualivision.inference.bulk import FiveMos
+from qualivision.inference.bulk import FiveMosScorer
 from qualivision.inference.score import Scorer
 from qualivision.quality import COLUMNS, DIMENSIONS, MOS_COLUMNS
 
@@ -206,8 +206,8 @@ def test_encoding(tmp_path, monkeypatch):
               "ranks build t.csv --name n --model dover --out o.json": 1, "score-set t.csv --model qualivision --out o.csv": 1,
               "transfer --data t.csv --out o.safetensors": 1, "train --data t.csv --out o": 1, "infer-datasets t.csv": 1,
               "predict --data set --split train --out p.csv": 1}
-    monkeypatch.setattr("qualivision.cli._scorer", lambda *a: FiveMos.__new__(FiveMos))
-    monkeypatch.setattr(FiveMos, "settings", {}, raising=False)
+    monkeypatch.setattr("qualivision.cli._scorer", lambda *a: FiveMosScorer.__new__(FiveMosScorer))
+    monkeypatch.setattr(FiveMosScorer, "settings", {}, raising=False)
     for command, then in tables.items():
         shown = CliRunner().invoke(app, [*command.split(), "--json"])
         assert shown.exit_code == 1 and "line 2: it is not text in UTF-8 (byte 0xe9)" in shown.stderr and "--encoding" in shown.stderr, command
@@ -238,7 +238,7 @@ def test_train_that_cannot_start(here, tmp_path, monkeypatch):
     assert status == 1 and "train.learning_rate" in strict(out)["error"] and err.strip() == strict(out)["error"]
     assert [p.name for p in tmp_path.iterdir()] == ["params.yaml"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qualivision.pipeline.train.keep_memory", lambda: None)       # it would change this process
+    monkeypatch.setattr("qualivision.pipeline.params.keep_memory", lambda: None)       # it would change this process
     for i, (message, text) in enumerate({"no such file": None, "no profile paper": params(here/"set"), "-1 is not above 0": params(here/"set", lr=-1),
                                          "nowhere": params(here/"nowhere")}.items()):
         if text is not None: Path(f"{i}.yaml").write_text(text)

@@ -18,9 +18,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from qualivision.data import dataset
-from qualivision.data.dataset import (ClipCache, DatasetError, DatasetWarning, DecodeEachTime, EpochSampler, FileHashes, VideoQualityDataset,
-                                      augmentation, collate, data_hash, generator_of, load_dataset, load_labels, may_flip, resolve_splits,
-                                      shared_prompts, split_by_prompt, validate, write_predictions)
+from qualivision.data.clips import (
+    ClipCache, DecodeEachTime, EpochSampler, VideoQualityDataset, augmentation, collate, may_flip)
+from qualivision.data.dataset import (
+    DatasetError, DatasetWarning, data_hash, generator_of, load_dataset, load_labels,
+    resolve_splits, shared_prompts, split_by_prompt, validate, write_predictions)
+from qualivision.files import FileHashes
 from qualivision.data.sampling import Sampling
 from qualivision.data.video import VideoError, write_video
 from qualivision.files import FileError

@@ -15,17 +15,20 @@ from typer.testing import CliRunner
 
 from qualivision import devices
 from qualivision.cli import app
-from qualivision.data.dataset import ClipCache
+from qualivision.data.clips import ClipCache
 from qualivision.data.sampling import Sampling
 from qualivision.devices import DeviceError, native, resolve_precision
 from qualivision.files import FileError
 from qualivision.official.scorer import OfficialScorer
 from qualivision.inference.score import Scorer
-from qualivision.models.five_mos import EMBEDDED, DoverPlusPlus, VJepaConfig, VJepaMos, settled
-from qualivision.models.vjepa2 import FeatureCache
+from qualivision.models.dover_mos import EMBEDDED, DoverPlusPlus
+from qualivision.models.vjepa_mos import VJepaConfig, VJepaMos, settled
+from qualivision.models.frozen import FeatureCache
 from qualivision.pipeline.train import plan
 from qualivision.pretraining.tasks import PretrainConfig, PretrainError
-from qualivision.training.loop import Task, TrainConfig, TrainError, fit, model_config, train_model
+from qualivision.training.train import Task, model_config, train_model
+from qualivision.training.loop import TrainConfig, fit
+from qualivision.training.trackers import TrainError
 
 ROOT = Path(__file__).parents[1]
 VJEPA = model_config("vjepa2_embedded", dict(frames=4, size=32, patch=16, hidden_size=48, layers=6, encoder_heads=4, grid=(2, 1, 1),
@@ -101,7 +104,7 @@ def test_a_run_is_not_taken_up_in_another_format(root, tmp_path, machine):
 
 def trainer_sets(root):
     from qualivision.models.text import TextEncoder
-    from qualivision.training.loop import prepare_data
+    from qualivision.training.train import prepare_data
     sets = prepare_data(root, Sampling(tiny.CONFIG.frames, tiny.CONFIG.size), TextEncoder("minilm"), root.parent/"cache", progress=False)
     return sets.train, sets.val
 

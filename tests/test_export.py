@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from qualivision.cli import app
 from qualivision.files import FileError
 from qualivision.official.export import ExportError, Graph, OnnxModel, export_onnx, free_lengths, sources
-from qualivision.models.convnext3d import InflatedConvNeXt3D
+from qualivision.official.inflated import InflatedConvNeXt3D
 from qualivision.official.cover import COVER, CLIPImage
 from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, score
 from qualivision.official.swin3d import Swin3D

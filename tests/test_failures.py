@@ -18,10 +18,12 @@ from typer.testing import CliRunner
 
 from qualivision.cli import app
 from qualivision.data import dataset, sampling
-from qualivision.data.dataset import ClipCache, DatasetError, read_ahead
+from qualivision.data.clips import ClipCache, read_ahead
+from qualivision.data.dataset import DatasetError
 from qualivision.files import FileError
 from qualivision.inference import bulk, official
-from qualivision.inference.bulk import FiveMos, score_set
+from qualivision.inference.bulk import FiveMosScorer
+from qualivision.inference.bulk import score_set
 from qualivision.official.scorer import OfficialScorer
 from qualivision.inference.score import Scorer, predict
 from qualivision.quality import DIMENSIONS, MOS_COLUMNS, QualiVisionError, ScoreRecord
@@ -290,8 +292,8 @@ def test_training_in_a_folder_that_cannot_be_written(call, here, tmp_path, monke
     "Neither decoded nor embedded: the first thing that train does is look."
     (tmp_path/"params.yaml").write_text((ROOT/"params.yaml").read_text().replace("root: data", f"root: {here/'set'}"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qualivision.pipeline.train.keep_memory", lambda: None)
-    monkeypatch.setattr("qualivision.pipeline.train.train_model", lambda *a, **k: pytest.fail("it began to train"))
+    monkeypatch.setattr("qualivision.pipeline.params.keep_memory", lambda: None)
+    monkeypatch.setattr("qualivision.training.train.train_model", lambda *a, **k: pytest.fail("it began to train"))
     real = os.access
     monkeypatch.setattr(os, "access", lambda p, mode, **k: real(p, mode, **k) and not (mode & os.W_OK and Path(p) == tmp_path))
     status, said, err = call("train", "--json")
@@ -313,7 +315,7 @@ def test_a_result_that_fails_in_the_end_says_so_and_leaves_nothing(here, five, t
     "A disk that is full when the table gets its name: the first error is told, whatever the clean-up meets."
     def full(*a, **k): raise OSError(errno.ENOSPC, "No space left on device")
     def read_only(*a, **k): raise OSError(errno.EROFS, "Read-only file system")
-    scorer = FiveMos(five)
+    scorer = FiveMosScorer(five)
     for name, place in (("s.csv", "os.replace"), ("s.parquet", "os.replace")):
         with monkeypatch.context() as m:
             m.setattr(place, full); m.setattr(Path, "unlink", read_only)
@@ -359,9 +361,9 @@ def test_reasons_and_warnings_are_in_every_result(call, five, here, tmp_path, mo
 
 def test_rows_of_before_are_scored_again(five, here, tmp_path):
     "A journal whose rows know no reasons (their settings have no `judged`) is not read as if a still had been judged."
-    scorer = FiveMos(five)
+    scorer = FiveMosScorer(five)
     before = {k: v for k, v in scorer.settings.items() if k != "judged"}
-    class Before(FiveMos):
+    class Before(FiveMosScorer):
         def rate(self, views, prompt): return dict(zip(DIMENSIONS, self.scorer.judge(views[0], prompt, 2)[0]))
     old = Before(five); old.settings = before
     tiny.clip(tmp_path/"still.mp4", (9, 99, 200), frames=1)
@@ -396,7 +398,7 @@ def test_results_with_names_and_prompts_that_are_no_utf8(five, tmp_path):
     videos = [(n, str(tmp_path/n), p) for n, p in ((odd, "a boat"), ("a.mp4", "a boat"), ("a.mp4", prompt), ("a.mp4", "caf\ud800"))]
     said = []
     for name in ("s.csv", "s.parquet", "s.csv"):
-        about = score_set(videos, tmp_path/name, FiveMos(five), report=said.append)
+        about = score_set(videos, tmp_path/name, FiveMosScorer(five), report=said.append)
         table = pd.read_csv(tmp_path/"s.csv") if name == "s.csv" else pd.read_parquet(tmp_path/name)
         assert about["videos"] == 4 and about["failed"] >= 2 and table.video_name[0] == "caf\\xe9.mp4"
         assert table.Prompt[2] == "caf\\xe9 at night" and table.Prompt[3] == "caf\\ud800"

@@ -3,7 +3,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qualivision.data.opinions import SETS, VALUES, LabelError, check_set, find_set, known_set, place_of, places, read_labels
+from qualivision.official.known_sets import SETS, check_set, find_set, known_set
+from qualivision.data.opinions import VALUES, LabelError, place_of, places, read_labels
 from qualivision.files import FileError
 
 

@@ -9,7 +9,11 @@ from torch.nn import functional as F
 
 from qualivision.models.convnext3d import ConvNeXt3D, DepthwiseConv3d, PointwiseConv3d
 from qualivision.models.fusion import QualityAwareFusion, SingleTokenFusion
-from qualivision.models.five_mos import CONFIGS, STATISTICS, VJEPA_EMBEDDED, DoverConfig, DoverPlusPlus, VJepaMos, documented_dover
+from qualivision.models.registry import CONFIGS
+from qualivision.models.dover_mos import DoverConfig, DoverPlusPlus
+from qualivision.models.measures import STATISTICS
+from qualivision.models.vjepa_mos import VJEPA_EMBEDDED, VJepaMos
+from qualivision.models.documented import documented_dover
 from qualivision.models.weights import WeightsError
 from qualivision.quality import QualiVisionError
 from weights_formula import clip, weight

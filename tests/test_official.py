@@ -11,11 +11,13 @@ from torch.nn import functional as F
 
 from qualivision.data.video import NotAVideo
 from qualivision.official.scorer import CLIP, OfficialError, OfficialScorer, load_model
-from qualivision.models.convnext3d import INFLATED, Block, GlobalResponseNorm, InflatedConvNeXt3D
+from qualivision.official.inflated import INFLATED, InflatedConvNeXt3D
+from qualivision.models.convnext3d import Block, GlobalResponseNorm
 from qualivision.official.cover import COVER, CLIPImage
 from qualivision.official.dover import DOVER, DOVERMobile, ViewError, complexity, fused_logit, score
 from qualivision.official.swin3d import Swin3D, SwinBlock, WindowAttention, fit_window, window_cells
-from qualivision.models.weights import REGISTRY, WeightsError, entry, load_strict
+from qualivision.models.store import REGISTRY, entry
+from qualivision.models.weights import WeightsError, load_strict
 from qualivision.quality import QualiVisionError
 from weights_formula import MAP, agrees, fill, outputs_of, view, views_of, weights_sha256
 

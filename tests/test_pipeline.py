@@ -16,12 +16,12 @@ import pytest
 import yaml
 
 from chapters import ROOT
-from qualivision.models.five_mos import DoverPlusPlus
+from qualivision.models.dover_mos import DoverPlusPlus
 from qualivision.models.bodies import save_body
 from qualivision.pipeline.report import readme_results, report
 from qualivision.quality import DIMENSIONS
 from qualivision.pretraining.tasks import asking
-from qualivision.training.loop import model_config
+from qualivision.training.train import model_config
 
 PROMPTS = {"train": 6, "val": 2, "test": 4}     # of five clips each
 SMALL = {   # of the profile embedded: networks that are trained in seconds and know nothing

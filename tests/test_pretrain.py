@@ -25,12 +25,15 @@ from qualivision.data.video import write_video
 from qualivision.files import file_sha256
 from qualivision.models.bodies import body_names, config_for, load_body, start_from_body, unpack
 from qualivision.models import weights
-from qualivision.models.five_mos import DoverPlusPlus, VJepaMos
+from qualivision.models.dover_mos import DoverPlusPlus
+from qualivision.models.vjepa_mos import VJepaMos
 from qualivision.models.text import TextEncoder
-from qualivision.models.weights import REGISTRY, Entry, WeightsError, read_state
+from qualivision.models.store import REGISTRY, Entry
+from qualivision.models.weights import WeightsError, read_state
 from qualivision.training import loop as trainer
 from qualivision.pretraining.tasks import MaskedPrediction, PretrainConfig, PretrainError, asking, figures_of, plain_encoder, pretrain
-from qualivision.training.loop import Task, TrainError, model_config, train_model
+from qualivision.training.train import Task, model_config, train_model
+from qualivision.training.trackers import TrainError
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 
 from chapters import ROOT
-from qualivision.evaluation.ranks import (SET_WEIGHTS, Distribution, RankError, build_set, fuse_set, fused_score, read_sets, relative_ranks,
-                                          why_no_ranks, write_sets, zscore)
+from qualivision.official.fused import SET_WEIGHTS, fuse_set, fused_score, zscore
+from qualivision.evaluation.ranks import (
+    Distribution, RankError, build_set, read_sets, relative_ranks, why_no_ranks, write_sets)
 
 CLIP = {"technical": -0.07885, "aesthetic": 0.1483}
 PUBLISHED = {"LIVE-VQC": [(43, .10), (64, .51)], "KoNViD-1k": [(75, .77), (91, 1.21)], "LSVQ_test": [(69, .59), (79, .85)],

@@ -13,9 +13,11 @@ import pytest
 import torch
 from PIL import Image, features
 
-from qualivision.data.sampling import (COVER_VIEWS, DOVER_VIEWS, Sampling, SamplingError, View, cover_views, dover_views, fragment_corners,
-                                       fragment_offsets, fragment_view, is_picture, processor_view, read_picture, resize_square,
-                                       segment_indices, uniform_indices, uniform_view, view_indices)
+from qualivision.official.views import (
+    COVER_VIEWS, DOVER_VIEWS, View, cover_views, dover_views, fragment_corners, fragment_offsets,
+    fragment_view, is_picture, read_picture, segment_indices, view_indices)
+from qualivision.data.sampling import (
+    Sampling, SamplingError, processor_view, resize_square, uniform_indices, uniform_view)
 from qualivision.data.video import EmptyVideo, VideoError, probe, read_frames, write_video
 from qualivision.quality import QualiVisionError
 

@@ -11,7 +11,8 @@ import pytest
 import tiny
 import torch
 
-from qualivision.data.dataset import ClipCache, DatasetError, VideoQualityDataset, collate, load_labels
+from qualivision.data.clips import ClipCache, VideoQualityDataset, collate
+from qualivision.data.dataset import DatasetError, load_labels
 from qualivision.data.sampling import Sampling
 from qualivision.data.video import write_video
 from qualivision.files import FileError
@@ -154,7 +155,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path):
     other = tiny.checkpoint(tmp_path/"other")
     from dataclasses import asdict, replace
 
-    from qualivision.models.five_mos import DoverPlusPlus
+    from qualivision.models.dover_mos import DoverPlusPlus
     from qualivision.models.weights import load_checkpoint, save_checkpoint
     _, meta = load_checkpoint(other)
     save_checkpoint(other, DoverPlusPlus(replace(tiny.CONFIG, feature_dim=24)), {**meta, "config": asdict(tiny.CONFIG)})

@@ -14,7 +14,7 @@ import torch
 
 from qualivision.models import text
 from qualivision.models.text import BGE_LARGE, MINILM, TextEncoder, TextError, encoder_folder, encoder_of_width
-from qualivision.models.weights import REGISTRY
+from qualivision.models.store import REGISTRY
 from qualivision.quality import QualiVisionError
 
 

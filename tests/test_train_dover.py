@@ -10,14 +10,15 @@ import torch
 from typer.testing import CliRunner
 
 from qualivision import cli
-from qualivision.data.sampling import dover_views
+from qualivision.official.views import dover_views
 from qualivision.data.video import write_video
 from qualivision.official import scorer as official
 from qualivision.official.datasets import set_metrics
 from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, score
-from qualivision.models.bodies import load_head, parts, save_head
-from qualivision.models.vjepa2 import state_hash
-from qualivision.models.weights import S_LAB, load_checkpoint
+from qualivision.official.heads import load_head, parts, save_head
+from qualivision.models.frozen import state_hash
+from qualivision.models.store import S_LAB
+from qualivision.models.weights import load_checkpoint
 from qualivision.official import transfer as training
 from qualivision.devices import seed_all
 from qualivision.official.transfer import FreshViews

@@ -18,16 +18,19 @@ import tiny
 import torch
 
 from qualivision import files
-from qualivision.data.dataset import collate
+from qualivision.data.clips import collate
 from qualivision.data.sampling import Sampling
 from qualivision.devices import DeviceError, make_accelerator, seed_all
-from qualivision.models.five_mos import DoverPlusPlus
+from qualivision.models.dover_mos import DoverPlusPlus
 from qualivision.models.text import TextEncoder
 from qualivision.models.weights import load_checkpoint
 from qualivision.training import loop as trainer
 from qualivision.training.losses import HybridLoss
-from qualivision.training.loop import (TrainConfig, TrainError, fit, prepare_data, read_pointer, start_run, steps_per_epoch,
-                                          take_step, training_loss, validate, warmup_cosine)
+from qualivision.training.loop import (
+    TrainConfig, fit, read_pointer, start_run, steps_per_epoch, take_step, training_loss, validate,
+    warmup_cosine)
+from qualivision.training.trackers import TrainError
+from qualivision.training.train import prepare_data
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")

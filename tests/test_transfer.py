@@ -10,16 +10,20 @@ from scipy.stats import pearsonr
 from typer.testing import CliRunner
 
 from qualivision.cli import app
-from qualivision.data.dataset import DecodeEachTime
-from qualivision.data.opinions import LabelError, known_set
+from qualivision.data.clips import DecodeEachTime
+from qualivision.data.opinions import LabelError
+from qualivision.official.known_sets import known_set
 from qualivision.data.video import write_video
-from qualivision.models.convnext3d import INFLATED, ConvNeXt3D, InflatedConvNeXt3D
+from qualivision.official.inflated import INFLATED, InflatedConvNeXt3D
+from qualivision.models.convnext3d import ConvNeXt3D
 from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, score
-from qualivision.models.five_mos import EMBEDDED, PUBLISHED, DoverConfig, DoverPlusPlus
-from qualivision.models.bodies import (BRANCH, about_head, backbone_from_dover, inherited_licence, load_head, official_names, parts, save_head,
-                                         start_from_dover)
-from qualivision.models.vjepa2 import FeatureCache, state_hash
-from qualivision.models.weights import S_LAB, WeightsError, load_strict, read_state, save_checkpoint
+from qualivision.models.dover_mos import EMBEDDED, PUBLISHED, DoverConfig, DoverPlusPlus
+from qualivision.models.dover_start import (
+    BRANCH, backbone_from_dover, inherited_licence, official_names, start_from_dover)
+from qualivision.official.heads import about_head, load_head, parts, save_head
+from qualivision.models.frozen import FeatureCache, state_hash
+from qualivision.models.store import S_LAB
+from qualivision.models.weights import WeightsError, load_strict, read_state, save_checkpoint
 from qualivision.quality import QualiVisionError
 from qualivision.official.transfer import (DoverSampling, FrozenBackbones, RatingsError, TransferConfig, cached_scores, hold_out, limited_view_loss,
                                            plcc_loss, predicted_mos, preset_settings, rank_loss, read_ratings, split_views, train_heads, view_loss)

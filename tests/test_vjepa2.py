@@ -11,12 +11,18 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from qualivision.models.five_mos import CONFIGS, VJepaConfig, VJepaMos, documented_vjepa_head, pretrained_vjepa
-from qualivision.models.vjepa2 import EncoderReport, FeatureCache, VideoEncoder, encoder_config, freeze_bottom, load_encoder
+from qualivision.models.registry import CONFIGS
+from qualivision.models.vjepa_mos import VJepaConfig, VJepaMos, pretrained_vjepa
+from qualivision.models.documented import documented_vjepa_head
+from qualivision.models.vjepa2 import (
+    EncoderReport, VideoEncoder, encoder_config, freeze_bottom, load_encoder)
+from qualivision.models.frozen import FeatureCache
 from qualivision.models.weights import WeightsError, load_checkpoint
 from qualivision.training import loop as trainer
-from qualivision.training.loop import (Task, TrainError, keep_features, model_config, parameter_groups, prepare_data, sampling_of, start_run,
-                                          take_step, train_model)
+from qualivision.training.train import (
+    Task, keep_features, model_config, prepare_data, sampling_of, train_model)
+from qualivision.training.trackers import TrainError
+from qualivision.training.loop import parameter_groups, start_run, take_step
 from weights_formula import normals, weight
 
 CONFIG = model_config("vjepa2_embedded", dict(frames=4, size=32, patch=16, hidden_size=48, layers=6, encoder_heads=4, grid=(2, 1, 1),
@@ -71,7 +77,7 @@ def test_frozen_stays_bit_equal_in_eval_and_without_gradients(data, tmp_path):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     run = start_run(model, sets.train, None, tiny.settings(weight_decay=.5, lr_multipliers={"head": 2.}), tmp_path/"run")
     held = {id(p) for g in run.optimizer.param_groups for p in g["params"]}
-    from qualivision.data.dataset import collate
+    from qualivision.data.clips import collate
     for _ in range(3): take_step(run, [collate([sets.train[i] for i in range(4)])])
     for name, p in model.named_parameters():
         low = name.startswith(FROZEN)

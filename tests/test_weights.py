@@ -21,8 +21,10 @@ from torch import nn
 
 from qualivision.files import FileError, file_sha256
 from qualivision.models import weights
-from qualivision.models.weights import (REGISTRY, Entry, WeightsError, compare, download, inspect, inspect_file, list_weights,
-                                        load_checkpoint, load_strict, pull, read_file, read_state, save_checkpoint)
+from qualivision.models.store import REGISTRY, Entry, download, list_weights, pull
+from qualivision.models.weights import (
+    WeightsError, compare, inspect, inspect_file, load_checkpoint, load_strict, read_file,
+    read_state, save_checkpoint)
 
 META = dict(config=dict(width=8), data_hash="0" * 64, metrics=dict(srocc=0.5), licence="MIT", trained_on="simulated labels")
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from qualivision.cli import MODELS, app
 from qualivision.files import file_sha256
-from qualivision.models.weights import REGISTRY, Entry
+from qualivision.models.store import REGISTRY, Entry
 
 
 @pytest.fixture

@@ -7,10 +7,11 @@ import torch
 
 from qualivision.data.sampling import Sampling
 from qualivision.data.video import write_video
-from qualivision.models.five_mos import DoverPlusPlus
+from qualivision.models.dover_mos import DoverPlusPlus
 from qualivision.models.weights import save_checkpoint
 from qualivision.quality import COLUMNS
-from qualivision.training.loop import Task, TrainConfig, model_config, train_model
+from qualivision.training.train import Task, model_config, train_model
+from qualivision.training.loop import TrainConfig
 
 CONFIG = model_config("embedded", dict(frames=4, size=32, dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), stem=(1, 4, 4), kernel=(3, 3, 3),
                                        grid=(2, 1, 1), feature_dim=16, fusion_width=16, heads=2, fused_dim=16))

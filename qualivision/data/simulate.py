@@ -11,10 +11,8 @@ __all__ = ['SIDE', 'FRAMES', 'FPS', 'COLOURS', 'SUBJECTS', 'COUNTS', 'MOTIONS', 
            'Clip', 'plan_clip', 'plan', 'labels', 'causes_table', 'simulate']
 
 # %% ../../nbs/data/12_simulate.ipynb #f54e1f81
-import csv
 import hashlib
 import math
-import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from .video import write_video
-from ..quality import COLUMNS, DIMENSIONS, MOS_COLUMNS, QualiVisionError
+from ..quality import COLUMNS, DIMENSIONS, QualiVisionError
 
 # %% ../../nbs/data/12_simulate.ipynb #db412951
 SIDE, FRAMES, FPS = 144, 48, 24     # pixels, frames, frames/s: a square clip of two seconds

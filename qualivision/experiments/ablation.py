@@ -14,13 +14,16 @@ import numpy as np
 
 from ..files import code_hash, value_hash
 from ..devices import kept_rng, seed_all
-from ..models.five_mos import VJepaMos, settled
+from ..models.vjepa_mos import VJepaMos, settled
 from ..models.text import TextEncoder
-from ..pipeline.params import ParamsError, keep_memory, label_source, read_json, read_params, run_stage, split_rule, write_json
+from qualivision.pipeline.params import (
+    ParamsError, keep_memory, label_source, read_json, read_params, run_stage, split_rule,
+    write_json)
 from ..pipeline.train import from_noise
 from ..quality import DIMENSIONS
-from ..training.loop import (TrainConfig, build_vjepa, fit, keep_features, model_config, prepare_data, sampling_of,
-                                          train_trunk)
+from ..training.loop import TrainConfig, fit
+from ..training.train import (
+    build_vjepa, keep_features, model_config, prepare_data, sampling_of, train_trunk)
 
 # %% ../../nbs/experiments/66_ablation.ipynb #dbf7bbdb
 DEFAULT = "freeze 0.85, attentive"

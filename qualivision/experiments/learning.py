@@ -16,11 +16,12 @@ import numpy as np
 from ..data.dataset import load_dataset, resolve_splits
 from ..files import code_hash, value_hash
 from .ablation import interval
-from ..pipeline.params import (ParamsError, keep_memory, known_model, label_source, read_json, read_params, run_stage, split_rule,
-                                         write_json)
+from qualivision.pipeline.params import (
+    ParamsError, keep_memory, known_model, label_source, read_json, read_params, run_stage,
+    split_rule, write_json)
 from ..pipeline.train import from_noise, plan
 from ..quality import DIMENSIONS, MOS_COLUMNS
-from ..training.loop import Task, train_model
+from ..training.train import Task, train_model
 
 # %% ../../nbs/experiments/67_learning.ipynb #057dbfe5
 def fewer(

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from ..files import code_hash, value_hash
 from ..devices import announce, kept_rng, resolve_precision, seed_all
-from ..models.five_mos import VJepaMos
+from ..models.vjepa_mos import VJepaMos
 from ..models.text import TextEncoder
 from .ablation import interval
-from ..pipeline.params import ParamsError, keep_memory, read_json, read_params, run_stage, write_json
+from ..pipeline.params import (
+    ParamsError, keep_memory, read_json, read_params, run_stage, write_json)
 from ..pretraining.tasks import PretrainConfig, asking, plain_encoder, pretrain
-from ..training.loop import kind_of, model_config, sampling_of
+from ..training.train import kind_of, model_config, sampling_of
 
 # %% ../../nbs/experiments/68_masked.ipynb #33078100
 SECTIONS = ("text", "pretrain", "masked", "vjepa2")

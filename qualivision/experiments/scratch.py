@@ -9,7 +9,8 @@ __all__ = ['SECTIONS', 'main']
 from pathlib import Path
 
 from ..pipeline.evaluate import score_to
-from ..pipeline.params import ParamsError, keep_memory, known_model, read_params, run_stage
+from ..pipeline.params import (
+    ParamsError, keep_memory, known_model, read_params, run_stage)
 from ..pipeline.train import from_noise, train_to
 
 # %% ../../nbs/experiments/65_scratch.ipynb #4edbf3d8

@@ -18,7 +18,8 @@ from ..data.sampling import Sampling
 from ..devices import announce, autocast, pick_device, resolve_precision
 from ..files import check_place
 from ..files import progress as with_progress
-from ..models.five_mos import DoverConfig, DoverPlusPlus, VJepaConfig, VJepaMos
+from ..models.dover_mos import DoverConfig, DoverPlusPlus
+from ..models.vjepa_mos import VJepaConfig, VJepaMos
 from ..models.text import TextEncoder
 from ..models.weights import load_checkpoint, load_strict
 from ..quality import DIMENSIONS, QualiVisionError, ScoreRecord, Tally, caught

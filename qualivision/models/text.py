@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..files import FileError, file_sha256, progress, read_text, value_hash, write_whole
-from .weights import REGISTRY, read_state
+from .store import REGISTRY
+from .weights import read_state
 from ..quality import QualiVisionError, caught, say
 
 # %% ../../nbs/models/22_text.ipynb #04993797

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.convnext3d import INFLATED, InflatedConvNeXt3D
+from .inflated import INFLATED, InflatedConvNeXt3D
 from .dover import Branches, QualityHead, ViewError
 from .swin3d import Swin3D
 from ..models.weights import LoadReport, WeightsError, load_strict

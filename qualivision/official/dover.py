@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..models.convnext3d import INFLATED, InflatedConvNeXt3D, PointwiseConv3d
+from .inflated import INFLATED, InflatedConvNeXt3D
+from ..models.convnext3d import PointwiseConv3d
 from .swin3d import Swin3D
 from ..quality import QualiVisionError
 

@@ -15,9 +15,11 @@ import pandas as pd
 from ..data.dataset import DatasetError, write_predictions
 from ..files import code_hash
 from ..evaluation.metrics import MetricError
-from ..evaluation.protocol import BASELINES, CEILING, Clips, results_table, run_baselines, save_results
+from ..evaluation.protocol import (
+    BASELINES, CEILING, Clips, results_table, run_baselines, save_results)
 from ..models.text import TextEncoder
-from .params import MODELS, keep_memory, label_source, read_json, read_params, read_splits, run_stage, write_json
+from .params import (
+    MODELS, keep_memory, label_source, read_json, read_params, read_splits, run_stage, write_json)
 from ..quality import DIMENSIONS, MOS_COLUMNS
 
 # %% ../../nbs/pipeline/54_compare.ipynb #59a0ffa2

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..data.dataset import ClipCache, write_predictions
+from ..data.clips import ClipCache
+from ..data.dataset import write_predictions
 from ..files import code_hash, progress
 from ..inference.score import Scorer
 from ..models.weights import about_file
-from .params import keep_memory, known_model, read_params, read_splits, run_stage, write_json
+from .params import (
+    keep_memory, known_model, read_params, read_splits, run_stage, write_json)
 
 # %% ../../nbs/pipeline/53_evaluate.ipynb #eb56df47
 def judged_split(

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..data.dataset import ClipCache, data_hash, load_dataset, resolve_splits, validate
+from ..data.clips import ClipCache
+from ..data.dataset import data_hash, load_dataset, resolve_splits, validate
 from ..data.sampling import Sampling
 from ..evaluation.lowlevel import feature_table
 from ..models.text import TextEncoder
 from ..files import code_hash
-from .params import keep_memory, label_source, read_params, run_stage, split_rule, write_json
+from .params import (
+    keep_memory, label_source, read_params, run_stage, split_rule, write_json)
 
 # %% ../../nbs/pipeline/51_prepare.ipynb #beae1b96
 def used_rows(splits: dict) -> pd.DataFrame:  # as of `resolve_splits` → rows with labels, split = their role

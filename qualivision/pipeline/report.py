@@ -18,9 +18,9 @@ import pandas as pd
 
 from ..files import value_hash
 from ..evaluation.metrics import MetricError
-from ..evaluation.protocol import (BASELINES, COLUMNS, NAMES, TITLES, WIDTH, best_baseline,
-                                             differences_markdown, markdown_table, plot_curves, plot_rows,
-                                             plot_scatter, save_figure, shown_cell, wins)
+from ..evaluation.protocol import (
+    BASELINES, COLUMNS, NAMES, TITLES, WIDTH, best_baseline, differences_markdown, markdown_table,
+    plot_curves, plot_rows, plot_scatter, save_figure, shown_cell, wins)
 from .params import read_json, run_stage
 from ..quality import DIMENSIONS
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from ..data.dataset import data_hash, load_dataset, scale_of
 from ..files import check_place, code_hash
-from ..models.five_mos import settled
+from ..models.vjepa_mos import settled
 from ..models.weights import about_file
-from .params import (ParamsError, keep_memory, known_model, label_source, read_json, read_params, run_stage, split_rule,
-                                         write_json)
-from ..training.loop import Task, TrainConfig, kind_of, model_config, train_model, write_history
+from qualivision.pipeline.params import (
+    ParamsError, keep_memory, known_model, label_source, read_json, read_params, run_stage,
+    split_rule, write_json)
+from ..training.train import Task, kind_of, model_config, train_model
+from ..training.loop import TrainConfig, write_history
 
 # %% ../../nbs/pipeline/52_train.ipynb #22d5fbe5
 def plan(

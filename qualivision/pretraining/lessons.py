@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 
 from ..data.sampling import Sampling
-from ..data.simulate import (ATTRIBUTES, CAUSES, POOLS, SEED, SPLITS, Causes, Scene, SimulationError, encode, phrase, plan, render, stream)
+from qualivision.data.simulate import (
+    ATTRIBUTES, CAUSES, POOLS, SEED, SPLITS, Causes, Scene, SimulationError, encode, phrase, plan,
+    render, stream)
 
 # %% ../../nbs/pretraining/60_lessons.ipynb #4330e701
 CAUSE_NAMES = tuple(c for group in CAUSES.values() for c in group)      # the ten severities of a lesson, in this order

@@ -13,12 +13,16 @@ from pathlib import Path
 from ..files import code_hash, value_hash
 from ..devices import kept_rng, seed_all
 from .lessons import reserved
-from ..models.five_mos import DoverPlusPlus, VJepaMos
+from ..models.dover_mos import DoverPlusPlus
+from ..models.vjepa_mos import VJepaMos
 from ..models.text import TextEncoder
 from ..models.bodies import load_body, save_body
-from ..pipeline.params import ParamsError, keep_memory, known_model, read_params, run_stage, write_json
-from .tasks import PretrainConfig, asking, figures_of, plain_encoder, pretrain
-from ..training.loop import kind_of, model_config, sampling_of, write_history
+from ..pipeline.params import (
+    ParamsError, keep_memory, known_model, read_params, run_stage, write_json)
+from .tasks import (
+    PretrainConfig, asking, figures_of, plain_encoder, pretrain)
+from ..training.train import kind_of, model_config, sampling_of
+from ..training.loop import write_history
 
 # %% ../../nbs/pretraining/63_stage.ipynb #f6952cfe
 SECTIONS = {"dover": ("text", "pretrain", "dover"), "vjepa2": ("text", "pretrain", "vjepa2")}     # model → what its pretraining reads

@@ -25,9 +25,12 @@ from torch.nn import functional as F
 
 from ..data.sampling import Sampling
 from .lessons import CAUSE_NAMES, VALUES, Lessons, LessonStream
-from ..devices import DEVICES, ENVIRONMENT, PRECISIONS, Choice, announce, deterministic, make_accelerator, precision_name, resolve_precision, seed_all
+from ..devices import (
+    DEVICES, ENVIRONMENT, PRECISIONS, Choice, announce, deterministic, make_accelerator,
+    precision_name, resolve_precision, seed_all)
 from ..files import Meter, staged
-from ..models.five_mos import ALIGNMENT, FiveMos, input_channels
+from ..models.five_mos import ALIGNMENT, FiveMos
+from ..models.measures import input_channels
 from ..models.vjepa2 import VideoEncoder
 from ..quality import QualiVisionError, say
 from ..training.loop import parameter_groups, warmup_cosine
