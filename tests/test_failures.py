@@ -272,7 +272,7 @@ def test_what_nobody_foresaw_ends_a_command_with_a_sentence(call, monkeypatch):
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(call, here, monkeypatch):
     "One sentence, nothing read, nothing left."
     def worked(*a, **k): raise AssertionError("it began to work")
-    for name in ("qualivision.data.video.read_frames", "qualivision.official.datasets._listing", "qualivision.data.dataset.ClipCache.build"):
+    for name in ("qualivision.data.video.read_frames", "qualivision.official.datasets._listing", "qualivision.data.clips.ClipCache.build"):
         monkeypatch.setattr(name, worked)
     monkeypatch.setattr(Scorer, "from_checkpoint", worked); monkeypatch.setattr(OfficialScorer, "from_weights", worked)
     monkeypatch.setenv("QUALIVISION_WEIGHTS", str(here/"list.csv"/"weights"))

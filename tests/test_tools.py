@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from qualivision.cli import app
 from qualivision.data.dataset import load_dataset, validate
 from qualivision.official.known_sets import known_set
-from qualivision.data.video import write_video
+from qualivision.data.container import write_video
 from qualivision.evaluation.metrics import srocc
 from qualivision.files import FileError
 from qualivision.official import scorer as official

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from ..data.video import MissingVideo
+from ..data.container import MissingVideo
 from ..files import (
     NAMES, check_place, file_sha256, is_address, progress, read_lines, read_rows, readable, staged)
 from .score import Scorer
