@@ -10,7 +10,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from qualivision.data.simulate import CAUSES, LABELS, SEED, SPLITS, causes_table, clean, labels, plan, plan_clip, simulate
+from qualivision.data.draw import CAUSES, clean
+from qualivision.data.simulate import (
+    LABELS, SEED, SPLITS, causes_table, labels, plan, plan_clip, simulate)
 from qualivision.data.video import probe, read_frames
 
 ROOT = Path(__file__).resolve().parents[1]

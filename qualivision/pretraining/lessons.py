@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ..data.sampling import Sampling
-from qualivision.data.simulate import (
-    ATTRIBUTES, CAUSES, POOLS, SEED, SPLITS, Causes, Scene, SimulationError, encode, phrase, plan,
-    render, stream)
+from ..data.draw import (
+    ATTRIBUTES, CAUSES, POOLS, Causes, Scene, SimulationError, encode, render)
+from ..data.simulate import SEED, SPLITS, phrase, plan, generator_for
 
 # %% ../../nbs/pretraining/60_lessons.ipynb #4330e701
 CAUSE_NAMES = tuple(c for group in CAUSES.values() for c in group)      # the ten severities of a lesson, in this order
@@ -68,7 +68,7 @@ class Lesson:
         return np.array([[values.index(getattr(s, a)) for a, values in VALUES.items()] for s in self.said])
 
     def frames(self) -> np.ndarray:       # (48,144,144,3) uint8
-        return render(self.causes, stream(self.seed, f"pair {self.index // 2}", "", "pixels"))
+        return render(self.causes, generator_for(self.seed, f"pair {self.index // 2}", "", "pixels"))
 
 def draw_severity(rng: np.random.Generator) -> dict[str, float]:
     "Ten severities in [0,1]; a dimension in ten has none."
@@ -89,10 +89,10 @@ def lesson(seed: int,                       # of the stream; not the one of the 
     if side not in SIDES_OF_SCENES: raise SimulationError(side, "no such side", f"Choose from {', '.join(SIDES_OF_SCENES)}.")
     if seed == SEED: raise SimulationError(f"seed {seed}", "it is that of the embedded data set", "Take another one for pretraining.")
     taken = reserved() if taken is None else taken
-    rng = stream(seed, f"pair {index // 2}", side, "scene")
+    rng = generator_for(seed, f"pair {index // 2}", side, "scene")
     scene = _until(lambda: Scene(**{a: v[int(rng.integers(len(v)))] for a, v in VALUES.items()}),
                    lambda s: s not in taken.scenes and side_of(s) == side)
-    rng = stream(seed, f"lesson {index}", side, "lesson")
+    rng = generator_for(seed, f"lesson {index}", side, "lesson")
     prompts, said = [_sentence(scene, rng, taken)], [scene]
     for _ in range(others):
         def change():
