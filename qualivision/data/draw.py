@@ -205,35 +205,35 @@ LAYOUT = {  # by count: radius, where the middles are, how far they travel
     3: (.25, [(-.55, .22), (0., -.36), (.55, .22)], .52)}
 
 @dataclass(frozen=True)
-class _Look:
-    "How the subjects of a clip look: style, hue, saturation, value, turn."
+class _Paint:
+    "How the subjects of a clip are painted: style, hue, saturation, value, turn."
     style: str
     hue: float
     sat: float
     val: float
     turn: float
 
-def body(look: _Look, u, v, d, px) -> np.ndarray:
+def body(paint: _Paint, u, v, d, px) -> np.ndarray:
     "The colour of a subject, from its own coordinates (u,v) and its distance d: (T,h,w,3)."
     lit = 1 - .18 * np.clip(.6 * (u + v), -1, 1)
-    hue, sat, val = look.hue, look.sat, look.val
-    if look.style == "cartoon":                                              # a dark outline
+    hue, sat, val = paint.hue, paint.sat, paint.val
+    if paint.style == "cartoon":                                              # a dark outline
         return np.where((d > -5 * px)[..., None], np.float32(.08), hsv(hue, sat, val))
-    if look.style == "clay":                                                 # fingerprints
+    if paint.style == "clay":                                                 # fingerprints
         return hsv(hue, .88 * sat, val * (lit + .05 * np.sin(17 * u) * np.sin(15 * v)))
-    if look.style == "neon":
+    if paint.style == "neon":
         return hsv(hue, sat * (.75 + .25 * np.clip(-6 * d, 0, 1)), min(1., 1.12 * val) + 0 * d)
-    if look.style == "poster":                                               # two flat tones
+    if paint.style == "poster":                                               # two flat tones
         return hsv(hue, sat, val * np.where(u + v > 0, .82, 1.))
     return hsv(hue, .95 * sat, val * lit)
 
 # %% ../../nbs/data/11_draw.ipynb #aa56fad2
-def _around(look: _Look, area, d) -> None:
+def _around(paint: _Paint, area, d) -> None:
     "A glow or a soft shadow around a subject, in place."
     outside = np.clip(d, 0, None)
-    if look.style == "neon":
-        area += (.35 * np.exp(-9 * outside))[..., None] * (hsv(look.hue, look.sat, 1.) - area)
-    elif look.style in ("photo", "clay"): area *= 1 - .22 * np.exp(-12 * outside)[..., None]
+    if paint.style == "neon":
+        area += (.35 * np.exp(-9 * outside))[..., None] * (hsv(paint.hue, paint.sat, 1.) - area)
+    elif paint.style in ("photo", "clay"): area *= 1 - .22 * np.exp(-12 * outside)[..., None]
 
 def _bent(u, v, lobes):
     "Coordinates in which a round outline has lobes."
@@ -249,7 +249,7 @@ def draw_subjects(video, gx, gy, scene, time, offset, morph, side, rngs) -> None
     sat, val = rng.uniform(.80, .92), rng.uniform(.80, .92)
     radius, spots, travel = LAYOUT[scene.count]
     radius, turn = radius * rng.uniform(.92, 1.08), rng.uniform(-.25, .25)
-    look = _Look(scene.style, hue, sat, val, turn)
+    paint = _Paint(scene.style, hue, sat, val, turn)
     dx, dy, scale = path(scene.motion, time / frames, rng)
     lobes, size = wobble(time, frames, morph, bend)
     def span(middle, reach):                 # the pixels that a subject can touch in any frame
@@ -265,8 +265,8 @@ def draw_subjects(video, gx, gy, scene, time, offset, morph, side, rngs) -> None
         u, v = np.cos(turn) * u + np.sin(turn) * v, -np.sin(turn) * u + np.cos(turn) * v
         if morph > 0: u, v = _bent(u, v, lobes)
         d, area = distance(scene.subject, u, v) * r, video[:, y0:y1, x0:x1]
-        _around(look, area, d)
-        area += np.clip(.5 - d / px, 0, 1)[..., None] * (body(look, u, v, d, px) - area)
+        _around(paint, area, d)
+        area += np.clip(.5 - d / px, 0, 1)[..., None] * (body(paint, u, v, d, px) - area)
 
 # %% ../../nbs/data/11_draw.ipynb #abe5e2ab
 def recolour(video, palette: float, exposure: float, rng) -> np.ndarray:
@@ -303,7 +303,7 @@ def render(causes: Causes,
     "Draws the clip before encoding: the scene, then the faults that its causes put into it."
     s, scene, margin = causes.severity, causes.shown, 12
     n = side + 2 * margin                                     # a margin for the camera to shake in
-    held, placed, look, ground, bend, wrong, moving, grain = rng.spawn(8)
+    held, placed, paint, ground, bend, wrong, moving, grain = rng.spawn(8)
     sx, sy, lean = placed.choice([-1, 1], 3)
     gy, gx = ((np.mgrid[:n, :n].astype(np.float32) - n / 2 + .5) / (side / 2))
     tilt = .5 * lean * s["composition"]
@@ -312,7 +312,7 @@ def render(causes: Causes,
     video = np.broadcast_to(canvas.astype(np.float32), (frames, n, n, 3)).copy()
     offset = s["composition"] * .62 * sx, s["composition"] * .34 * sy
     time = hold(frames, s["freeze"], held)
-    draw_subjects(video, gx, gy, scene, time, offset, s["morph"], side, (look, bend))
+    draw_subjects(video, gx, gy, scene, time, offset, s["morph"], side, (paint, bend))
     if scene.style == "poster": video = .6 * np.round(7 * video) / 7 + .4 * video
     video = recolour(video, s["palette"], s["exposure"], wrong)
     video = _flicker_and_shake(video, s, margin, side, moving)
