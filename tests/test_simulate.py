@@ -60,7 +60,7 @@ def test_the_labels_are_those_of_the_plan(clips):
 
 
 def test_a_clip_comes_out_the_same_alone(clips, tmp_path):
-    "Frames and encoder settings in the store are today's. Bytes may differ with encoder, processor and memory (chapter data/05_simulate)."
+    "Frames and encoder settings in the store are today's. Bytes may differ with encoder, processor and memory (chapter data/11_draw)."
     c = clips[333]
     alone = plan_clip(c.prompt, c.scene, c.generator, SEED, c.name, c.split)
     there = read_frames(stored()[f"{c.split}/videos/{c.name}"], range(48))
