@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from .container import MissingVideo
 from .dataset import DatasetError
 from ..files import (
     FileError, FileHashes, _fingerprint, check_place, check_room, progress, staged)
@@ -146,6 +147,13 @@ def _check_room(folder, count: int, size: int, shown: bool):
             f"{free/1e9:.1f} GB free")
 
 # %% ../../nbs/data/14_clips.ipynb #ab3ee355
+def _hash_of(hashes: FileHashes, path) -> str:
+    "The hash of a video, with errors of its kind."
+    try: return hashes(path)
+    except FileError as e:
+        kind = DatasetError if os.path.exists(path) else MissingVideo
+        raise kind(e.what, e.cause, e.remedy) from e
+
 def _decode(cache, path) -> tuple[Path, np.ndarray]:
     "Place and clip, from a file that stayed the same while it was read."
     before = _fingerprint(path)
@@ -192,8 +200,8 @@ class ClipCache:
         self.folder = Path(folder)/f"{readable}-{exact}-v{CACHE_FORMAT}"
 
     def file(self, path: str | Path) -> Path:
-        "Where the clip of this video lies, or would lie."
-        sha = self.hashes(path)
+        "Where the clip of this video lies, or would lie. Raises `MissingVideo`, `DatasetError`."
+        sha = _hash_of(self.hashes, path)
         return self.folder/sha[:2]/f"{sha}.npy"
 
     def get(self, path: str | Path, flip=False) -> torch.Tensor:   # uint8 (3,T,H,W); flip: mirrored
