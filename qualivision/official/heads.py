@@ -18,10 +18,17 @@ from ..models.weights import (
 # %% ../../nbs/official/75_heads.ipynb #4732d097
 def parts(model: nn.Module, ending: str   # "_head" | "_backbone"
          ) -> nn.ModuleDict:
-    "The heads, or the backbones, of a model with branches; the names of their tensors stay."
+    "The heads, or the backbones, of a model; tensors keep their names. Raises `WeightsError`."
     found = {name: part for name, part in model.named_children() if name.endswith(ending)}
-    if not found: raise WeightsError(type(model).__name__, f"no part of it is called …{ending}", "Give DOVER, DOVERMobile or a model like them.")
+    if not found:
+        raise WeightsError(type(model).__name__, f"no part of it is called …{ending}",
+                           "Give DOVER, DOVERMobile or a model like them.")
     return nn.ModuleDict(found)
+
+
+def _backbones(model) -> str:
+    "The hash of a model's backbones."
+    return state_hash(*parts(model, "_backbone").children())
 
 
 def save_head(file,               # .safetensors
@@ -29,27 +36,31 @@ def save_head(file,               # .safetensors
               about: dict         # what JSON can hold: licence, trained_on, …
              ) -> dict:           # about, with the hash of the backbones
     "Write the heads alone; the same heads and words give the same bytes. Raises `FileError`."
-    about = {**about, "backbones": state_hash(*parts(model, "_backbone").children())}
-    said = {"about": json.dumps(about, sort_keys=True, allow_nan=False)}            # one entry: several would come in any order
-    save_tensors(file, parts(model, "_head").state_dict(), said)
+    about = {**about, "backbones": _backbones(model)}
+    text = json.dumps(about, sort_keys=True, allow_nan=False)
+    entry = {"about": text}                          # one entry: several would come in any order
+    save_tensors(file, parts(model, "_head").state_dict(), entry)
     return about
 
 
 def about_head(file) -> dict:
-    "What a file of heads says about itself. Raises `WeightsError`."
+    "The description in a file of heads. Raises `WeightsError`."
     try:
         with safe_open(file, framework="pt") as f: return json.loads((f.metadata() or {})["about"])
-    except FileNotFoundError as e: raise WeightsError(file, "there is no such file", "Check the path.") from e
+    except FileNotFoundError as e:
+        raise WeightsError(file, "there is no such file", "Check the path.") from e
     except (OSError, SafetensorError, KeyError, ValueError) as e:
-        raise WeightsError(file, "this is not a file of heads", "Give what `qualivision transfer --head-only` wrote.") from e
+        raise WeightsError(file, "this is not a file of heads",
+                           "Give what `qualivision transfer --head-only` wrote.") from e
 
-
+# %% ../../nbs/official/75_heads.ipynb #a44720e1
 def load_head(model: nn.Module,   # with the backbones that the heads were trained on
               file
-             ) -> tuple[LoadReport, dict]:   # of the heads; what the file says about itself
+             ) -> tuple[LoadReport, dict]:   # of the heads; the description in the file
     "Put heads onto a model, strictly. Raises `WeightsError`."
     about = about_head(file)
-    if about.get("backbones") != state_hash(*parts(model, "_backbone").children()):
-        raise WeightsError(file, f"these heads were trained on other backbones ({about.get('weights', 'not named')})",
+    if about.get("backbones") != _backbones(model):
+        named = about.get("weights", "not named")
+        raise WeightsError(file, f"these heads were trained on other backbones ({named})",
                            "Load those weights into the model first.")
     return load_strict(parts(model, "_head"), read_state(file)), about
