@@ -113,7 +113,8 @@ def _check_body(model: FiveMos, source, about: dict):
     given = about.get("config", {})
     mine, its = asdict(model.config), asdict(type(model.config).of(given))
     free = FREE - {k for k in ("causes", "attributes") if mine[k]}      # without: by its tensors
-    differ = [k for k in given if k not in free and its[k] != mine[k]]
+    shared = [k for k in its if k in given]        # an old body may name options that are gone
+    differ = [k for k in shared if k not in free and its[k] != mine[k]]
     if differ:
         found = ", ".join(f"{k} {its[k]!r} there and {mine[k]!r} here" for k in differ)
         raise WeightsError(source, "the body was pretrained with another configuration: " + found,
