@@ -102,7 +102,8 @@ def start_from_body(model: FiveMos,  # its body is replaced, the rest stays as i
         raise WeightsError(file, "it is not the file that model.json describes", "Restore both with `dvc pull`.")
     mine, its = asdict(model.config), asdict(type(model.config).of(about.get("config", {})))
     asked = {k for k in ("causes", "attributes") if mine[k]}                       # a model without these heads fails below, by its tensors
-    if differ := [f"{k} {its[k]!r} there and {mine[k]!r} here" for k in about.get("config", {}) if k not in FREE - asked and its[k] != mine[k]]:
+    compared = (set(its) & set(about.get("config", {}))) - (FREE - asked)          # an old body names options that have gone
+    if differ := [f"{k} {its[k]!r} there and {mine[k]!r} here" for k in its if k in compared and its[k] != mine[k]]:
         raise WeightsError(source, "the body was pretrained with another configuration: " + ", ".join(differ), "Ask for the same, or pretrain anew.")
     state, names = unpack(read_state(file)), body_names(model)
     rest = [name for name in model.state_dict() if name not in names]

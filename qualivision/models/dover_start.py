@@ -93,8 +93,6 @@ def backbone_from_dover(state: dict[str, Tensor],   # official DOVER or DOVER++,
     if strange or not theirs:
         cause = f"{len(strange)} names are not DOVER's, such as {strange[0]}" if strange else f"no name begins with {BRANCH}"
         raise WeightsError("transfer", cause, "Give DOVER_plus_plus.pth or DOVER.pth as they were published.")
-    if config.form != "residual":
-        raise WeightsError("transfer", "the documented form has no residuals: DOVER's weights mean nothing there", "Use form=residual.")
     with torch.device("meta"): own = VideoBranch(config).backbone
     pairs, moved, new, out = official_names(config.depths), [], [], {}
     for name, want in own.state_dict().items():
