@@ -200,7 +200,7 @@ def test_killed_it_ends_as_an_undisturbed_run(made, tmp_path):
 def test_nothing_is_frozen_in_pretraining():
     "Though fine-tuning, whose section the configuration comes from, freezes the backbone of both."
     for kind, name in ((DoverPlusPlus, "embedded"), (VJepaMos, "vjepa2_embedded")):
-        frozen = model_config(name, {"freeze_backbone": True} if kind is DoverPlusPlus else {"freeze_pooler": True})
+        frozen = model_config(name, {"freeze_backbone": True} if kind is DoverPlusPlus else {"freeze": 0.85})
         assert kind(frozen).frozen and not kind(asking(frozen)).frozen
         assert all(p.requires_grad for p in kind(asking(frozen)).parameters())
 

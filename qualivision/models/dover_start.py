@@ -109,10 +109,9 @@ def _branch(state: dict[str, Tensor]) -> dict[str, Tensor]:
                        "Give DOVER_plus_plus.pth or DOVER.pth as they were published.")
 
 
-def _fit(layer: nn.Module, want: Tensor, source: str | None, theirs: dict):
+def _fit(want: Tensor, source: str | None, theirs: dict):
     "The official tensor for one of ours and what was done, or the reason why none fits."
     if source not in theirs: return "there is no such layer"
-    if isinstance(layer, nn.GroupNorm): return "it normalises over the whole clip"
     fit = fitted(theirs[source], tuple(want.shape))
     return fit or "its shape does not hold the official one"
 
@@ -127,13 +126,10 @@ def backbone_from_dover(state: dict[str, Tensor],   # of official DOVER or DOVER
     "DOVER's aesthetic branch as the start of our backbone. Raises `WeightsError`."
     theirs = _branch(state)
     with torch.device("meta"): own = VideoBranch(config).backbone
-    if own.form != "residual":
-        cause = "the documented form has no residuals: DOVER's weights mean nothing there"
-        raise WeightsError("transfer", cause, "Use form=residual.")
     pairs, moved, new, out = official_names(config.depths), [], [], {}
     for name, want in own.state_dict().items():
-        source, layer = pairs.get(name), own.get_submodule(name.rpartition(".")[0])
-        fit = _fit(layer, want, source, theirs)
+        source = pairs.get(name)
+        fit = _fit(want, source, theirs)
         if isinstance(fit, str):
             new.append((name, fit))
             continue

@@ -104,7 +104,7 @@ class PretrainConfig:
 # %% ../../nbs/pretraining/61_tasks.ipynb #f2d1e3c9
 def asking(config):   # of either model → of the same kind
     "A configuration with heads for all causes and attributes, in which nothing is frozen."
-    free = {"freeze": 0., "freeze_pooler": False} if hasattr(config, "freeze") else {"freeze_backbone": False}
+    free = {"freeze": 0.} if hasattr(config, "freeze") else {"freeze_backbone": False}
     return replace(config, causes=CAUSE_NAMES, attributes=tuple(VALUES), **free)
 
 @contextmanager
@@ -126,7 +126,7 @@ class CauseTasks(nn.Module):
         if not model.asks or model.causes.names != (CAUSE_NAMES, tuple(VALUES)):
             raise PretrainError(type(model).__name__, "it has no heads for these causes", "Build it with `asking`.")
         if not hasattr(model, "mos_predictor"):
-            raise PretrainError(type(model).__name__, f"fusion={model.config.fusion} has no MOS head of its own", "Use another fusion.")
+            raise PretrainError(type(model).__name__, "it has no MOS head", "Give it a `mos_predictor`.")
         self.model, self.config = model, config
         self.attributes = nn.ModuleList([nn.Linear(model.causes.severity.in_features, len(values)) for values in VALUES.values()])
 
@@ -137,7 +137,7 @@ class CauseTasks(nn.Module):
         video, K = self.model.encode_video(frames), text.shape[1]
         every, text = {name: value.repeat_interleave(K, 0) for name, value in video.items()}, text.flatten(0, 1)             # (B(1+K),·)
         return {"severity": video["severity"], "attributes": [head(video["seen"]) for head in self.attributes],
-                "match": self.model.judge(every, text)[0][:, ALIGNMENT].view(-1, K),
+                "match": self.model.score_under(every, text)[0][:, ALIGNMENT].view(-1, K),
                 "agree": self.model.causes.agree(every, text).view(-1, K, len(VALUES))}
 
     def loss(self,
