@@ -32,8 +32,8 @@ class Forked:
             sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(fd, "wb", 0, closefd=False), "utf-8", write_through=True) for fd in (1, 2))
             sys.argv = [program if isinstance(program, str) else "qualivision", *arguments]
             status = self._run(program)
-        except BaseException: traceback.print_exc()
         finally:
+            if sys.exc_info()[0]: traceback.print_exc()
             sys.stdout.flush(), sys.stderr.flush()
             os._exit(status)
 

@@ -1,7 +1,6 @@
 "Pretraining: nothing of validation or test in it, a killed run ends as an undisturbed one, and training starts from what it leaves behind."
 import csv
 import json
-import os
 import re
 import shutil
 import signal
@@ -314,7 +313,7 @@ def start(made, tmp_path, monkeypatch, **kw):
     def spy(model, *args, **kwargs):
         seen["state"] = {k: v.clone() for k, v in model.state_dict().items()}
         return real(model, *args, **kwargs)
-    monkeypatch.setattr("qualivision.training.train.fit", spy)
+    monkeypatch.setattr("qualivision.training.loop.fit", spy)
     task = Task(root, tmp_path/"out", tmp_path/"runs", tmp_path/"cache", pretrained=str(made), licence="MIT")
     return train_model(task, model_config("vjepa2_embedded", {k: v for k, v in MODEL.items() if k != "config"}),
                        tiny.settings(epochs=1, warmup_steps=1), progress=False, **kw), seen["state"]
@@ -332,7 +331,7 @@ def test_training_starts_from_the_body(made, tmp_path, monkeypatch):
 def test_a_body_is_known_by_its_name(made, tmp_path, monkeypatch):
     e = Entry("qualivision/tool", "model.safetensors", "MIT", "a test", shipped="pretrained/tool")
     monkeypatch.setitem(REGISTRY, e.name, e)
-    monkeypatch.setattr("qualivision.models.store.PACKAGE", tmp_path/"qualivision")
+    monkeypatch.setattr("qualivision.files.PACKAGE", tmp_path/"qualivision")
     with pytest.raises(WeightsError, match="dvc pull pretrained.dvc"): start("qualivision/tool", tmp_path, monkeypatch)
     shutil.copytree(made, tmp_path/"pretrained"/"tool")
     result, state = start("qualivision/tool", tmp_path, monkeypatch)

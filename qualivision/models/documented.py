@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .convnext3d import ConvNeXt3D
+from .convnext3d import PUBLISHED_CHAIN, ConvNeXt3D
 from .dover_mos import extra_head, feature_layers
 from .five_mos import MosPredictor
 from .fusion import SingleTokenFusion

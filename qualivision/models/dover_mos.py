@@ -15,7 +15,7 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .convnext3d import ConvNeXt3D
+from .convnext3d import ConvNeXt3D, Layers
 from .five_mos import (
     AESTHETIC, TRADITIONAL, CauseHeads, FiveMos, MosPredictor, clip_by_clip, config_of,
     match_logits, numbered, on_scale, repeated, working_dtype)
