@@ -19,12 +19,14 @@ def luma(frame: np.ndarray) -> np.ndarray:  # (...,3) uint8 → (...) float32, 0
     "Brightness by ITU-R BT.601."
     return frame.astype(np.float32) @ np.float32([0.299 / 255, 0.587 / 255, 0.114 / 255])
 
-def halved(y: np.ndarray, k: int = 2) -> np.ndarray:  # (H,W,...) → (H/k,W/k,...), a rest at the border is cut off
+# (H,W,...) → (H/k,W/k,...), a rest at the border is cut off
+def halved(y: np.ndarray, k: int = 2) -> np.ndarray:
     "Means of k×k blocks."
     h, w = y.shape[0] // k * k, y.shape[1] // k * k
     return sum(y[i:h:k, j:w:k] for i in range(k) for j in range(k)) / (k * k)
 
-def _quantile(x: np.ndarray, q: float) -> float:  # the value with a share q of the others below it, without interpolation
+# the value with a share q of the others below it, without interpolation
+def _quantile(x: np.ndarray, q: float) -> float:
     k = int(q * (x.size - 1))
     return float(np.partition(x, k, axis=None)[k])
 
@@ -37,9 +39,11 @@ def detail(
     "Gradient energies, Laplacian, noise (Immerkær 1996), blocking, steepest edges."
     out, s = {}, y
     for scale in (1, 2, 4, 8):
-        out[f"gradient_{scale}"] = _log(np.mean(np.diff(s, axis=0) ** 2) + np.mean(np.diff(s, axis=1) ** 2))
+        out[f"gradient_{scale}"] = _log(np.mean(np.diff(s, axis=0) ** 2)
+                                        + np.mean(np.diff(s, axis=1) ** 2))
         if min(s.shape) >= 4: s = halved(s)
-    out["gradient_1_2"], out["gradient_2_4"] = out["gradient_1"] - out["gradient_2"], out["gradient_2"] - out["gradient_4"]
+    out["gradient_1_2"], out["gradient_2_4"] = (out["gradient_1"] - out["gradient_2"],
+                                                out["gradient_2"] - out["gradient_4"])
     lap = 4 * y[1:-1, 1:-1] - y[:-2, 1:-1] - y[2:, 1:-1] - y[1:-1, :-2] - y[1:-1, 2:]
     lap2 = (lap - lap.mean()) ** 2
     out["sharpness"] = _log(lap2.mean())
@@ -51,7 +55,8 @@ def detail(
     out["steepest"] = _quantile(np.abs(np.diff(y[::2], axis=1)), .995)
     return out
 
-def _grid_step(y: np.ndarray, period: int = 8) -> float:  # log10 of the step across grid lines over the step elsewhere
+# log10 of the step across grid lines over the step elsewhere
+def _grid_step(y: np.ndarray, period: int = 8) -> float:
     profile = np.abs(np.diff(y, axis=1)).mean(0)                         # (W-1,)
     on = np.arange(len(profile)) % period == period - 1
     return _log(profile[on].mean(), 1e-4) - _log(profile[~on].mean(), 1e-4) if on.any() else 0.0
@@ -62,24 +67,31 @@ def look(
     y: np.ndarray,      # (H,W) its luma, 0…1
 ) -> dict:
     "Exposure, contrast, colour (colourfulness: Hasler & Süsstrunk 2003), composition."
-    p = np.bincount((y * 255 + .5).astype(np.uint8).ravel(), minlength=256) / y.size        # (256,) histogram
+    # (256,) histogram
+    p = np.bincount((y * 255 + .5).astype(np.uint8).ravel(), minlength=256) / y.size
     upto = p.cumsum()
     low, high = (float(np.searchsorted(upto, q)) / 255 for q in (.02, .98))
-    out = dict(brightness=float(y.mean()), contrast=float(y.std()), dark_end=low, bright_end=high, reach=high - low,
-               entropy=float(-(p[p > 0] * np.log2(p[p > 0])).sum()), drowned=float(upto[12]), burnt=float(1 - upto[242]))
+    out = dict(brightness=float(y.mean()), contrast=float(y.std()), dark_end=low, bright_end=high,
+               reach=high - low,
+               entropy=float(-(p[p > 0] * np.log2(p[p > 0])).sum()), drowned=float(upto[12]),
+               burnt=float(1 - upto[242]))
     small = halved(frame.astype(np.float32), 2) / 255                    # (H/2,W/2,3)
     r, g, b = np.moveaxis(small, -1, 0)
     rg, yb = r - g, (r + g) / 2 - b
-    out["colourfulness"] = float(np.hypot(rg.std(), yb.std()) + 0.3 * np.hypot(rg.mean(), yb.mean())) * 255
+    out["colourfulness"] = float(np.hypot(rg.std(), yb.std())
+                                 + 0.3 * np.hypot(rg.mean(), yb.mean())) * 255
     a, c = r - (g + b) / 2, (g - b) * np.float32(math.sqrt(3) / 2)
     chroma = np.sqrt(a * a + c * c)
-    out.update(tint_red=float(a.mean()), tint_green=float(c.mean()), saturation=float(chroma.mean()),
-               saturation_spread=float(chroma.std()), hue_spread=float(1 - math.hypot(a.mean(), c.mean()) / (chroma.mean() + 1e-6)))
+    out.update(tint_red=float(a.mean()), tint_green=float(c.mean()),
+               saturation=float(chroma.mean()),
+               saturation_spread=float(chroma.std()),
+               hue_spread=float(1 - math.hypot(a.mean(), c.mean()) / (chroma.mean() + 1e-6)))
     mass = ((small - small.mean((0, 1))) ** 2).sum(-1) + 1e-9            # (h,w)
     u, v = (np.linspace(-1, 1, n, dtype=np.float32) for n in mass.shape)
     rows, columns, total = mass.sum(1), mass.sum(0), mass.sum()
     cy, cx = float(rows @ u / total), float(columns @ v / total)
-    out.update(off_centre=math.hypot(cx, cy), spread=float(rows @ (u - cy) ** 2 / total + columns @ (v - cx) ** 2 / total))
+    out.update(off_centre=math.hypot(cx, cy),
+               spread=float(rows @ (u - cy) ** 2 / total + columns @ (v - cx) ** 2 / total))
     return out
 
 # %% ../../nbs/evaluation/36_lowlevel.ipynb #4ebe7a1d
@@ -90,14 +102,16 @@ def shifts(
     from scipy.fft import irfft2, rfft2
     T, h, w = small.shape
     window = np.hanning(h + 2)[1:-1, None] * np.hanning(w + 2)[None, 1:-1]
-    f = rfft2((small - small.mean((1, 2), keepdims=True)) * window.astype(np.float32))     # (T,h,w/2+1)
+    # (T,h,w/2+1)
+    f = rfft2((small - small.mean((1, 2), keepdims=True)) * window.astype(np.float32))
     cross = f[1:] * f[:-1].conj()
-    surface = irfft2(cross / (np.abs(cross) + 1e-9), s=(h, w))                             # (T-1,h,w)
+    surface = irfft2(cross / (np.abs(cross) + 1e-9), s=(h, w))  # (T-1,h,w)
     peak, t = surface.reshape(T - 1, -1).argmax(1), np.arange(T - 1)
     i, j = peak // w, peak % w
-    def refine(before, at, after):                                       # top of the parabola through three values
+    def refine(before, at, after):  # top of the parabola through three values
         bend = before - 2 * at + after
-        return np.where(bend < -1e-9, np.clip((before - after) / (2 * np.minimum(bend, -1e-9)), -.5, .5), 0)
+        return np.where(bend < -1e-9, np.clip((before - after) / (2 * np.minimum(bend, -1e-9)), -.5,
+                                              .5), 0)
     at = surface[t, i, j]
     di = refine(surface[t, i - 1, j], at, surface[t, (i + 1) % h, j])
     dj = refine(surface[t, i, j - 1], at, surface[t, i, (j + 1) % w])
@@ -109,22 +123,31 @@ def motion(
     rgb: list,   # T mean colours (3,), 0…1
 ) -> dict:
     "Differences over time, flicker, freezes, jumps, global motion and jitter."
-    first = [b - a for a, b in zip(ys, ys[1:])]                                            # T-1 × (H,W)
+    first = [b - a for a, b in zip(ys, ys[1:])]  # T-1 × (H,W)
     dd = np.array([np.abs(b - a).mean() for a, b in zip(first, first[1:])])                # (T-2,)
     size = [np.abs(x) for x in first]
-    d, moved = np.array([x.mean() for x in size]), np.array([np.count_nonzero(x > 8 / 255) / x.size for x in size])
+    d, moved = (np.array([x.mean() for x in size]),
+                np.array([np.count_nonzero(x > 8 / 255) / x.size for x in size]))
     calm = np.array([_quantile(x[::3, ::3], .25) for x in size])
     energy = np.array([_log(np.vdot(g := np.diff(y, axis=1), g) / g.size) for y in ys])    # (T,)
-    level, colour = np.diff([y.mean() for y in ys]), np.diff(np.array(rgb) - np.mean(rgb, 1, keepdims=True), axis=0)
+    level, colour = (np.diff([y.mean() for y in ys]),
+                     np.diff(np.array(rgb) - np.mean(rgb, 1, keepdims=True), axis=0))
     still = d < max(0.1 * np.percentile(d, 75), 5e-5)
-    s = shifts(np.stack([halved(y, k := max(1, min(ys[0].shape) // 72)) for y in ys])) * k # (T-1,2) pixels
+    # (T-1,2) pixels
+    s = shifts(np.stack([halved(y, k := max(1, min(ys[0].shape) // 72)) for y in ys])) * k
     return dict(
-        frame_difference=float(d.mean()), difference_spread=float(d.std()), difference_most=float(d.max()),
-        difference_least=float(d.min()), difference_jump=_log(d.max(), 1e-4) - _log(np.median(d), 1e-4),
-        second_difference=float(dd.mean()), second_ratio=_log(dd.mean(), 1e-5) - _log(d.mean(), 1e-5),
-        moved=float(moved.mean()), moved_spread=float(moved.std()), temporal_noise=float(calm.mean()),
-        flicker=float(level.std()), flicker_most=float(np.abs(level).max()), colour_flicker=float(colour.std()),
-        frozen=float(still.mean()), longest_freeze=_longest(still) / len(d), detail_flicker=float(np.diff(energy).std()),
+        frame_difference=float(d.mean()), difference_spread=float(d.std()),
+        difference_most=float(d.max()),
+        difference_least=float(d.min()),
+        difference_jump=_log(d.max(), 1e-4) - _log(np.median(d), 1e-4),
+        second_difference=float(dd.mean()),
+        second_ratio=_log(dd.mean(), 1e-5) - _log(d.mean(), 1e-5),
+        moved=float(moved.mean()), moved_spread=float(moved.std()),
+        temporal_noise=float(calm.mean()),
+        flicker=float(level.std()), flicker_most=float(np.abs(level).max()),
+        colour_flicker=float(colour.std()),
+        frozen=float(still.mean()), longest_freeze=_longest(still) / len(d),
+        detail_flicker=float(np.diff(energy).std()),
         detail_drift=float(energy.std()), first_to_last=float(np.abs(ys[-1] - ys[0]).mean()),
         shift=float(np.hypot(*s.T).mean()), jitter=float(np.hypot(*np.diff(s, axis=0).T).mean()))
 
@@ -134,7 +157,8 @@ def _longest(still: np.ndarray) -> int:  # longest run of True
     return best
 
 # %% ../../nbs/evaluation/36_lowlevel.ipynb #a39e64c7
-LOW_LEVEL = ("sharpness", "contrast", "colourfulness", "frame_difference")   # the four that everybody would name first
+# the four that everybody would name first
+LOW_LEVEL = ("sharpness", "contrast", "colourfulness", "frame_difference")
 
 def clip_features(
     frames: np.ndarray,  # (T,H,W,3) uint8 RGB, consecutive, native size; T ≥ 3, H, W ≥ 16
@@ -143,19 +167,22 @@ def clip_features(
     "All features of a clip; `QualiVisionError` where it is too short or too small for them."
     frames = np.asarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) < 3 or min(frames.shape[1:3]) < 16:
-        raise QualiVisionError("clip features", f"frames are {frames.dtype} of shape {frames.shape}",
+        raise QualiVisionError("clip features",
+                               f"frames are {frames.dtype} of shape {frames.shape}",
                                "Give at least 3 consecutive frames (T,H,W,3) uint8 of at least 16×16 pixels.")
     ys = [luma(f) for f in frames]
     rows = []
     for t in np.unique(np.linspace(0, len(frames) - 1, spatial).round().astype(int)):
         rows.append({**detail(ys[t]), **look(frames[t], ys[t])})
     mean = {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
-    steady = {f"{k}_spread": float(np.std([r[k] for r in rows])) for k in ("sharpness", "brightness")}
+    steady = {f"{k}_spread": float(np.std([r[k] for r in rows]))
+              for k in ("sharpness", "brightness")}
     rgb = [f[::2, ::2].reshape(-1, 3).mean(0) / 255 for f in frames]
     return {**mean, **steady, **motion(ys, rgb)}
 
 # %% ../../nbs/evaluation/36_lowlevel.ipynb #e579018b
-HAND_CRAFTED = tuple(clip_features(np.zeros((3, 16, 16, 3), np.uint8)))      # all names, in order; LOW_LEVEL among them
+# all names, in order; LOW_LEVEL among them
+HAND_CRAFTED = tuple(clip_features(np.zeros((3, 16, 16, 3), np.uint8)))
 
 # %% ../../nbs/evaluation/36_lowlevel.ipynb #430deb1d
 def _file_features(
@@ -169,13 +196,14 @@ def _file_features(
 def feature_table(
     paths,             # files
     workers: int = 0,  # processes; 0: this one
-) -> pd.DataFrame:     # a row for each file in their order, columns HAND_CRAFTED, index the path as text
+) -> pd.DataFrame:  # a row for each file in their order, columns HAND_CRAFTED, index the path as text
     "Features of many files; the errors of `read_frames` and `clip_features` pass through."
     paths = [str(p) for p in paths]
     if workers:
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            rows = list(progress(pool.map(_file_features, paths, chunksize=8), len(paths), "measuring"))
+            rows = list(progress(pool.map(_file_features, paths, chunksize=8), len(paths),
+                                 "measuring"))
     else: rows = [_file_features(p) for p in progress(paths, len(paths), "measuring")]
     return pd.DataFrame(rows, index=pd.Index(paths, name="path"), columns=list(HAND_CRAFTED))

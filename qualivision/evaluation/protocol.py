@@ -24,9 +24,11 @@ from ..quality import DIMENSIONS, MOS_COLUMNS
 @dataclass
 class Clips:
     "Labelled clips, and what is known about them without a network."
-    frame: pd.DataFrame                     # N rows: video_name, Prompt, the five MOS columns; `group` where it differs from Prompt
+    # N rows: video_name, Prompt, the five MOS columns; `group` where it differs from Prompt
+    frame: pd.DataFrame
     text: np.ndarray | None = None          # (N,D) prompt embeddings
-    features: pd.DataFrame | None = None    # (N,F) columns HAND_CRAFTED, see `feature_table`; rows in the order of `frame`
+    # (N,F) columns HAND_CRAFTED, see `feature_table`; rows in the order of `frame`
+    features: pd.DataFrame | None = None
 
     @property
     def mos(self) -> np.ndarray:         # (N,5), 1–5
@@ -43,10 +45,13 @@ class Clips:
     def known(self, what: str) -> np.ndarray:  # (N,·) float64
         "The embeddings (`text`) or the features; `MetricError` where they are missing, of another length, or not finite."
         x = getattr(self, what)
-        if x is None: raise MetricError("baseline", f"these clips come without {what}", f"Give `Clips(..., {what}=...)`.")
+        if x is None:
+            raise MetricError("baseline", f"these clips come without {what}",
+                              f"Give `Clips(..., {what}=...)`.")
         x = np.asarray(x[list(HAND_CRAFTED)] if what == "features" else x, dtype=np.float64)
         if len(x) != len(self) or not np.isfinite(x).all():
-            raise MetricError("baseline", f"{what} of shape {x.shape} for {len(self)} clips, {np.sum(~np.isfinite(x))} values not finite",
+            raise MetricError("baseline",
+                              f"{what} of shape {x.shape} for {len(self)} clips, {np.sum(~np.isfinite(x))} values not finite",
                               "One finite row for each clip.")
         return x
 
@@ -57,23 +62,27 @@ class Constant:
         self.mean = train.mos.mean(0)                                    # (5,)
         return self
 
-    def predict(self, clips: Clips) -> np.ndarray: return np.tile(self.mean, (len(clips), 1))   # (N,5)
+    # (N,5)
+    def predict(self, clips: Clips) -> np.ndarray: return np.tile(self.mean, (len(clips), 1))
 
 class GeneratorLookup:
     "The mean of the training labels of the clip's generator (the first letter of its name: A–E in TaobaoVD-GC)."
     def fit(self, train: Clips):
-        self.means = {g: train.mos[train.generators == g].mean(0) for g in np.unique(train.generators)}
+        self.means = {g: train.mos[train.generators == g].mean(0)
+                      for g in np.unique(train.generators)}
         return self
 
     def predict(self, clips: Clips) -> np.ndarray:  # (N,5)
         "Raises `MetricError` for a generator that is not in the training labels."
         if unknown := sorted(set(clips.generators) - set(self.means)):
-            raise MetricError("generator lookup", f"no training clip is by {', '.join(unknown)}", "Leave this row out of the table.")
+            raise MetricError("generator lookup", f"no training clip is by {', '.join(unknown)}",
+                              "Leave this row out of the table.")
         return np.stack([self.means[g] for g in clips.generators])
 
 # %% ../../nbs/evaluation/37_protocol.ipynb #7a28ac32
 def _text(clips: Clips) -> np.ndarray: return clips.known("text")
-def _low_level(clips: Clips) -> np.ndarray: return clips.known("features")[:, [HAND_CRAFTED.index(f) for f in LOW_LEVEL]]
+def _low_level(clips: Clips) -> np.ndarray:
+    return clips.known("features")[:, [HAND_CRAFTED.index(f) for f in LOW_LEVEL]]
 
 class GroupedRidge:
     "Ridge regression on standardised inputs; its strength chosen for each dimension by prompt-grouped cross-validation."
@@ -87,23 +96,28 @@ class GroupedRidge:
         x = (self.inputs(clips) - self.mean) / self.scale
         if not self.with_generators: return x
         if unknown := sorted(set(clips.generators) - set(self.known)):
-            raise MetricError("text + generator", f"no training clip is by {', '.join(unknown)}", "Leave this row out of the table.")
+            raise MetricError("text + generator", f"no training clip is by {', '.join(unknown)}",
+                              "Leave this row out of the table.")
         return np.concatenate([x, 1000.0 * (clips.generators[:, None] == self.known)], 1)
 
     def fit(self, train: Clips):
         from sklearn.model_selection import GroupKFold
         x, y, alphas = self.inputs(train), train.mos, np.asarray(self.alphas)
-        self.mean, self.scale, self.known = x.mean(0), np.where(x.std(0) > 1e-9, x.std(0), 1.0), np.unique(train.generators)
+        self.mean, self.scale, self.known = (x.mean(0), np.where(x.std(0) > 1e-9, x.std(0), 1.0),
+                                             np.unique(train.generators))
         x = self._matrix(train)
-        errors = np.zeros((len(alphas), y.shape[1]))                     # (A,5) summed squared error on held-out prompts
+        # (A,5) summed squared error on held-out prompts
+        errors = np.zeros((len(alphas), y.shape[1]))
         for fit, held in GroupKFold(self.folds).split(x, y, train.groups):
             solve = _ridge(x[fit], y[fit])
-            for k, alpha in enumerate(alphas): errors[k] += ((solve(alpha)(x[held]) - y[held]) ** 2).sum(0)
+            for k, alpha in enumerate(alphas):
+                errors[k] += ((solve(alpha)(x[held]) - y[held]) ** 2).sum(0)
         self.alpha = alphas[errors.argmin(0)]                            # (5,)
         self.model = _ridge(x, y)(self.alpha)
         return self
 
-    def predict(self, clips: Clips) -> np.ndarray: return self.model(self._matrix(clips)).round(6)   # (N,5)
+    # (N,5)
+    def predict(self, clips: Clips) -> np.ndarray: return self.model(self._matrix(clips)).round(6)
 
 def _ridge(x: np.ndarray, y: np.ndarray):  # (N,D), (N,K) → alpha, a number or (K,) → (M,D) → (M,K)
     "Ridge regression for any number of strengths from one singular value decomposition (Hastie et al. 2009, eq. 3.47)."
@@ -127,7 +141,8 @@ class HandCrafted:
     def fit(self, train: Clips):
         from sklearn.ensemble import ExtraTreesRegressor
         x, y = train.known("features"), train.mos
-        self.forests = [ExtraTreesRegressor(self.trees, min_samples_leaf=self.leaf, max_features=self.share, random_state=self.seed + d)
+        self.forests = [ExtraTreesRegressor(self.trees, min_samples_leaf=self.leaf,
+                                            max_features=self.share, random_state=self.seed + d)
                         .fit(x, y[:, d]) for d in range(y.shape[1])]
         return self
 
@@ -138,11 +153,14 @@ class HandCrafted:
 # %% ../../nbs/evaluation/37_protocol.ipynb #b8802e45
 BASELINES = {  # row of the results table → a fresh baseline
     "constant": Constant, "generator": GeneratorLookup, "text": lambda: GroupedRidge(_text),
-    "text_generator": lambda: GroupedRidge(_text, generators=True), "low_level": lambda: GroupedRidge(_low_level),
+    "text_generator": lambda: GroupedRidge(_text, generators=True),
+    "low_level": lambda: GroupedRidge(_low_level),
     "hand_crafted": HandCrafted}
 CEILING = "ceiling"   # row of an oracle's predictions, where the labels are simulated
-TITLES = {"constant": "constant", "generator": "generator lookup", "text": "text only", "text_generator": "text + generator",
-          "low_level": "low-level features", "hand_crafted": "hand-crafted features", CEILING: "noise ceiling"}
+TITLES = {"constant": "constant", "generator": "generator lookup", "text": "text only",
+          "text_generator": "text + generator",
+          "low_level": "low-level features", "hand_crafted": "hand-crafted features",
+          CEILING: "noise ceiling"}
 
 def run_baselines(
     train: Clips,   # what every baseline is fitted on
@@ -151,13 +169,16 @@ def run_baselines(
 ) -> dict[str, np.ndarray]:  # row → (N,5) predicted MOS
     "Fit and predict; `MetricError` where a prompt stands on both sides."
     if shared := sorted(set(train.groups) & set(test.groups)):
-        raise MetricError("baselines", f"{len(shared)} prompts are in training and test, such as '{shared[0]}'", "Split by prompt.")
+        raise MetricError("baselines",
+                          f"{len(shared)} prompts are in training and test, such as '{shared[0]}'",
+                          "Split by prompt.")
     return {name: BASELINES[name]().fit(train).predict(test) for name in names}
 
 # %% ../../nbs/evaluation/37_protocol.ipynb #ef1991d8
 TABLE_METRICS = ("srocc", "plcc", "mae", "rmse")
 
-def _cell(compute, *args) -> dict:  # {value, low, high}, with nulls and a reason where there is no value
+# {value, low, high}, with nulls and a reason where there is no value
+def _cell(compute, *args) -> dict:
     try: value, low, high = compute(*args)
     except MetricError as e: return {"value": None, "low": None, "high": None, "reason": str(e)}
     return {"value": round(value, 6), "low": round(low, 6), "high": round(high, 6)}
@@ -170,24 +191,29 @@ def results_table(
     n: int = 1000, seed: int = 0, # resamples
 ) -> dict:                        # rows and `differences`, rounded to six decimals
     "All rows with intervals; each model's paired difference to each baseline and each model before it; `MetricError` on NaN or unequal shapes."
-    rows, target = {name: np.asarray(p, np.float64) for name, p in rows.items()}, np.asarray(target, np.float64)
+    rows, target = {name: np.asarray(p, np.float64) for name, p in rows.items()}, np.asarray(target,
+                                                                                             np.float64)
     for name, p in {**rows, "labels": target}.items():
         if p.shape != target.shape or not np.isfinite(p).all():
-            raise MetricError(name, f"shape {p.shape} for labels {target.shape}, {np.sum(~np.isfinite(p))} values not finite", "Score every clip.")
-    if lost := [m for m in models if m not in rows]: raise MetricError("results", f"no row of the model {lost[0]}", "Add its predictions.")
+            raise MetricError(name,
+                              f"shape {p.shape} for labels {target.shape}, {np.sum(~np.isfinite(p))} values not finite", "Score every clip.")
+    if lost := [m for m in models if m not in rows]:
+        raise MetricError("results", f"no row of the model {lost[0]}", "Add its predictions.")
 
     def value(p, t, m): return METRICS[m][0](p, t), *bootstrap(p, t, groups, (m,), n, seed)[m]
     def difference(a, b, t, m): return paired_bootstrap(a, b, t, groups, (m,), n, seed)[m]
     results = {}
     for name, p in rows.items():
-        results[name] = {d: {m: _cell(value, p[:, k], target[:, k], m) for m in TABLE_METRICS} | {"n": len(target)}
+        results[name] = {d: {m: _cell(value, p[:, k], target[:, k], m) for m in TABLE_METRICS}
+                         | {"n": len(target)}
                          for k, d in enumerate(DIMENSIONS)}
     results["differences"] = {model: {} for model in models}
     for k, model in enumerate(models):
         for name, p in rows.items():
             if name in models[k:] or name == CEILING: continue
             results["differences"][model][name] = {
-                d: {m: _cell(difference, rows[model][:, k], p[:, k], target[:, k], m) for m in TABLE_METRICS} for k, d in enumerate(DIMENSIONS)}
+                d: {m: _cell(difference, rows[model][:, k], p[:, k], target[:, k], m)
+                    for m in TABLE_METRICS} for k, d in enumerate(DIMENSIONS)}
     return results
 
 def save_results(
@@ -195,10 +221,12 @@ def save_results(
     path: str | Path,  # a .json file
 ) -> None:
     "JSON in the order of the table; the same results give the same bytes."
-    Path(path).write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    Path(path).write_text(json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+                          encoding="utf-8")
 
 # %% ../../nbs/evaluation/37_protocol.ipynb #90dec8a2
-BETTER = {"srocc": 1, "plcc": 1, "mae": -1, "rmse": -1}   # the sign of a difference that favours the model
+# the sign of a difference that favours the model
+BETTER = {"srocc": 1, "plcc": 1, "mae": -1, "rmse": -1}
 NAMES = {"srocc": "SROCC", "plcc": "PLCC", "mae": "MAE", "rmse": "RMSE"}
 COLUMNS = [d.capitalize() for d in DIMENSIONS]            # above the cells of a table
 
@@ -238,7 +266,8 @@ def differences_markdown(
     def shown(cell, m): return ("**{}**" if wins(cell, m) else "{}").format(shown_cell(cell, True))
     return "\n\n".join(markdown_table(
         [f"{NAMES[m]}: {titles.get(model, model)} minus …", *COLUMNS],
-        [[titles.get(row, row), *(shown(cells[d][m], m) for d in DIMENSIONS)] for row, cells in rows.items()])
+        [[titles.get(row, row), *(shown(cells[d][m], m) for d in DIMENSIONS)] for row,
+         cells in rows.items()])
         for model, rows in results["differences"].items() for m in metrics)
 
 def results_markdown(
@@ -250,7 +279,8 @@ def results_markdown(
     names = {**TITLES, **(titles or {})}
     values = [markdown_table([NAMES[m], *COLUMNS],
                              [[names.get(row, row), *(shown_cell(cells[d][m]) for d in DIMENSIONS)]
-                              for row, cells in results.items() if row != "differences"]) for m in metrics]
+                              for row, cells in results.items() if row != "differences"])
+                              for m in metrics]
     return "\n\n".join([*values, differences_markdown(results, metrics, titles)]) + "\n"
 
 # %% ../../nbs/evaluation/37_protocol.ipynb #7d0d3c76
@@ -260,7 +290,7 @@ def save_figure(
     figure,            # matplotlib Figure
     path,              # .png file, or something to write bytes to
     dpi: int = DPI,
-    colours: int | None = None,     # so many at most; 64 need a third of the bytes, for a picture in a notebook
+    colours: int | None = None,  # so many at most; 64 need a third of the bytes, for a picture in a notebook
 ) -> None:
     "A PNG without time, version or machine in it."
     if colours is None: return figure.savefig(path, dpi=dpi, metadata={"Software": None})
@@ -319,7 +349,8 @@ def plot_rows(
         if limit is not None: axis.axvline(limit, color=looks[top][0], ls="--", lw=0.8)
         for y, (row, (colour, _, width)) in enumerate(looks.items()):
             cell = results[row][d][metric]
-            if cell["value"] is None: axis.text(0, y, "not defined", va="center", fontsize=8, color="0.45")
+            if cell["value"] is None:
+                axis.text(0, y, "not defined", va="center", fontsize=8, color="0.45")
             else:
                 axis.plot([cell["low"], cell["high"]], [y, y], color=colour, lw=width)
                 axis.plot(cell["value"], y, "o", color=colour, ms=2 + 1.2 * width)
@@ -332,9 +363,12 @@ def plot_rows(
     axes[0].invert_yaxis()
     for label, (colour, _, width) in zip(axes[0].get_yticklabels(), looks.values()):
         label.set(color=colour if width >= 2 else "0.3", weight="bold" if width >= 2 else "normal")
-    kinds = {kind: Line2D([], [], color=colour, marker="o", lw=width, ms=4) for colour, kind, width in looks.values()}
-    figure.legend(kinds.values(), kinds, loc="outside lower center", ncols=3, fontsize=8.5, frameon=False, title_fontsize=8.5,
-                  title=f"dot: {NAMES[metric]}; bar: its 95 % interval, resampled by prompt" + ("; dashed: the ceiling" if top else ""))
+    kinds = {kind: Line2D([], [], color=colour, marker="o", lw=width, ms=4) for colour, kind,
+             width in looks.values()}
+    figure.legend(kinds.values(), kinds, loc="outside lower center", ncols=3, fontsize=8.5,
+                  frameon=False, title_fontsize=8.5,
+                  title=f"dot: {NAMES[metric]}; bar: its 95 % interval, resampled by prompt"
+                  + ("; dashed: the ceiling" if top else ""))
     return figure
 
 # %% ../../nbs/evaluation/37_protocol.ipynb #9389caf3
@@ -352,11 +386,15 @@ def plot_scatter(
     grid = figure.subplots(len(preds), len(DIMENSIONS), sharex=True, sharey=True, squeeze=False)
     for i, (title, scores) in enumerate(preds.items()):
         for k, (axis, d) in enumerate(zip(grid[i], DIMENSIONS)):
-            sns.scatterplot(x=scores[:, k], y=target[:, k], hue=kinds, palette=None if kinds is None else "colorblind", ax=axis, s=12, alpha=0.6,
+            sns.scatterplot(x=scores[:, k], y=target[:, k], hue=kinds,
+                            palette=None if kinds is None else "colorblind", ax=axis, s=12,
+                            alpha=0.6,
                             legend="brief" if kinds is not None and (i, k) == (0, last) else False)
             axis.axline((3, 3), slope=1, color="0.6", ls="--", lw=0.8)
-            axis.set(title=d.capitalize() if i == 0 else "", xlabel="predicted", ylabel=f"{title}\n{labels}".strip() if k == 0 else "")
-    if kinds is not None: sns.move_legend(grid[0, last], "upper left", bbox_to_anchor=(1, 1), frameon=False)
+            axis.set(title=d.capitalize() if i == 0 else "", xlabel="predicted",
+                     ylabel=f"{title}\n{labels}".strip() if k == 0 else "")
+    if kinds is not None:
+        sns.move_legend(grid[0, last], "upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure
 
 def plot_curves(
@@ -373,14 +411,19 @@ def plot_curves(
     grid = figure.subplots(len(histories), len(panels), squeeze=False)
     for row, (name, table) in zip(grid, histories.items()):
         if lost := [c for c in (x, *(c for cs in panels.values() for c in cs)) if c not in table]:
-            raise MetricError("curves", f"no column {', '.join(lost)}", f"There are {', '.join(map(str, table.columns))}.")
+            raise MetricError("curves", f"no column {', '.join(lost)}",
+                              f"There are {', '.join(map(str, table.columns))}.")
         for axis, (title, columns) in zip(row, panels.items()):
-            for phase, part in list(table.groupby("phase", sort=False))[:-1] if "phase" in table else ():
-                axis.axvspan(part[x].min() - 0.5, part[x].max() + 0.5, color="0.9", zorder=0, label=phase)
+            for phase, part in list(table.groupby("phase",
+                                                  sort=False))[:-1] if "phase" in table else ():
+                axis.axvspan(part[x].min() - 0.5, part[x].max() + 0.5, color="0.9", zorder=0,
+                             label=phase)
             for column in columns:
                 known = table[[x, column]].dropna()
                 sns.lineplot(x=known[x], y=known[column], ax=axis, label=column, errorbar=None)
-            axis.legend(fontsize=8.5); axis.set(title=f"{name and name + ': '}{title}", xlabel=x, ylabel="")
-            axis.yaxis.set_major_formatter("{x:g}")          # 1e-05 at the tick, and no factor in the corner
+            axis.legend(fontsize=8.5)
+            axis.set(title=f"{name and name + ': '}{title}", xlabel=x, ylabel="")
+            # 1e-05 at the tick, and no factor in the corner
+            axis.yaxis.set_major_formatter("{x:g}")
     if note: figure.supxlabel(note, fontsize=8.5, color="0.3")
     return figure

@@ -27,25 +27,33 @@ from ..training.train import (
 
 # %% ../../nbs/experiments/66_ablation.ipynb #dbf7bbdb
 DEFAULT = "freeze 0.85, attentive"
-VARIANTS = {DEFAULT: {}, "freeze 0": {"freeze": 0.}, "freeze 1": {"freeze": 1.}, "mean pooling": {"pooling": "mean"},
+VARIANTS = {DEFAULT: {}, "freeze 0": {"freeze": 0.}, "freeze 1": {"freeze": 1.},
+            "mean pooling": {"pooling": "mean"},
             "first token": {"pooling": "first"}}
 
 # %% ../../nbs/experiments/66_ablation.ipynb #7ed13786
-def trunk_state(config, sets, trunk: TrainConfig | None, pretrained: str | None, folder: Path, encode) -> dict:
+def trunk_state(config, sets, trunk: TrainConfig | None, pretrained: str | None, folder: Path,
+                encode) -> dict:
     "Where all variants of a seed begin: the best weights of a trunk with mean pooling, which trains where it was left; or a pretrained encoder."
     if pretrained: return build_vjepa(config, pretrained).state_dict()
-    if trunk is None: raise ParamsError("vjepa2", "there is neither a trunk nor a pretrained encoder", "Set one of them.")
+    if trunk is None:
+        raise ParamsError("vjepa2", "there is neither a trunk nor a pretrained encoder",
+                          "Set one of them.")
     seed_all(trunk.seed)
     model = VJepaMos(replace(config, pooling="mean"))
-    train_trunk(model, sets, trunk, folder, True, dict(stop_after=None, meta={}, progress=True, encode=encode))
-    return {name: value.float() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    train_trunk(model, sets, trunk, folder, True,
+                dict(stop_after=None, meta={}, progress=True, encode=encode))
+    return {name: value.float() if value.is_floating_point() else value for name,
+            value in model.state_dict().items()}
 
-def run_variant(config, state: dict, sets, train: TrainConfig, folder: Path, encode) -> dict:    # dimension → SROCC, and `mean`
+# dimension → SROCC, and `mean`
+def run_variant(config, state: dict, sets, train: TrainConfig, folder: Path, encode) -> dict:
     "Trains from a trunk's weights; correlations on validation after the last epoch."
     seed_all(train.seed)
     model = VJepaMos(config)
     own = model.state_dict()
-    model.load_state_dict({k: state[k].to(v.dtype) if k in state and state[k].shape == v.shape else v for k, v in own.items()})
+    model.load_state_dict({k: state[k].to(v.dtype) if k in state and state[k].shape == v.shape
+                           else v for k, v in own.items()})
     clips = sets.train.cache
     try:
         keep_features(model, sets, "cache", train.device)
@@ -59,7 +67,8 @@ def interval(values) -> dict:    # of at least two seeds
     from scipy.stats import t
     x = np.asarray(values, float)
     half = t.ppf(.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
-    return {"mean": round(float(x.mean()), 4), "low": round(float(x.mean() - half), 4), "high": round(float(x.mean() + half), 4),
+    return {"mean": round(float(x.mean()), 4), "low": round(float(x.mean() - half), 4),
+            "high": round(float(x.mean() + half), 4),
             "seeds": [round(float(v), 4) for v in x]}
 
 def summarised(found: dict) -> dict:     # variant → seed → dimension → SROCC
@@ -68,44 +77,58 @@ def summarised(found: dict) -> dict:     # variant → seed → dimension → SR
     out = {}
     for name, seeds in found.items():
         out[name] = {"srocc": {k: interval([s[k] for s in seeds.values()]) for k in keys}}
-        if name != DEFAULT: out[name]["difference"] = {k: interval([s[k] - found[DEFAULT][n][k] for n, s in seeds.items()]) for k in keys}
+        if name != DEFAULT:
+            out[name]["difference"] = {k: interval([s[k] - found[DEFAULT][n][k] for n,
+                                                    s in seeds.items()]) for k in keys}
     return out
 
 # %% ../../nbs/experiments/66_ablation.ipynb #b67cef3f
 SECTIONS = ("data", "text", "vjepa2", "scratch", "ablation")
 
-def main(params: str | Path = "params.yaml", profile: str | None = None) -> dict:   # as of `summarised`
+# as of `summarised`
+def main(params: str | Path = "params.yaml", profile: str | None = None) -> dict:
     "All variants, all seeds. Raises ParamsError, TrainError, DatasetError, VideoError, WeightsError."
     keep_memory()
     p = read_params(SECTIONS, params, profile)
     section, settings, root = p["vjepa2"], p["ablation"], p["data"]["root"]
-    if changes := p["scratch"].get("vjepa2"): section = from_noise(section, changes)     # with published weights there are none
+    # with published weights there are none
+    if changes := p["scratch"].get("vjepa2"): section = from_noise(section, changes)
     section = {"trunk": None, "pretrained": None, **section}
-    base = model_config(section["model"]["config"], {k: v for k, v in section["model"].items() if k != "config"})
-    shared = {k: v for k, v in section["train"].items() if k != "augment"} | {"tracker": "none", "validate_every": settings["epochs"]}
+    base = model_config(section["model"]["config"],
+                        {k: v for k, v in section["model"].items() if k != "config"})
+    shared = {k: v for k, v in section["train"].items() if k != "augment"} | {"tracker": "none",
+                                                                              "validate_every": settings["epochs"]}
     first = TrainConfig.of(shared).settled(True)
     base, shared = settled(base, first.device), shared | {"precision": first.precision}
     encoder, found = TextEncoder(p["text"]["encoder"]), {name: {} for name in VARIANTS}
-    key = value_hash([asdict(base), shared, section["trunk"], settings, p["data"], code_hash("experiments.ablation")])[:12]
+    key = value_hash([asdict(base), shared, section["trunk"], settings, p["data"],
+                      code_hash("experiments.ablation")])[:12]
     for seed in settings["seeds"]:
         train = TrainConfig.of(shared | {"seed": seed, "epochs": settings["epochs"]})
         first = {"seed": seed, "epochs": settings["trunk_epochs"], "validate_every": 1}
         trunk = TrainConfig.of(shared | section["trunk"] | first) if section["trunk"] else None
         plans = (train, trunk) if trunk else (train,)
         augment = section["train"].get("augment", True)
-        sets = prepare_data(root, sampling_of(base), encoder, "cache", augment, seed, split=split_rule(p["data"]), plans=plans)
+        sets = prepare_data(root, sampling_of(base), encoder, "cache", augment, seed,
+                            split=split_rule(p["data"]), plans=plans)
         folder, state = Path(f"runs/ablation/{key}/{seed}"), None
         for name, change in VARIANTS.items():
             kept = folder/f"{value_hash(change)[:12]}.json"
             if not kept.exists():
                 with kept_rng():
-                    if state is None: state = trunk_state(base, sets, trunk, section["pretrained"], folder/"trunk", encoder.encode)
-                    write_json(kept, run_variant(replace(base, **change), state, sets, train, folder/value_hash(change)[:12], encoder.encode))
+                    if state is None:
+                        state = trunk_state(base, sets, trunk, section["pretrained"],
+                                            folder/"trunk", encoder.encode)
+                    write_json(kept, run_variant(replace(base, **change), state, sets, train,
+                                                 folder/value_hash(change)[:12], encoder.encode))
             found[name][seed] = read_json(kept)
     results = summarised(found)
     write_json("results/ablation.json", {
-        "labels": label_source(root, p["data"].get("scale")), "split": "validation, last epoch", "seeds": settings["seeds"],
-        "code_hash": code_hash("experiments.ablation"), "parameters": {"model": asdict(base), **settings}, "variants": results})
+        "labels": label_source(root, p["data"].get("scale")), "split": "validation, last epoch",
+        "seeds": settings["seeds"],
+        "code_hash": code_hash("experiments.ablation"),
+        "parameters": {"model": asdict(base), **settings}, "variants": results})
     return results
 
-if __name__ == "__main__" and "__file__" in globals(): run_stage(main)     # as a program, and not in this notebook
+# as a program, and not in this notebook
+if __name__ == "__main__" and "__file__" in globals(): run_stage(main)

@@ -25,7 +25,7 @@ from ..training.train import Task, train_model
 
 # %% ../../nbs/experiments/67_learning.ipynb #057dbfe5
 def fewer(
-    splits: dict,            # of `resolve_splits`: tables with video_name, Prompt, path and the five MOS
+    splits: dict,  # of `resolve_splits`: tables with video_name, Prompt, path and the five MOS
     clips: int,              # how many training clips, at least; the last prompt comes whole
     seed: int,
     folder: str | Path,      # made if it is not there
@@ -37,17 +37,20 @@ def fewer(
     for k in order:
         if count >= clips: break
         kept.append(prompts[k]); count += int((train["Prompt"] == prompts[k]).sum())
-    for split, table in (("train", train[train["Prompt"].isin(kept)]), ("val", splits["val"]), ("test", splits["test"])):
+    for split, table in (("train", train[train["Prompt"].isin(kept)]), ("val", splits["val"]),
+                         ("test", splits["test"])):
         labels = folder/split/("" if split == "test" else "labels")
         (folder/split/"videos").mkdir(parents=True, exist_ok=True); labels.mkdir(exist_ok=True)
         for path in map(Path, table["path"]):
             link = folder/split/"videos"/path.name
             if not link.exists(): os.symlink(path.resolve(), link)
-        table[["video_name", "Prompt", *MOS_COLUMNS]].to_csv(labels/f"{split}_labels.csv", index=False, lineterminator="\n")
+        table[["video_name", "Prompt", *MOS_COLUMNS]].to_csv(labels/f"{split}_labels.csv",
+                                                             index=False, lineterminator="\n")
     return count
 
 # %% ../../nbs/experiments/67_learning.ipynb #4535245b
-SECTIONS = {"dover": ("data", "text", "learning", "scratch", "dover"), "vjepa2": ("data", "text", "learning", "scratch", "vjepa2")}
+SECTIONS = {"dover": ("data", "text", "learning", "scratch", "dover"),
+            "vjepa2": ("data", "text", "learning", "scratch", "vjepa2")}
 STARTS = ("pretrained", "noise")
 
 def epochs_for(steps: int, clips: int, batch: int) -> int:
@@ -66,7 +69,9 @@ def main(
     settings, data = p["learning"], p["data"]
     changes = p["scratch"].get(model)
     if not p[model].get("pretrained") or not changes:
-        raise ParamsError("learning", f"{model} has no pretrained weights, or scratch no section for it", "Add them: two curves are compared.")
+        raise ParamsError("learning",
+                          f"{model} has no pretrained weights, or scratch no section for it",
+                          "Add them: two curves are compared.")
     splits = resolve_splits(load_dataset(data["root"]), **split_rule(data))
     sections = {"pretrained": p[model], "noise": from_noise(p[model], changes)}
     folder = Path("runs/learning")/f"{model}-{value_hash([sections, settings, data, p['text'], code_hash('experiments.learning')])[:12]}"
@@ -79,20 +84,27 @@ def main(
                 if not kept.exists():
                     count = fewer(splits, clips, seed, folder/f"data-{clips}-{seed}")
                     epochs = epochs_for(settings["steps"], count, train.batch_size)
-                    short = replace(train, seed=seed, epochs=epochs, validate_every=epochs, tracker="none")
+                    short = replace(train, seed=seed, epochs=epochs, validate_every=epochs,
+                                    tracker="none")
                     first = trunk and replace(trunk, seed=seed, validate_every=1, tracker="none")
                     at = folder/kept.stem
-                    task = Task(folder/f"data-{clips}-{seed}", at/"checkpoint", at/"runs", text=p["text"]["encoder"], **rest)
+                    task = Task(folder/f"data-{clips}-{seed}", at/"checkpoint", at/"runs",
+                                text=p["text"]["encoder"], **rest)
                     last = train_model(task, config, short, first, progress=progress)["history"][-1]
-                    write_json(kept, {d: last[f"val_{d}_srocc"] for d in DIMENSIONS} | {"mean": last["val_score"]})
+                    write_json(kept, {d: last[f"val_{d}_srocc"] for d in DIMENSIONS}
+                               | {"mean": last["val_score"]})
                 found.setdefault(start, {}).setdefault(str(clips), {})[seed] = read_json(kept)
     keys = [*DIMENSIONS, "mean"]
-    curves = {start: {clips: {k: interval([s[k] for s in seeds.values()]) for k in keys} for clips, seeds in of.items()}
+    curves = {start: {clips: {k: interval([s[k] for s in seeds.values()]) for k in keys} for clips,
+                      seeds in of.items()}
               for start, of in found.items()}
-    about = {"labels": label_source(data["root"], data.get("scale")), "split": "validation, last epoch",
+    about = {"labels": label_source(data["root"], data.get("scale")),
+             "split": "validation, last epoch",
              "code_hash": code_hash("experiments.learning"),
-             "parameters": {"model": asdict(plan(model, p[model])[0]), **settings}, "curves": curves}
+             "parameters": {"model": asdict(plan(model, p[model])[0]), **settings},
+             "curves": curves}
     write_json(f"results/learning-{model}.json", about)
     return about
 
-if __name__ == "__main__" and "__file__" in globals(): run_stage(main)     # as a program, and not in this notebook
+# as a program, and not in this notebook
+if __name__ == "__main__" and "__file__" in globals(): run_stage(main)

@@ -23,22 +23,27 @@ from ..training.train import kind_of, model_config, sampling_of
 SECTIONS = ("text", "pretrain", "masked", "vjepa2")
 JUDGED = ("judged_severity", "judged_attribute", "judged_agree", "judged_match")
 
-def both_ways(settings: dict,           # the section `masked`: seeds, masked_windows, and any field of PretrainConfig
-              base: dict | None         # the section `pretrain.vjepa2`, for what `settings` leaves open
+# the section `masked`: seeds, masked_windows, and any field of PretrainConfig
+def both_ways(settings: dict,
+              base: dict | None  # the section `pretrain.vjepa2`, for what `settings` leaves open
              ) -> dict[str, dict[int, PretrainConfig]]:   # start → seed → what decides the run
     "The runs. Raises ParamsError, PretrainError."
     rest = {k: v for k, v in settings.items() if k not in ("seeds", "masked_windows")}
     seeds, first = settings.get("seeds") or [], settings.get("masked_windows") or 0
     if len(seeds) < 2 or not first:
-        raise ParamsError("masked", f"{len(seeds)} seeds and {first} masked windows", "Give at least two seeds and one window: runs are compared.")
-    return {start: {s: PretrainConfig.of({**(base or {}), **rest, "seed": s, "masked_windows": n}).settled() for s in seeds}
+        raise ParamsError("masked", f"{len(seeds)} seeds and {first} masked windows",
+                          "Give at least two seeds and one window: runs are compared.")
+    return {start: {s: PretrainConfig.of({**(base or {}), **rest, "seed": s,
+                                          "masked_windows": n}).settled() for s in seeds}
             for start, n in (("tasks alone", 0), ("masked first", first))}
 
 def compared(found: dict) -> dict:      # start → seed → name → figure
     "Means with 95 % t-intervals over the seeds, and those of the difference within each seed."
     alone, first = (list(found[start].values()) for start in ("tasks alone", "masked first"))
-    out = {start: {k: interval([row[k] for row in rows]) for k in JUDGED} for start, rows in (("tasks alone", alone), ("masked first", first))}
-    return out | {"difference": {k: interval([b[k] - a[k] for a, b in zip(alone, first)]) for k in JUDGED}}
+    out = {start: {k: interval([row[k] for row in rows]) for k in JUDGED} for start,
+           rows in (("tasks alone", alone), ("masked first", first))}
+    return out | {"difference": {k: interval([b[k] - a[k] for a, b in zip(alone, first)])
+                                 for k in JUDGED}}
 
 def main(
     params: str | Path = "params.yaml",
@@ -50,24 +55,35 @@ def main(
     p = read_params(SECTIONS, params, profile)
     runs, values = both_ways(p["masked"], p["pretrain"].get("vjepa2")), dict(p["vjepa2"]["model"])
     announce(resolve_precision(next(iter(runs["tasks alone"].values())).precision), progress)
-    config, encoder = asking(model_config(values.pop("config"), values)), TextEncoder(p["text"]["encoder"])
-    if kind_of(config) != "vjepa2": raise ParamsError("vjepa2.model.config", f"it is a configuration of {kind_of(config)}", "Name one of V-JEPA 2.")
+    config, encoder = asking(model_config(values.pop("config"),
+                                          values)), TextEncoder(p["text"]["encoder"])
+    if kind_of(config) != "vjepa2":
+        raise ParamsError("vjepa2.model.config", f"it is a configuration of {kind_of(config)}",
+                          "Name one of V-JEPA 2.")
     code, found = code_hash("experiments.masked"), {}
     for start, seeds in runs.items():
         for seed, settings in seeds.items():
-            folder = Path("runs/masked")/value_hash([settings.deciding(), asdict(config), encoder.key, code])[:12]
+            folder = Path("runs/masked")/value_hash([settings.deciding(), asdict(config),
+                                                     encoder.key, code])[:12]
             if not (folder/"result.json").exists():
                 with kept_rng():
                     seed_all(seed)
-                    history = pretrain(VJepaMos(config), settings, sampling_of(config), plain_encoder(encoder), folder, None, progress)["history"]
-                figures = {k: v for k, v in history[-1].items() if k.startswith(("judged_", "severity_", "attribute_", "match_", "agree_"))}
-                masked = [[row["masked"], row["spread"]] for row in history if row["phase"] == "masked"]
+                    history = pretrain(VJepaMos(config), settings, sampling_of(config),
+                                       plain_encoder(encoder), folder, None, progress)["history"]
+                figures = {k: v for k, v in history[-1].items()
+                           if k.startswith(("judged_", "severity_", "attribute_", "match_",
+                                            "agree_"))}
+                masked = [[row["masked"], row["spread"]] for row in history
+                          if row["phase"] == "masked"]
                 write_json(folder/"result.json", {**figures, "masked": masked})
             found.setdefault(start, {})[seed] = read_json(folder/"result.json")
-    about = {"labels": "causes that the simulator knows", "judged_on": "simulated clips of scenes that were not learned from", "code_hash": code,
+    about = {"labels": "causes that the simulator knows",
+             "judged_on": "simulated clips of scenes that were not learned from", "code_hash": code,
              "parameters": p["masked"], "figures": compared(found),
-             "runs": {start: {str(s): row for s, row in seeds.items()} for start, seeds in found.items()}}
+             "runs": {start: {str(s): row for s, row in seeds.items()} for start,
+                      seeds in found.items()}}
     write_json("results/masked-vjepa2.json", about)
     return about
 
-if __name__ == "__main__" and "__file__" in globals(): run_stage(main)     # as a program, and not in this notebook
+# as a program, and not in this notebook
+if __name__ == "__main__" and "__file__" in globals(): run_stage(main)

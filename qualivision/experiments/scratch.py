@@ -14,7 +14,7 @@ from ..pipeline.params import (
 from ..pipeline.train import from_noise, train_to
 
 # %% ../../nbs/experiments/65_scratch.ipynb #4edbf3d8
-SECTIONS = {"dover": ("data", "text", "evaluate", "scratch", "dover"),      # model → what this reads
+SECTIONS = {"dover": ("data", "text", "evaluate", "scratch", "dover"),  # model → what this reads
             "vjepa2": ("data", "text", "evaluate", "scratch", "vjepa2")}
 
 def main(
@@ -28,9 +28,12 @@ def main(
     keep_memory()
     p = read_params(SECTIONS[known_model(model)], params, profile)
     if not p["scratch"].get(model):
-        raise ParamsError(f"scratch.{model}", "there are no settings for it", "Add a section: what is different from noise on.")
+        raise ParamsError(f"scratch.{model}", "there are no settings for it",
+                          "Add a section: what is different from noise on.")
     folder = Path(out)/model
-    train_to(model, from_noise(p[model], p["scratch"][model]), p["data"], p["text"]["encoder"], folder, folder/"checkpoint", progress)
+    train_to(model, from_noise(p[model], p["scratch"][model]), p["data"], p["text"]["encoder"],
+             folder, folder/"checkpoint", progress)
     return score_to(folder/"checkpoint", p["data"], p["evaluate"]["device"], folder)
 
-if __name__ == "__main__" and "__file__" in globals(): run_stage(main)     # as a program, and not in this notebook
+# as a program, and not in this notebook
+if __name__ == "__main__" and "__file__" in globals(): run_stage(main)

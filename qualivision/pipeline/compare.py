@@ -30,7 +30,8 @@ def asked_split(
     "The split that the models have scored. Raises ParamsError where a model has none, DatasetError where they differ."
     about = {m: read_json(Path(results)/m/"evaluate.json") for m in models}
     if len({a["split"] for a in about.values()}) > 1:
-        raise DatasetError("results", f"the models scored different splits: {', '.join(a['split'] for a in about.values())}", "Run `dvc repro`.")
+        raise DatasetError("results",
+                           f"the models scored different splits: {', '.join(a['split'] for a in about.values())}", "Run `dvc repro`.")
     return about[models[0]]["split"], about[models[0]]["note"]
 
 def read_scores(
@@ -51,8 +52,10 @@ def known_about(
 ) -> Clips:
     "Rows with embeddings and features. Raises DatasetError where prepare has not measured a video."
     if absent := [p for p in rows["path"] if p not in features.index]:
-        raise DatasetError("work/features.csv", f"it lacks {len(absent)} videos, first {absent[0]}", "Run `dvc repro prepare`.")
-    return Clips(rows, encoder.encode(rows["Prompt"].tolist()).numpy(), features.loc[rows["path"]].reset_index(drop=True))
+        raise DatasetError("work/features.csv", f"it lacks {len(absent)} videos, first {absent[0]}",
+                           "Run `dvc repro prepare`.")
+    return Clips(rows, encoder.encode(rows["Prompt"].tolist()).numpy(),
+                 features.loc[rows["path"]].reset_index(drop=True))
 
 def baseline_rows(
     train: Clips, clips: Clips,
@@ -74,13 +77,15 @@ def ceiling_rows(
 ) -> tuple[dict, dict]:      # row → (N,5); row → why it was left out
     "The two oracles, if the data set tells its causes. Raises DatasetError when it does so for a part of the videos."
     file = Path(root)/"simulation"/"causes.csv"
-    if not file.is_file(): return {}, {CEILING: "people gave these labels: nobody knows their causes"}
+    if not file.is_file():
+        return {}, {CEILING: "people gave these labels: nobody knows their causes"}
     causes = pd.read_csv(file).set_index("video_name")
     if absent := [n for n in clips["video_name"] if n not in causes.index]:
-        raise DatasetError(file, f"it lacks {len(absent)} videos, first {absent[0]}", "Simulate the data set again, or remove the file.")
+        raise DatasetError(file, f"it lacks {len(absent)} videos, first {absent[0]}",
+                           "Simulate the data set again, or remove the file.")
     known = causes.loc[clips["video_name"]]
-    latent = known[[f"latent_{d}" for d in DIMENSIONS]].to_numpy(float)                        # (N,5)
-    charm = known["charm"].to_numpy(float)[:, None] * [d == "overall" for d in DIMENSIONS]     # (N,5)
+    latent = known[[f"latent_{d}" for d in DIMENSIONS]].to_numpy(float)  # (N,5)
+    charm = known["charm"].to_numpy(float)[:, None] * [d == "overall" for d in DIMENSIONS]  # (N,5)
     return {CEILING: latent, RATERS: latent + charm}, {}
 
 # %% ../../nbs/pipeline/54_compare.ipynb #0a50c06c
@@ -109,21 +114,26 @@ def summary(
         out = {}
         for m in ("srocc", "plcc", "mae"):
             out[m] = {d: value(model, m, d) for d in DIMENSIONS}
-            if None not in out[m].values(): out[m]["mean"] = round(sum(out[m].values()) / len(DIMENSIONS), 6)
+            if None not in out[m].values():
+                out[m]["mean"] = round(sum(out[m].values()) / len(DIMENSIONS), 6)
         if CEILING in results:
-            out["share_of_ceiling"] = {d: round(value(model, "srocc", d) / value(CEILING, "srocc", d), 4) for d in DIMENSIONS
-                                       if None not in (value(model, "srocc", d), value(CEILING, "srocc", d))}
+            out["share_of_ceiling"] = {d: round(value(model, "srocc", d) / value(CEILING, "srocc",
+                                                                                 d), 4) for d in DIMENSIONS
+                                       if None not in (value(model, "srocc", d),
+                                                       value(CEILING, "srocc", d))}
         return out
     return {model: of(model) for model in results["differences"]}
 
 def rows_table(
     clips: pd.DataFrame,           # N rows
     rows: dict[str, np.ndarray],   # row → (N,5)
-) -> pd.DataFrame:                 # video_name, Prompt, group, generator, label_*, and five columns of each row of the table
+) -> pd.DataFrame:  # video_name, Prompt, group, generator, label_*, and five columns of each row of the table
     "Everything that the results were computed from."
     columns = {"label": clips[list(MOS_COLUMNS)].to_numpy(), **rows}
-    scores = {f"{name}_{d}": x[:, k].round(6) for name, x in columns.items() for k, d in enumerate(DIMENSIONS)}
-    return clips[["video_name", "Prompt", "group", "generator"]].reset_index(drop=True).join(pd.DataFrame(scores))
+    scores = {f"{name}_{d}": x[:, k].round(6) for name, x in columns.items() for k,
+              d in enumerate(DIMENSIONS)}
+    return clips[["video_name", "Prompt", "group",
+                  "generator"]].reset_index(drop=True).join(pd.DataFrame(scores))
 
 # %% ../../nbs/pipeline/54_compare.ipynb #f44ebca0
 def compare(
@@ -134,7 +144,8 @@ def compare(
 ) -> dict:                         # as of `results_table`
     "The results table; an oracle is a row of it and no opponent."
     oracles = {r: x for r, x in rows.items() if r in (CEILING, RATERS)}
-    results = results_table({r: x for r, x in rows.items() if r not in oracles}, clips.mos, clips.groups, models, n=n, seed=seed)
+    results = results_table({r: x for r, x in rows.items() if r not in oracles}, clips.mos,
+                            clips.groups, models, n=n, seed=seed)
     differences = results.pop("differences")
     above = results_table(oracles, clips.mos, clips.groups, models=(), n=n, seed=seed)
     return results | {r: above[r] for r in oracles} | {"differences": differences}
@@ -152,20 +163,28 @@ def main(
     settings, root, splits = p["evaluate"], p["data"]["root"], read_splits(p["data"])
     split, note = asked_split(models)
     asked = splits[split]
-    features, encoder = pd.read_csv("work/features.csv", index_col="path"), TextEncoder(p["text"]["encoder"])
+    features, encoder = pd.read_csv("work/features.csv",
+                                    index_col="path"), TextEncoder(p["text"]["encoder"])
     train, clips = (known_about(splits[s], features, encoder) for s in ("train", split))
-    (baselines, omitted), (oracles, unknown) = baseline_rows(train, clips), ceiling_rows(root, asked)
+    (baselines, omitted), (oracles, unknown) = (baseline_rows(train, clips),
+                                                ceiling_rows(root, asked))
     scratch, unmade = scratch_rows(asked, split, read_json("results/splits.json")["data_hash"])
-    rows = {**{m: read_scores(f"results/{m}/predictions.csv", asked) for m in models}, **scratch, **baselines, **oracles}
+    rows = {**{m: read_scores(f"results/{m}/predictions.csv", asked) for m in models}, **scratch,
+            **baselines, **oracles}
     results = compare(rows, clips, settings["resamples"], settings["seed"], tuple(models))
     save_results(results, "results/metrics.json")
     write_predictions(asked, rows[models[0]], "results/predictions.csv")
-    rows_table(asked, rows).to_csv("results/rows.csv", index=False, float_format="%.6f", lineterminator="\n")
+    rows_table(asked, rows).to_csv("results/rows.csv", index=False, float_format="%.6f",
+                                   lineterminator="\n")
     write_json("results/summary.json", summary(results))
     write_json("results/compare.json", {
-        "models": list(models), "split": split, "note": note, "videos": len(asked), "prompts": int(asked["group"].nunique()),
-        "labels": label_source(root, p["data"].get("scale")), "omitted": unmade | omitted | unknown, "code_hash": code_hash("pipeline.compare"),
-        "parameters": {"text": p["text"]["encoder"], "resamples": settings["resamples"], "seed": settings["seed"]}})
+        "models": list(models), "split": split, "note": note, "videos": len(asked),
+        "prompts": int(asked["group"].nunique()),
+        "labels": label_source(root, p["data"].get("scale")), "omitted": unmade | omitted | unknown,
+        "code_hash": code_hash("pipeline.compare"),
+        "parameters": {"text": p["text"]["encoder"], "resamples": settings["resamples"],
+                       "seed": settings["seed"]}})
     return results
 
-if __name__ == "__main__" and "__file__" in globals(): run_stage(main)     # as a program, and not in this notebook
+# as a program, and not in this notebook
+if __name__ == "__main__" and "__file__" in globals(): run_stage(main)

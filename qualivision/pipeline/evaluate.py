@@ -37,9 +37,11 @@ def model_scores(
 ) -> np.ndarray:                        # (N,5) predicted MOS
     "One score after the other, as a user would get it. Raises VideoError, TextError, ScoreError, WeightsError."
     scorer = Scorer.from_checkpoint(checkpoint, device)
-    kept, every = ClipCache(cache, scorer.sampling), scorer.sampling.count      # people judged all five of every clip, however short
+    # people judged all five of every clip, however short
+    kept, every = ClipCache(cache, scorer.sampling), scorer.sampling.count
     rows = progress(zip(clips["path"], clips["Prompt"]), len(clips), "scoring")
-    return np.array([scorer.judge(kept.get(path), prompt, every)[0] for path, prompt in rows]).round(6)
+    return np.array([scorer.judge(kept.get(path), prompt, every)[0] for path,
+                     prompt in rows]).round(6)
 
 # %% ../../nbs/pipeline/53_evaluate.ipynb #4e4fb31f
 SECTIONS = ("data", "evaluate")
@@ -52,7 +54,8 @@ def main(
     "Scores the judged split. Raises ParamsError, DatasetError, ScoreError, VideoError, WeightsError."
     keep_memory()
     p = read_params(SECTIONS, params, profile)
-    return score_to(f"checkpoints/{known_model(model)}", p["data"], p["evaluate"]["device"], Path("results")/model)
+    return score_to(f"checkpoints/{known_model(model)}", p["data"], p["evaluate"]["device"],
+                    Path("results")/model)
 
 def score_to(
     checkpoint: str | Path,
@@ -66,9 +69,11 @@ def score_to(
     scores = model_scores(checkpoint, splits[split], device=device)
     results.mkdir(parents=True, exist_ok=True)
     write_predictions(splits[split], scores, results/"predictions.csv")
-    about = {"split": split, "note": note, "videos": len(scores), "weights": about_file(checkpoint)["sha256"],
+    about = {"split": split, "note": note, "videos": len(scores),
+             "weights": about_file(checkpoint)["sha256"],
              "code_hash": code_hash("pipeline.evaluate")}
     write_json(results/"evaluate.json", about)
     return about
 
-if __name__ == "__main__" and "__file__" in globals(): run_stage(main)     # as a program, and not in this notebook
+# as a program, and not in this notebook
+if __name__ == "__main__" and "__file__" in globals(): run_stage(main)

@@ -20,7 +20,8 @@ from ..data.dataset import checked, load_dataset, resolve_splits, scale_note
 from ..quality import QualiVisionError, caught
 
 # %% ../../nbs/pipeline/50_params.ipynb #86f44845
-MODELS = ("dover", "vjepa2")    # of the pipeline; each has a section of parameters, a folder of results and one of weights
+# of the pipeline; each has a section of parameters, a folder of results and one of weights
+MODELS = ("dover", "vjepa2")
 
 class ParamsError(QualiVisionError): "A file of parameters that lacks something, or cannot be read."
 
@@ -32,24 +33,29 @@ def read_params(
     "These sections, from the profile or from outside of the profiles; `ParamsError` where one is missing."
     try: everything = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
     except FileNotFoundError as e:
-        raise ParamsError(file, "there is no such file", "Run in the folder that holds it, or name another.") from e
-    except yaml.YAMLError as e: raise ParamsError(file, f"it is not YAML ({e})", "Correct it.") from e
+        raise ParamsError(file, "there is no such file",
+                          "Run in the folder that holds it, or name another.") from e
+    except yaml.YAMLError as e:
+        raise ParamsError(file, f"it is not YAML ({e})", "Correct it.") from e
     chosen = profile or everything.get("profile")
     if not isinstance(everything.get(chosen), dict):
-        raise ParamsError(file, f"it has no profile {chosen}", "Set `profile` to embedded, paper or a profile of your own.")
+        raise ParamsError(file, f"it has no profile {chosen}",
+                          "Set `profile` to embedded, paper or a profile of your own.")
     found = {**everything, **everything[chosen]}
     if absent := [s for s in sections if not isinstance(found.get(s), dict)]:
-        raise ParamsError(file, f"the profile {chosen} has no section {', '.join(absent)}", "Add it; both profiles have the same sections.")
+        raise ParamsError(file, f"the profile {chosen} has no section {', '.join(absent)}",
+                          "Add it; both profiles have the same sections.")
     return {s: dict(found[s]) for s in sections}
 
 # %% ../../nbs/pipeline/50_params.ipynb #c2b312d7
 def split_rule(data: dict) -> dict:    # the section `data`
     "The arguments of `resolve_splits` in it."
     scale = {"scale": data["scale"]} if data.get("scale") else {}
-    return {"seed": data["seed"], "val_fraction": data["val_fraction"], "test_fraction": data["test_fraction"], **scale}
+    return {"seed": data["seed"], "val_fraction": data["val_fraction"],
+            "test_fraction": data["test_fraction"], **scale}
 
 def read_splits(
-    data: dict,     # the section `data`: root, seed, val_fraction, test_fraction; scale, where the MOS are not on 1–5
+    data: dict,  # the section `data`: root, seed, val_fraction, test_fraction; scale, where the MOS are not on 1–5
 ) -> dict:          # as of `resolve_splits`, and all: the whole table
     "The data set with its splits. Raises DatasetError."
     frame = load_dataset(data["root"])
@@ -60,13 +66,16 @@ def label_source(
     scale=None,        # of its MOS, if they were mapped
 ) -> str:              # for people; says so where labels are simulated, and where they were mapped
     "Whose opinion the labels are. A simulated data set is known by the file of its causes, which no real one has."
-    labels = "simulated labels" if (Path(root)/"simulation"/"causes.csv").is_file() else f"labels of {Path(root).resolve().name}"
+    labels = ("simulated labels" if (Path(root)/"simulation"/"causes.csv").is_file()
+              else f"labels of {Path(root).resolve().name}")
     return ", ".join(filter(None, (labels, scale_note(scale))))
 
 # %% ../../nbs/pipeline/50_params.ipynb #4d7f9e19
 def known_model(model: str) -> str:   # one of MODELS
     "The name of a model, as it came; `ParamsError` where there is no such model."
-    if model not in MODELS: raise ParamsError(f"model {model}", "there is no such model", f"There are: {', '.join(MODELS)}.")
+    if model not in MODELS:
+        raise ParamsError(f"model {model}", "there is no such model",
+                          f"There are: {', '.join(MODELS)}.")
     return model
 
 # %% ../../nbs/pipeline/50_params.ipynb #e6579cc9
@@ -75,22 +84,29 @@ def write_json(path: str | Path, value):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")          # whoever finds the file finds all of it
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+                    encoding="utf-8")
     part.replace(path)
 
 def read_json(path: str | Path):
     "What `write_json` wrote; `ParamsError` where the stage that writes it has not run."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as e: raise ParamsError(path, "there is no such file", "`dvc repro` runs the stage that writes it.") from e
+    except FileNotFoundError as e:
+        raise ParamsError(path, "there is no such file",
+                          "`dvc repro` runs the stage that writes it.") from e
 
 def note_machine(stage: str, seconds: float, folder: str | Path = "work"):
     "A line about this run of a stage, in the file that holds times and machines."
     import torch
-    about = {"stage": stage, "seconds": round(seconds, 1), "ended": time.strftime("%Y-%m-%d %H:%M:%S"), "system": platform.system(),
-             "machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__,
-             "threads": torch.get_num_threads(), "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+    about = {"stage": stage, "seconds": round(seconds, 1),
+             "ended": time.strftime("%Y-%m-%d %H:%M:%S"), "system": platform.system(),
+             "machine": platform.machine(), "python": platform.python_version(),
+             "torch": torch.__version__,
+             "threads": torch.get_num_threads(), "cuda": torch.cuda.get_device_name()
+             if torch.cuda.is_available() else None}
     Path(folder).mkdir(exist_ok=True)
-    with open(Path(folder)/"machine.jsonl", "a", encoding="utf-8") as f: f.write(json.dumps(about) + "\n")
+    with open(Path(folder)/"machine.jsonl", "a", encoding="utf-8") as f:
+        f.write(json.dumps(about) + "\n")
 
 def run_stage(main):   # the stage's main(), which takes the program's arguments
     "Runs a stage as a program: an error is one message and status 1, after its traceback where nobody foresaw it; and the run is noted."
@@ -105,4 +121,5 @@ def keep_memory() -> bool:  # whether it did: only with glibc on Linux
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc": return False
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4                        # malloc.h
     mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1), mallopt(M_TOP_PAD, 2**29)])
+    return all([mallopt(M_MMAP_MAX, 0), mallopt(M_TRIM_THRESHOLD, 2**31 - 1),
+                mallopt(M_TOP_PAD, 2**29)])

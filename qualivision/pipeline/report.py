@@ -39,23 +39,29 @@ def provenance(
 
     Raises ParamsError where a stage has not run, MetricError where the stages do not belong together."""
     folder = Path(folder)
-    splits, prepare, compare = (read_json(folder/f"{s}.json") for s in ("splits", "prepare", "compare"))
+    splits, prepare, compare = (read_json(folder/f"{s}.json")
+                                for s in ("splits", "prepare", "compare"))
     models = compare["models"]
-    train, evaluate = ({m: read_json(folder/m/f"{s}.json") for m in models} for s in ("train", "evaluate"))
+    train, evaluate = ({m: read_json(folder/m/f"{s}.json") for m in models}
+                       for s in ("train", "evaluate"))
     for m in models:
         if splits["data_hash"] != train[m]["data_hash"]:
-            raise MetricError("results", f"{m} was trained on other data than were prepared", "Run `dvc repro`.")
+            raise MetricError("results", f"{m} was trained on other data than were prepared",
+                              "Run `dvc repro`.")
         if train[m]["weights"] != evaluate[m]["weights"]:
-            raise MetricError("results", f"the scores of {m} are of other weights than its training left",
+            raise MetricError("results",
+                              f"the scores of {m} are of other weights than its training left",
                               "Run `dvc repro`.")
     stages = {"prepare": prepare, **{f"train {m}": a for m, a in train.items()},
               **{f"evaluate {m}": a for m, a in evaluate.items()}, "compare": compare}
     settings = {s: a["parameters"] for s, a in stages.items() if "parameters" in a}
-    return {"data": splits["data_hash"], "code": value_hash({s: a["code_hash"] for s, a in stages.items()}),
+    return {"data": splits["data_hash"],
+            "code": value_hash({s: a["code_hash"] for s, a in stages.items()}),
             "parameters": value_hash(settings), "settings": settings, "models": models,
             "weights": {m: a["weights"] for m, a in train.items()},
             "seeds": {m: a["seed"] for m, a in train.items()},
-            "splits": splits, "prepare": prepare, "train": train, "evaluate": evaluate, "compare": compare}
+            "splits": splits, "prepare": prepare, "train": train, "evaluate": evaluate,
+            "compare": compare}
 
 # %% ../../nbs/pipeline/55_report.ipynb #89aff01c
 def seed_name(seeds: dict) -> str:   # model → seed
@@ -69,13 +75,14 @@ def stamp(about: dict) -> str:  # of `provenance`
     return f"{hashes} · {seed_name(about['seeds'])}"
 
 # %% ../../nbs/pipeline/55_report.ipynb #dd5e146a
-def origin(model: str, train: dict, videos: int) -> str:   # what train.json holds; clips in training
+def origin(model: str, train: dict, videos: int) -> str:  # what train.json holds; clips in training
     "One sentence about where a model's weights come from."
     name = title(model)
     if train.get("body"):
         return (f"{name} starts from {train['pretrained']} ({train['body_trained_on']}) "
                 f"and was fine-tuned on {videos} clips.")
-    if train.get("pretrained"): return f"{name} starts from the pretrained encoder {train['pretrained']}."
+    if train.get("pretrained"):
+        return f"{name} starts from the pretrained encoder {train['pretrained']}."
     if "trunk" in train["parameters"]:
         return (f"{name} has no pretraining: its encoder, the trunk, was trained from noise on the same "
                 f"{videos} clips with nothing frozen; then its lower layers were frozen.")
@@ -83,14 +90,15 @@ def origin(model: str, train: dict, videos: int) -> str:   # what train.json hol
 
 def origins(about: dict) -> str:
     "The same for all models."
-    return " ".join(origin(m, about["train"][m], about["splits"]["videos"]["train"]) for m in about["models"])
+    return " ".join(origin(m, about["train"][m], about["splits"]["videos"]["train"])
+                    for m in about["models"])
 
 # %% ../../nbs/pipeline/55_report.ipynb #09ed63c1
 MARKS = {"dover": "▼▲", "vjepa2": "▽△"}     # model → it is better, the row is
 
 def difference(
     results: dict, model: str, row: str, dimension: str, metric: str,
-) -> dict | None:    # {value, low, high} of model − row; None where they were not compared, or have no value
+) -> dict | None:  # {value, low, high} of model − row; None where they were not compared, or have no value
     "A paired difference, also of an earlier model to a later one."
     own = results["differences"]
     if row in own[model]: cell, sign = own[model][row][dimension][metric], 1
@@ -100,7 +108,8 @@ def difference(
     low, high = sorted((sign * cell["low"], sign * cell["high"]))
     return {"value": sign * cell["value"], "low": low, "high": high}
 
-def mark(results: dict, row: str, dimension: str, metric: str, model: str) -> str:  # one of MARKS, or ""
+# one of MARKS, or ""
+def mark(results: dict, row: str, dimension: str, metric: str, model: str) -> str:
     "Whether the model differs from this row, as far as the interval can tell."
     cell = difference(results, model, row, dimension, metric)
     if cell is None: return ""
@@ -112,12 +121,13 @@ def table(
     results: dict,             # of `results_table`
     metric: str,
     rows=None,                 # None: all
-) -> dict:                     # row → five cells {value, low, high, marks: a sign or "" for each model}
+) -> dict:  # row → five cells {value, low, high, marks: a sign or "" for each model}
     "One metric, ready to be shown."
     models = list(results["differences"])
     def filled(row, d): return {**results[row][d][metric],
                                 "marks": [mark(results, row, d, metric, m) for m in models]}
-    return {row: [filled(row, d) for d in DIMENSIONS] for row in rows or results if row != "differences"}
+    return {row: [filled(row, d) for d in DIMENSIONS] for row in rows or results
+            if row != "differences"}
 
 def markdown(
     results: dict, metric: str,
@@ -136,11 +146,13 @@ def markdown(
     return markdown_table([NAMES[metric], *COLUMNS], lines)
 
 # %% ../../nbs/pipeline/55_report.ipynb #28ba44c7
-SHORT = {"dover": "DOVER++", "vjepa2": "V-JEPA 2", "dover_scratch": "D. noise", "vjepa2_scratch": "V. noise",
+SHORT = {"dover": "DOVER++", "vjepa2": "V-JEPA 2", "dover_scratch": "D. noise",
+         "vjepa2_scratch": "V. noise",
          "text_generator": "text+gen.", "low_level": "low-level", "hand_crafted": "handcraft"}
 HEADS = dict(zip(DIMENSIONS, ("Tradit.", "Alignm.", "Aesth.", "Tempor.", "Overall")))
 
-def number(x: float | None) -> str:  # two digits without the leading zero; "–" where there is no value
+# two digits without the leading zero; "–" where there is no value
+def number(x: float | None) -> str:
     return "–" if x is None else f"{x:.2f}".replace("0.", ".", 1) if abs(x) < 1 else f"{x:.2f}"
 
 def text_block(results: dict, metric: str, intervals: bool) -> list[str]:
@@ -148,10 +160,12 @@ def text_block(results: dict, metric: str, intervals: bool) -> list[str]:
     room = 10 - len(results["differences"])
     lines = [f"{NAMES[metric]:10}" + "".join(f"{HEADS[d]:>9} " for d in DIMENSIONS)]
     for row, cells in table(results, metric).items():
-        values = (f"{number(c['value']):>{room}}" + "".join(m or " " for m in c["marks"]) for c in cells)
+        values = (f"{number(c['value']):>{room}}" + "".join(m or " " for m in c["marks"])
+                  for c in cells)
         lines.append(f"{SHORT.get(row, row)[:10]:10}" + "".join(values))
         if intervals and any(c["value"] is not None for c in cells):
-            spans = ("" if c["value"] is None else f"{number(c['low'])}…{number(c['high'])}" for c in cells)
+            spans = ("" if c["value"] is None else f"{number(c['low'])}…{number(c['high'])}"
+                     for c in cells)
             lines.append(" " * 10 + "".join(f"{s:>10}" for s in spans))
     return [line.rstrip() for line in lines]
 
@@ -190,16 +204,19 @@ def text_table(results: dict, about: dict) -> str:
     foot += [f"{SHORT.get(row, row)}: {ROWS[row]}." for row in CEILINGS if row in results]
     lines = textwrap.wrap(asked(about), 60)
     lines += (textwrap.wrap(f"Note: {c['note']}.", 60) if c["note"] else []) + [""]
-    for metric in ("srocc", "plcc", "mae"): lines += [*text_block(results, metric, metric == "srocc"), ""]
+    for metric in ("srocc", "plcc", "mae"):
+        lines += [*text_block(results, metric, metric == "srocc"), ""]
     foot += [f"No row {SHORT.get(row, row)}: {why}" for row, why in c["omitted"].items()]
     for part in foot: lines += textwrap.wrap(part, 60)
-    for part in (origins(about), stamp(about).replace("`", "")): lines += ["", *textwrap.wrap(part, 60)]
+    for part in (origins(about), stamp(about).replace("`", "")):
+        lines += ["", *textwrap.wrap(part, 60)]
     return "\n".join(lines) + "\n"
 
 # %% ../../nbs/pipeline/55_report.ipynb #207bff60
 def names(dimensions) -> str:
     "Dimensions, as a list in words."
-    return "all five" if len(dimensions) == len(DIMENSIONS) else ", ".join(d.capitalize() for d in dimensions) or "none"
+    return ("all five" if len(dimensions) == len(DIMENSIONS)
+            else ", ".join(d.capitalize() for d in dimensions) or "none")
 
 def verdicts(
     results: dict,       # of `results_table`
@@ -208,7 +225,8 @@ def verdicts(
     "What the marks of a model say about each row, by SROCC; about the constant, which has none, by MAE."
     out, (better, worse) = {}, MARKS[model]
     for row in results["differences"][model]:
-        marks = {d: mark(results, row, d, "mae" if row == "constant" else "srocc", model) for d in DIMENSIONS}
+        marks = {d: mark(results, row, d, "mae" if row == "constant" else "srocc", model)
+                 for d in DIMENSIONS}
         out[row] = {word: [d for d in DIMENSIONS if marks[d] == m]
                     for word, m in (("better", better), ("worse", worse), ("open", ""))}
     return out
@@ -228,13 +246,15 @@ def words(results: dict, summary: dict, model: str) -> str:
 
 # %% ../../nbs/pipeline/55_report.ipynb #ac7c5da9
 def seeds(
-    folder: str | Path = "results",   # the results, and seed-N/ with metrics.json and MODEL/train.json of other seeds
+    folder: str | Path = "results",  # the results, and seed-N/ with metrics.json and MODEL/train.json of other seeds
 ) -> dict:                            # "seed 0" → results; an older code is named
     "The results of all seeds. Raises MetricError where another seed had other data or settings."
     folder, found = Path(folder), {}
     models = read_json(folder/"compare.json")["models"]
-    def settings(t): return {k: {n: v for n, v in part.items() if n != "seed"} if k in ("train", "trunk") else part
-                             for k, part in t["parameters"].items()}
+    def settings(t):
+        return {k: {n: v for n, v in part.items() if n != "seed"} if k in ("train", "trunk")
+                else part
+                for k, part in t["parameters"].items()}
     for f in (folder, *sorted(folder.glob("seed-*"))):
         trains = {m: read_json(f/m/"train.json") for m in models}
         about = {m: (t["data_hash"], value_hash(settings(t))) for m, t in trains.items()}
@@ -254,7 +274,8 @@ def seeds_markdown(found: dict) -> str:  # of `seeds`
     lines, lost = [], []
     for model in next(iter(found.values()))["differences"]:
         for seed, r in found.items():
-            lines.append([f"{title(model)}, {seed}", *(f"{r[model][d]['srocc']['value']:.2f}" for d in DIMENSIONS)])
+            lines.append([f"{title(model)}, {seed}",
+                          *(f"{r[model][d]['srocc']['value']:.2f}" for d in DIMENSIONS)])
         first, *others = (verdicts(r, model) for r in found.values())
         for row, of in first.items():
             gone = [d for d in of["better"] if any(d not in o[row]["better"] for o in others)]
@@ -294,7 +315,8 @@ def limits(about: dict) -> str:
     if "simulated" in about["compare"]["labels"]:
         said = ["The numbers do not say how well these weights follow people's opinions of real video: clips, faults and "
                 f"raters of pretraining and test come from one simulator ({shown})."]
-    else: said = ["The numbers do not say how well these weights do on videos of another kind, or with other raters."]
+    else:
+        said = ["The numbers do not say how well these weights do on videos of another kind, or with other raters."]
     trains = about["train"].values()
     if any(t.get("body") for t in trains):
         said += ["Other seeds repeat the fine-tuning alone; each body was pretrained once.",
@@ -315,11 +337,13 @@ def readme_results(folder: str | Path = "results") -> str:  # Markdown
 # %% ../../nbs/pipeline/55_report.ipynb #a7a399c8
 def rows_explained(results: dict) -> str:
     "What each row is that is no model."
-    return markdown_table(["row", "what it is"], [[title(r), ROWS[r]] for r in results if r in ROWS])
+    return markdown_table(["row", "what it is"],
+                          [[title(r), ROWS[r]] for r in results if r in ROWS])
 
 def compared(folder: str | Path = "results") -> str:   # Markdown
     "SROCC of all rows with marks, the statements and the seeds. Raises ParamsError where there are no results."
-    results, summary, about = (*(read_json(Path(folder)/f"{f}.json") for f in ("metrics", "summary")), provenance(folder))
+    results, summary, about = (*(read_json(Path(folder)/f"{f}.json")
+                                 for f in ("metrics", "summary")), provenance(folder))
     parts = [asked(about), markdown(results, "srocc"),
              f"In brackets: 95 % intervals from {about['compare']['parameters']['resamples']} resamples of whole prompts. "
              f"{legend(about['models'])}", stamp(about),
@@ -340,27 +364,32 @@ def facts(about: dict) -> str:  # of `provenance`
 
 def models_table(about: dict) -> str:  # of `provenance`
     "How each model was trained, a column for each."
-    def phases(t): return " + ".join(f"{t['parameters'][k]['epochs']} epochs{' of the trunk' if k == 'trunk' else ''}"
-                                     for k in ("trunk", "train") if k in t["parameters"])
+    def phases(t):
+        return " + ".join(f"{t['parameters'][k]['epochs']} epochs{' of the trunk' if k == 'trunk' else ''}"
+                          for k in ("trunk", "train") if k in t["parameters"])
     def chosen(t): return "the last epoch" if not t["best"] else \
         f"epoch {t['best']['epoch']}: mean of SROCC and PLCC on validation {t['best']['score']:.4f}"
     trains = about["train"].values()
     rows = [["training", *(f"{phases(t)}, {t['step']} steps, seed {t['seed']}" for t in trains)],
-            ["weights of", *map(chosen, trains)], ["weights", *(f"`{t['weights']}`" for t in trains)]]
+            ["weights of", *map(chosen, trains)],
+            ["weights", *(f"`{t['weights']}`" for t in trains)]]
     return markdown_table(["", *map(title, about["models"])], rows)
 
 def settings_table(settings: dict) -> str:  # stage → nested values
     "Every value that decided, one line for each section; long lists by their length and hash."
     def one(x): return str(x) if len(str(x)) <= 80 else f"({len(x)} entries, {value_hash(x)[:12]})"
-    def line(v): return ", ".join(f"{k} {one(x)}" for k, x in v.items()) if isinstance(v, dict) else one(v)
+    def line(v):
+        return ", ".join(f"{k} {one(x)}" for k, x in v.items()) if isinstance(v, dict) else one(v)
     return markdown_table(["section", "values"], [[f"{stage}.{k}", line(v)]
-                                                  for stage, values in settings.items() for k, v in values.items()])
+                                                  for stage, values in settings.items() for k,
+                                                  v in values.items()])
 
 # %% ../../nbs/pipeline/55_report.ipynb #9cb7c813
 def curve_note(about: dict) -> str:  # of `provenance`
     "Why `loss` and `val_loss` are two quantities."
     trains = [t["parameters"]["train"] for t in about["train"].values()]
-    extra = "with the contrast between prompts on top, " if any(t.get("contrast_weight") for t in trains) else ""
+    extra = ("with the contrast between prompts on top, "
+             if any(t.get("contrast_weight") for t in trains) else "")
     mean = ", for the running average of the weights" if any(t.get("ema") for t in trains) else ""
     return (f"loss: mean over an epoch, {extra}dropout on. val_loss: at its end, "
             f"{'without the contrast, ' if extra else ''}dropout off{mean}. "
@@ -369,7 +398,8 @@ def curve_note(about: dict) -> str:  # of `provenance`
 def captions(about: dict) -> dict:  # file name → what the picture shows
     "The pictures of the page."
     c = about["compare"]
-    trunk = "Grey: the trunk is trained. " if any("trunk" in s for s in about["settings"].values()) else ""
+    trunk = "Grey: the trunk is trained. " if any("trunk" in s
+                                                  for s in about["settings"].values()) else ""
     return {"rows.png": f"SROCC of every row on the {c['split']} videos. The dot is the value, the bar its 95 % interval. "
                         "The models are coloured, the best baseline is black, the oracles are green; the dashed line is the "
                         "noise ceiling. Two bars that overlap decide nothing; the paired differences do.",
@@ -382,7 +412,8 @@ def report(folder: str | Path = "results") -> str:
     "results/README.md."
     results, about = read_json(Path(folder)/"metrics.json"), provenance(folder)
     c, note = about["compare"], about["compare"]["note"]
-    parts = ["# Results", "Written by `dvc repro` (chapter [64_report](../nbs/pipeline/55_report.ipynb)). "
+    parts = ["# Results",
+             "Written by `dvc repro` (chapter [64_report](../nbs/pipeline/55_report.ipynb)). "
              "Numbers: `metrics.json`. Scores of every row: `rows.csv`.",
              facts(about), models_table(about), origins(about)]
     parts += [meaning(results, about), limits(about), *([f"Note: {note}."] if note else [])]
@@ -392,7 +423,8 @@ def report(folder: str | Path = "results") -> str:
               "## The models' paired differences",
               "In brackets 95 % intervals; a difference in bold excludes zero in the model's favour.",
               differences_markdown(results, titles=PLAIN_TITLES), "## Pictures"]
-    for file, caption in captions(about).items(): parts += [f"![{Path(file).stem}]({file})", caption]
+    for file, caption in captions(about).items():
+        parts += [f"![{Path(file).stem}]({file})", caption]
     return "\n\n".join([*parts, "## Parameters", settings_table(about["settings"])]) + "\n"
 
 # %% ../../nbs/pipeline/55_report.ipynb #388495fb
@@ -402,15 +434,20 @@ FILL = {"in": "#fff1cc", "net": "#d4e6f7", "join": "#e6def5", "out": "#d6f0de"}
 def box(axis, x, y, w, h, kind, head, text=""):    # in tenths of an inch
     "A rounded box with a heading and lines of text."
     from matplotlib.patches import FancyBboxPatch
-    axis.add_patch(FancyBboxPatch((x, y), w, h, "round,pad=0,rounding_size=1", fc=FILL[kind], ec=LINE, lw=1))
+    axis.add_patch(FancyBboxPatch((x, y), w, h, "round,pad=0,rounding_size=1", fc=FILL[kind],
+                                  ec=LINE, lw=1))
     up = 0.95 * (text.count("\n") + 1) if text else 0
-    axis.text(x + w/2, y + h/2 + up, head, ha="center", va="center", size=10.5, weight="bold", color=INK)
-    if text: axis.text(x + w/2, y + h/2 - 1.15, text, ha="center", va="center", size=9, color=INK, linespacing=1.25)
+    axis.text(x + w/2, y + h/2 + up, head, ha="center", va="center", size=10.5, weight="bold",
+              color=INK)
+    if text:
+        axis.text(x + w/2, y + h/2 - 1.15, text, ha="center", va="center", size=9, color=INK,
+                  linespacing=1.25)
 
 def arrow(axis, *points):
     "A line through these points, with a head at its end."
     axis.plot(*zip(*points[:-1]), color=LINE, lw=1.8)
-    axis.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "-|>", "color": LINE, "lw": 1.8, "shrinkA": 0,
+    axis.annotate("", points[-1], points[-2],
+                  arrowprops={"arrowstyle": "-|>", "color": LINE, "lw": 1.8, "shrinkA": 0,
                                                           "shrinkB": 0, "mutation_scale": 13})
 
 def film(axis, x, y, size):
@@ -420,7 +457,8 @@ def film(axis, x, y, size):
         left = x + k * (size + 0.6)
         axis.add_patch(Rectangle((left, y), size, size, fc="#bcd9ea", ec=LINE, lw=0.8))
         axis.add_patch(Rectangle((left, y), size, 0.3 * size, fc="#7fb069", ec="none"))
-        axis.add_patch(Circle((left + (0.25 + 0.25 * k) * size, y + 0.45 * size), 0.16 * size, fc="#d62828"))
+        axis.add_patch(Circle((left + (0.25 + 0.25 * k) * size, y + 0.45 * size), 0.16 * size,
+                              fc="#d62828"))
 
 # %% ../../nbs/pipeline/55_report.ipynb #624c8fc4
 def encoder_text(model: str, parameters: dict) -> str:  # of train.json
@@ -428,7 +466,8 @@ def encoder_text(model: str, parameters: dict) -> str:  # of train.json
     m = parameters["model"]
     frozen = 1. if m.get("freeze_backbone") else m.get("freeze") or 0.
     kind = {"dover": "ConvNeXt-3D", "vjepa2": "transformer"}.get(model, "video encoder")
-    share = "" if not frozen else ", frozen" if frozen == 1 else f", {frozen:.0%} frozen".replace("%", " %")
+    share = ("" if not frozen else ", frozen" if frozen == 1
+             else f", {frozen:.0%} frozen".replace("%", " %"))
     return f"{kind}{share}\n{m['frames']} frames of {m['size']}×{m['size']}"
 
 def plot_road(about: dict):  # of `provenance` → matplotlib Figure
@@ -440,27 +479,32 @@ def plot_road(about: dict):  # of `provenance` → matplotlib Figure
     axis.axis("off")
     box(axis, 0.5, 16.5, 16, 13.5, "in", "video", "\n\n\n"); film(axis, 1.5, 18.3, 4.3)
     box(axis, 0.5, 1, 16, 8, "in", "prompt", "“a red ball rolls\nover grass”")
-    box(axis, 21, 1, 21, 8, "net", "sentence encoder", f"{next(iter(trains.values()))['text']}, frozen")
+    box(axis, 21, 1, 21, 8, "net", "sentence encoder",
+        f"{next(iter(trains.values()))['text']}, frozen")
     places = (23, 13) if len(models) > 1 else (18,)
     for y, m in zip(places, models):
         box(axis, 21, y, 21, 7.5, "net", title(m), encoder_text(m, trains[m]))
         arrow(axis, (16.5, 23.2), (18.7, 23.2), (18.7, y + 3.7), (21, y + 3.7))
         axis.plot([42, 44.5, 44.5], [y + 3.7, y + 3.7, 20], color=LINE, lw=1.8)
-    if len(models) > 1: axis.text(31.5, 21.75, "or", ha="center", va="center", size=9.5, color=LINE, weight="bold")
+    if len(models) > 1:
+        axis.text(31.5, 21.75, "or", ha="center", va="center", size=9.5, color=LINE, weight="bold")
     box(axis, 47, 20, 19.5, 8, "join", "measures", "statistics, faults by name")
     box(axis, 47, 6.5, 19.5, 8, "join", "fusion", "the prompt asks the grid\nof tokens (attention)")
-    box(axis, 71.5, 14, 18, 12, "out", "five MOS, 1–5", "Traditional, Alignment,\nAesthetic, Temporal,\nOverall")
+    box(axis, 71.5, 14, 18, 12, "out", "five MOS, 1–5",
+        "Traditional, Alignment,\nAesthetic, Temporal,\nOverall")
     box(axis, 71.5, 1, 18, 8, "out", "results", "beside baselines\nand a ceiling")
     arrow(axis, (16.5, 5), (21, 5)); arrow(axis, (42, 5), (44.5, 5), (44.5, 8.5), (47, 8.5))
     arrow(axis, (44.5, 24), (47, 24)); arrow(axis, (44.5, 20), (44.5, 12.5), (47, 12.5))
-    arrow(axis, (66.5, 24), (69, 24), (69, 22), (71.5, 22)); arrow(axis, (66.5, 10.5), (69, 10.5), (69, 18), (71.5, 18))
+    arrow(axis, (66.5, 24), (69, 24), (69, 22), (71.5, 22))
+    arrow(axis, (66.5, 10.5), (69, 10.5), (69, 18), (71.5, 18))
     arrow(axis, (80.5, 14), (80.5, 9))
     return figure
 
 # %% ../../nbs/pipeline/55_report.ipynb #3d909fb6
 SECTIONS = ()      # it reads what the others wrote, and no parameters
 CEILINGS, FROM_NOISE = ("ceiling", "raters"), ("dover_scratch", "vjepa2_scratch")
-CURVES = {"loss": ["loss", "val_loss"], "validation": ["val_overall_srocc", "val_score"], "learning rate": ["lr"]}
+CURVES = {"loss": ["loss", "val_loss"], "validation": ["val_overall_srocc", "val_score"],
+          "learning rate": ["lr"]}
 
 def pictures(folder: Path, results: dict, about: dict) -> dict:  # file name → matplotlib Figure
     "The road and the three pictures of the page."
@@ -468,9 +512,11 @@ def pictures(folder: Path, results: dict, about: dict) -> dict:  # file name →
     def scores(name): return rows[[f"{name}_{d}" for d in DIMENSIONS]].to_numpy()
     curves = {t: pd.read_csv(folder/m/"curves.csv") for m, t in titles.items()}
     return {"road.png": plot_road(about),
-            "rows.png": plot_rows(results, titles=PLAIN_TITLES, ceilings=CEILINGS, from_noise=FROM_NOISE),
+            "rows.png": plot_rows(results, titles=PLAIN_TITLES, ceilings=CEILINGS,
+                                  from_noise=FROM_NOISE),
             "scatter.png": plot_scatter({t: scores(m) for m, t in titles.items()}, scores("label"),
-                                        rows["generator"].rename("generator"), about["compare"]["labels"]),
+                                        rows["generator"].rename("generator"),
+                                        about["compare"]["labels"]),
             "curves.png": plot_curves(curves, CURVES, note=textwrap.fill(curve_note(about), 110))}
 
 def main(folder: str | Path = "results") -> str:   # the table for the terminal
@@ -483,4 +529,5 @@ def main(folder: str | Path = "results") -> str:   # the table for the terminal
     for name, figure in pictures(folder, results, about).items(): save_figure(figure, folder/name)
     return shown
 
-if __name__ == "__main__" and "__file__" in globals(): run_stage(main)     # as a program, and not in this notebook
+# as a program, and not in this notebook
+if __name__ == "__main__" and "__file__" in globals(): run_stage(main)

@@ -22,33 +22,45 @@ from ..training.loop import TrainConfig, write_history
 def plan(
     model: str,          # dover | vjepa2
     section: dict,       # its section of the parameters
-) -> tuple:              # configuration of the model; of its training; of the trunk's, or None; rest: fields of Task
+) -> tuple:  # configuration of the model; of its training; of the trunk's, or None; rest: fields of Task
     "What a model's section asks for. Raises ParamsError for an unknown part, TrainError for an unknown value, DeviceError."
-    parts = ("model", "train", "pretrained", "feature_cache") + (("trunk",) if model == "vjepa2" else ())
+    parts = (("model", "train", "pretrained", "feature_cache")
+             + (("trunk",) if model == "vjepa2" else ()))
     if unknown := sorted(set(section) - set(parts)):
-        raise ParamsError(f"{model}.{unknown[0]}", "there is no such part", f"There are: {', '.join(parts)}.")
+        raise ParamsError(f"{model}.{unknown[0]}", "there is no such part",
+                          f"There are: {', '.join(parts)}.")
     overrides, train, trunk = dict(section["model"]), dict(section["train"]), section.get("trunk")
     config = model_config(overrides.pop("config"), overrides)
-    if kind_of(config) != model: raise ParamsError(f"{model}.model.config", f"it is a configuration of {kind_of(config)}", "Name one of this model.")
-    rest = {"augment": train.pop("augment", True), **{k: section[k] for k in ("pretrained", "feature_cache") if k in section}}
-    settings = TrainConfig.of(train).settled()             # what is hashed and written is what this machine computes in, never `auto`
-    return settled(config, settings.device), settings, TrainConfig.of(train | trunk).settled() if trunk else None, rest
+    if kind_of(config) != model:
+        raise ParamsError(f"{model}.model.config", f"it is a configuration of {kind_of(config)}",
+                          "Name one of this model.")
+    rest = {"augment": train.pop("augment", True),
+            **{k: section[k] for k in ("pretrained", "feature_cache") if k in section}}
+    # what is hashed and written is what this machine computes in, never `auto`
+    settings = TrainConfig.of(train).settled()
+    return (settled(config, settings.device), settings, TrainConfig.of(train | trunk).settled()
+            if trunk else None, rest)
 
 # %% ../../nbs/pipeline/52_train.ipynb #a7aa235f
 def from_noise(
     section: dict,     # of the model
-    changes: dict,     # its part of `scratch`: parts of the section, each with values that are different
+    changes: dict,  # its part of `scratch`: parts of the section, each with values that are different
 ) -> dict:             # a section, see `plan`
     "A model's section without pretrained weights."
-    if "pretrained" in changes: raise ParamsError("scratch", "it names pretrained weights", "Take them out: these rows begin with noise.")
+    if "pretrained" in changes:
+        raise ParamsError("scratch", "it names pretrained weights",
+                          "Take them out: these rows begin with noise.")
     if unknown := sorted(set(changes) - {"model", "train", "trunk"}):
-        raise ParamsError(f"scratch: {unknown[0]}", "there is no such part", "There are: model, train, trunk.")
+        raise ParamsError(f"scratch: {unknown[0]}", "there is no such part",
+                          "There are: model, train, trunk.")
     parts = [part for part in ("model", "train", "trunk") if part in section or part in changes]
     merged = {part: {**(section.get(part) or {}), **(changes.get(part) or {})} for part in parts}
-    return {**{k: v for k, v in section.items() if k not in ("pretrained", "trunk")}, **{k: v for k, v in merged.items() if v}, "pretrained": None}
+    return {**{k: v for k, v in section.items() if k not in ("pretrained", "trunk")},
+            **{k: v for k, v in merged.items() if v}, "pretrained": None}
 
 # %% ../../nbs/pipeline/52_train.ipynb #1548f72b
-SECTIONS = {"dover": ("data", "text", "dover"), "vjepa2": ("data", "text", "vjepa2")}     # model → what its training reads
+# model → what its training reads
+SECTIONS = {"dover": ("data", "text", "dover"), "vjepa2": ("data", "text", "vjepa2")}
 
 def main(
     model: str = "dover",                 # dover | vjepa2
@@ -76,32 +88,41 @@ def train_to(
 ) -> dict:                 # as of `train_model`
     "Trains as a section says. Raises ParamsError, TrainError, DatasetError, VideoError, WeightsError."
     root = data["root"]
-    for place in (results/"train.json", checkpoint/"model.json"): check_place(place)      # before hours of work, not after them
+    # before hours of work, not after them
+    for place in (results/"train.json", checkpoint/"model.json"): check_place(place)
     same_data(root)
     config, settings, trunk, rest = plan(model, section)
-    task = Task(root, checkpoint, text=text, split=split_rule(data), trained_on=label_source(root, data.get("scale")),
+    task = Task(root, checkpoint, text=text, split=split_rule(data),
+                trained_on=label_source(root, data.get("scale")),
                 licence=data["licence"], **rest)
     result = train_model(task, config, settings, trunk, progress=progress)
     results.mkdir(parents=True, exist_ok=True)
     write_history(results/"curves.csv", result["history"])
     first = {"trunk": trunk.deciding()} if trunk else {}
     write_json(results/"train.json", {
-        "trained_on": result["trained_on"], "seed": settings.seed, "step": result["history"][-1]["step"], "best": best_of(result),
-        "weights": about_file(checkpoint)["sha256"], "data_hash": result["data_hash"], "params_hash": result["params_hash"],
+        "trained_on": result["trained_on"], "seed": settings.seed,
+        "step": result["history"][-1]["step"], "best": best_of(result),
+        "weights": about_file(checkpoint)["sha256"], "data_hash": result["data_hash"],
+        "params_hash": result["params_hash"],
         "code_hash": code_hash("pipeline.train"), "pretrained": task.pretrained,
         **{k: result[k] for k in ("body", "body_trained_on") if k in result},
-        "parameters": {"text": text, "augment": task.augment, "model": result["config"], "train": settings.deciding(), **first}})
+        "parameters": {"text": text, "augment": task.augment, "model": result["config"],
+                       "train": settings.deciding(), **first}})
     return result
 
 def best_of(result: dict) -> dict | None:   # epoch, step and score
     "The best epoch, counted as the curves count: a trunk's epochs come first."
     if not result["best"]: return None
     before = [row for row in result["history"] if row.get("phase") == "trunk"][-1:]
-    return {k: v + sum(row[k] for row in before) if k in ("epoch", "step") else v for k, v in result["best"].items()}
+    return {k: v + sum(row[k] for row in before) if k in ("epoch", "step") else v for k,
+            v in result["best"].items()}
 
 def same_data(root: str | Path, manifest: str | Path = "results/splits.json"):
     "Raises ParamsError when prepare has left the manifest of other data than these."
-    if Path(manifest).exists() and read_json(manifest)["data_hash"] != data_hash(load_dataset(root), "cache"):
-        raise ParamsError(root, f"this is not the data set that {manifest} was made from", "Run `dvc repro prepare` first.")
+    if Path(manifest).exists() and read_json(manifest)["data_hash"] != data_hash(load_dataset(root),
+                                                                                 "cache"):
+        raise ParamsError(root, f"this is not the data set that {manifest} was made from",
+                          "Run `dvc repro prepare` first.")
 
-if __name__ == "__main__" and "__file__" in globals(): run_stage(main)     # as a program, and not in this notebook
+# as a program, and not in this notebook
+if __name__ == "__main__" and "__file__" in globals(): run_stage(main)

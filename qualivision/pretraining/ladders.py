@@ -21,7 +21,8 @@ from ..quality import QualiVisionError
 # %% ../../nbs/pretraining/62_ladders.ipynb #1bd89e1b
 class LadderError(QualiVisionError): "A clip that cannot be made worse as asked."
 
-LADDERS = {"codec": "blocking", "blur": "blur", "noise": "noise", "drops": "freeze"}     # way → the severity that should rise with it
+# way → the severity that should rise with it
+LADDERS = {"codec": "blocking", "blur": "blur", "noise": "noise", "drops": "freeze"}
 CLEAN = 20        # constant rate factor where the codec is not the point
 
 # %% ../../nbs/pretraining/62_ladders.ipynb #c9ce3769
@@ -33,13 +34,18 @@ def square_clip(path,            # a video file
     "Consecutive frames of a video, the middle square, shrunk by averaging. Raises LadderError, VideoError."
     info = probe(path)
     if start + frames > info.frames:
-        raise LadderError(path, f"it has {info.frames} frames, {start + frames} are needed", "Take another start, or a longer clip.")
+        raise LadderError(path, f"it has {info.frames} frames, {start + frames} are needed",
+                          "Take another start, or a longer clip.")
     side = min(info.height, info.width)
-    if side < size: raise LadderError(path, f"its shorter side has {side} pixels, {size} are needed", "Take a larger clip.")
+    if side < size:
+        raise LadderError(path, f"its shorter side has {side} pixels, {size} are needed",
+                          "Take a larger clip.")
     top, left = (info.height - side) // 2, (info.width - side) // 2
-    def square(frame, _):                                                                                    # (H,W,3)
-        x = torch.from_numpy(frame).permute(2, 0, 1)[None, :, top:top + side, left:left + side]             # (1,3,H,W)
-        return F.interpolate(x.float(), size=(size, size), mode="area")[0].round().byte().permute(1, 2, 0).numpy()
+    def square(frame, _):  # (H,W,3)
+        # (1,3,H,W)
+        x = torch.from_numpy(frame).permute(2, 0, 1)[None, :, top:top + side, left:left + side]
+        return F.interpolate(x.float(), size=(size, size), mode="area")[0].round().byte().permute(1,
+                                                                                                  2, 0).numpy()
     return np.stack(read_frames(path, range(start, start + frames), each=square))
 
 def worse(frames: np.ndarray,    # (T,S,S,3) uint8
@@ -48,12 +54,16 @@ def worse(frames: np.ndarray,    # (T,S,S,3) uint8
           seed: int = 0          # of noise and drops
          ) -> tuple[np.ndarray, float]:   # (T,S,S,3) uint8; constant rate factor
     "A clip made worse in one way; with strength 0 it is the clip as it was. Raises LadderError."
-    if way not in LADDERS: raise LadderError(way, "there is no such way", f"Choose from {', '.join(LADDERS)}.")
-    if not 0 <= strength <= 1: raise LadderError(f"strength {strength}", "it is outside of 0–1", "Choose one within.")
-    rng = np.random.default_rng([seed, list(LADDERS).index(way)])           # the same noise and the same places at every strength
+    if way not in LADDERS:
+        raise LadderError(way, "there is no such way", f"Choose from {', '.join(LADDERS)}.")
+    if not 0 <= strength <= 1:
+        raise LadderError(f"strength {strength}", "it is outside of 0–1", "Choose one within.")
+    # the same noise and the same places at every strength
+    rng = np.random.default_rng([seed, list(LADDERS).index(way)])
     if way == "blur" and strength:
         from scipy.ndimage import gaussian_filter
-        frames = gaussian_filter(frames.astype(np.float32), (0, 3 * strength, 3 * strength, 0)).round().astype(np.uint8)
+        frames = gaussian_filter(frames.astype(np.float32),
+                                 (0, 3 * strength, 3 * strength, 0)).round().astype(np.uint8)
     if way == "noise" and strength:
         grain = 255 * .08 * strength * rng.standard_normal(frames.shape[:3], np.float32)
         frames = (frames + grain[..., None]).clip(0, 255).round().astype(np.uint8)
@@ -65,7 +75,8 @@ def _held(count: int, share: float, rng) -> np.ndarray:
     order, lost = rng.permutation(count - 1) + 1, np.zeros(count, bool)
     for first in order:
         if lost.sum() >= round(share * count): break
-        lost[first:first + 8] |= np.arange(len(lost[first:first + 8])) < round(share * count) - lost.sum()
+        lost[first:first + 8] |= (np.arange(len(lost[first:first + 8])) < round(share * count)
+                                  - lost.sum())
     shown = np.where(lost, 0, np.arange(count))
     return np.maximum.accumulate(shown)
 
@@ -80,11 +91,13 @@ def ladder(frames: np.ndarray,   # (T,S,S,3) uint8
     with tempfile.TemporaryDirectory() as folder:
         for k in range(levels + 1):
             made, crf = worse(frames, way, k / levels, seed)
-            seen.append(sampling(write_video(Path(folder) / "step.mp4", made, fps=25, crf=crf, preset="medium")))
+            seen.append(sampling(write_video(Path(folder) / "step.mp4", made, fps=25, crf=crf,
+                                             preset="medium")))
     return torch.stack(seen)
 
 def right_steps(values,          # one for each level, from the best clip to the worst
-                rising=True      # whether the right direction is upwards: of a severity; False: of a score
+                # whether the right direction is upwards: of a severity; False: of a score
+                rising=True
                ) -> np.ndarray:  # (levels,) bool
     "Which steps went the right way. A step that changes nothing did not."
     change = np.diff(np.asarray(values, float))

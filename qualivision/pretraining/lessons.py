@@ -27,8 +27,10 @@ from qualivision.data.simulate import (
     render, stream)
 
 # %% ../../nbs/pretraining/60_lessons.ipynb #4330e701
-CAUSE_NAMES = tuple(c for group in CAUSES.values() for c in group)      # the ten severities of a lesson, in this order
-VALUES = {a: tuple(pool) for a, pool in POOLS.items()}                  # attribute → its values, in the order of their numbers
+# the ten severities of a lesson, in this order
+CAUSE_NAMES = tuple(c for group in CAUSES.values() for c in group)
+# attribute → its values, in the order of their numbers
+VALUES = {a: tuple(pool) for a, pool in POOLS.items()}
 SIDES_OF_SCENES = ("learn", "judge")
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Lesson:
     index: int
     seed: int
     causes: Causes               # severities, and the scene
-    prompts: tuple               # the first describes the clip; each of the others is wrong in one attribute
+    prompts: tuple  # the first describes the clip; each of the others is wrong in one attribute
     said: tuple                  # the scene that each prompt describes
 
     @property
@@ -64,8 +66,10 @@ class Lesson:
         return np.array([self.causes.severity[c] for c in CAUSE_NAMES], np.float32)
 
     @property
-    def attributes(self) -> np.ndarray:   # (1+others,6) int64: what each prompt says, in the order of VALUES; first what is true
-        return np.array([[values.index(getattr(s, a)) for a, values in VALUES.items()] for s in self.said])
+    # (1+others,6) int64: what each prompt says, in the order of VALUES; first what is true
+    def attributes(self) -> np.ndarray:
+        return np.array([[values.index(getattr(s, a)) for a, values in VALUES.items()]
+                         for s in self.said])
 
     def frames(self) -> np.ndarray:       # (48,144,144,3) uint8
         return render(self.causes, stream(self.seed, f"pair {self.index // 2}", "", "pixels"))
@@ -86,8 +90,11 @@ def lesson(seed: int,                       # of the stream; not the one of the 
            taken: Reserved | None = None,   # what must not come; None: `reserved`
           ) -> Lesson:
     "The lesson at a place in the stream: a pure function of its arguments. Raises SimulationError."
-    if side not in SIDES_OF_SCENES: raise SimulationError(side, "no such side", f"Choose from {', '.join(SIDES_OF_SCENES)}.")
-    if seed == SEED: raise SimulationError(f"seed {seed}", "it is that of the embedded data set", "Take another one for pretraining.")
+    if side not in SIDES_OF_SCENES:
+        raise SimulationError(side, "no such side", f"Choose from {', '.join(SIDES_OF_SCENES)}.")
+    if seed == SEED:
+        raise SimulationError(f"seed {seed}", "it is that of the embedded data set",
+                              "Take another one for pretraining.")
     taken = reserved() if taken is None else taken
     rng = stream(seed, f"pair {index // 2}", side, "scene")
     scene = _until(lambda: Scene(**{a: v[int(rng.integers(len(v)))] for a, v in VALUES.items()}),
@@ -108,7 +115,8 @@ def _until(draw, good):
     raise SimulationError("lesson", "nothing is left to draw from", "Reserve less.")
 
 def _sentence(scene, rng, taken):
-    return _until(lambda: phrase(scene, rng), lambda text: text.lower() not in taken.prompts and 6 <= len(text.split()) <= 20)
+    return _until(lambda: phrase(scene, rng), lambda text: text.lower() not in taken.prompts
+                  and 6 <= len(text.split()) <= 20)
 
 # %% ../../nbs/pretraining/60_lessons.ipynb #509b492e
 def show(one: Lesson, sampling: Sampling) -> Tensor:   # (3,T,S,S) uint8
@@ -143,16 +151,21 @@ class LessonStream:
                  others: int = 3,                # prompts that do not fit, for each clip
                  workers: int = 0,               # processes; 0: this one
                  taken: Reserved | None = None): # what must not come; None: `reserved`
-        self.make = partial(_make, seed=seed, side=side, others=others, taken=taken or reserved(), sampling=sampling)
+        self.make = partial(_make, seed=seed, side=side, others=others, taken=taken or reserved(),
+                            sampling=sampling)
         self.pool = ProcessPoolExecutor(workers, get_context("spawn"), _alone) if workers else None
 
     def get(self, start: int, count: int) -> Lessons:
         "The lessons from a place on."
-        found = list((self.pool.map if self.pool else map)(self.make, range(start, start + count), **({"chunksize": 8} if self.pool else {})))
+        found = list((self.pool.map if self.pool else map)(self.make, range(start, start + count),
+                                                           **({"chunksize": 8} if self.pool
+                                                              else {})))
         frames, severity, attributes, prompts = zip(*found)
-        return Lessons(*(torch.from_numpy(np.stack(x)) for x in (frames, severity, attributes)), list(prompts))
+        return Lessons(*(torch.from_numpy(np.stack(x)) for x in (frames, severity, attributes)),
+                       list(prompts))
 
-    def windows(self, size: int, count: int, start: int = 0) -> Iterator[Lessons]:   # the windows start … count − 1, `size` lessons each
+    # the windows start … count − 1, `size` lessons each
+    def windows(self, size: int, count: int, start: int = 0) -> Iterator[Lessons]:
         "Windows of the stream, one after the other."
         for k in range(start, count): yield self.get(k * size, size)
 

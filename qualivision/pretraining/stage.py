@@ -25,13 +25,17 @@ from ..training.train import kind_of, model_config, sampling_of
 from ..training.loop import write_history
 
 # %% ../../nbs/pretraining/63_stage.ipynb #f6952cfe
-SECTIONS = {"dover": ("text", "pretrain", "dover"), "vjepa2": ("text", "pretrain", "vjepa2")}     # model → what its pretraining reads
+# model → what its pretraining reads
+SECTIONS = {"dover": ("text", "pretrain", "dover"), "vjepa2": ("text", "pretrain", "vjepa2")}
 
-def card(model: str, config, settings: PretrainConfig, encoder: TextEncoder, history: list[dict], code: str) -> dict:
+def card(model: str, config, settings: PretrainConfig, encoder: TextEncoder, history: list[dict],
+         code: str) -> dict:
     "What model.json says of a pretrained body."
     lessons, last = history[-1]["clips"], history[-1]
-    figures = {k: v for k, v in last.items() if k.startswith(("judged_", "severity_", "attribute_", "match_", "agree_"))}
-    return {"model": f"qualivision-{model}-embedded", "licence": "MIT", "config": asdict(config), "text_encoder": encoder.name,
+    figures = {k: v for k, v in last.items() if k.startswith(("judged_", "severity_", "attribute_",
+                                                              "match_", "agree_"))}
+    return {"model": f"qualivision-{model}-embedded", "licence": "MIT", "config": asdict(config),
+            "text_encoder": encoder.name,
             "text_encoder_key": encoder.key, "pretrain": settings.deciding(), "code_hash": code,
             "command": f"dvc repro pretrain/dvc.yaml:pretrain@{model}",
             "trained_on": f"{lessons} simulated clips with known causes, seed {settings.seed}; no opinions, no real video",
@@ -42,10 +46,13 @@ def for_people(about: dict,         # what `card` says
                speed: list[dict],   # the rows of speed.jsonl, see chapter 61
               ) -> str:             # Markdown
     "The model card, with the time that this run took."
-    last = {row["window"]: row for row in speed}.values()                           # a window that was made twice counts once
-    total, making, s = sum(r["seconds"] for r in last), sum(r["making"] for r in last), about["pretrain"]
+    # a window that was made twice counts once
+    last = {row["window"]: row for row in speed}.values()
+    total, making, s = (sum(r["seconds"] for r in last), sum(r["making"] for r in last),
+                        about["pretrain"])
     steps, figures = s["window"] * s["passes"] // s["batch_size"], about["figures"]
-    masked = f"{s['masked_windows']} windows of masked latent prediction, then " if s["masked_windows"] else ""
+    masked = (f"{s['masked_windows']} windows of masked latent prediction, then "
+              if s["masked_windows"] else "")
     shipped = about.get("shipped", {})
     rows = "\n".join(f"| {k.replace('_', ': ', 1)} | {v:.2f} | {f'{shipped[k]:.2f}' if k in shipped else ''} |" for k, v in figures.items())
     return f"""# {about['model']}
@@ -86,31 +93,44 @@ def main(
     keep_memory()
     p = read_params(SECTIONS[known_model(model)], params, profile)
     section, short = p["pretrain"].get(model), p["pretrain"].get("short")
-    if length not in ("full", "short"): raise ParamsError(f"length {length}", "there is no such length", "Choose full or short.")
+    if length not in ("full", "short"):
+        raise ParamsError(f"length {length}", "there is no such length", "Choose full or short.")
     if not section or length == "short" and not short:
-        raise ParamsError(f"pretrain.{model}", "there are no settings for it", "This profile starts from published weights; add a section.")
-    settings = PretrainConfig.of({**section, **(short if length == "short" else {})}).settled(progress)
+        raise ParamsError(f"pretrain.{model}", "there are no settings for it",
+                          "This profile starts from published weights; add a section.")
+    settings = PretrainConfig.of({**section,
+                                  **(short if length == "short" else {})}).settled(progress)
     values = dict(p[model]["model"])
-    config, encoder = asking(model_config(values.pop("config"), values)), TextEncoder(p["text"]["encoder"])
-    if kind_of(config) != model: raise ParamsError(f"{model}.model.config", f"it is a configuration of {kind_of(config)}", "Name one of this model.")
-    code = code_hash("pretraining.stage")                          # of what runs, whatever is edited meanwhile
+    config, encoder = asking(model_config(values.pop("config"),
+                                          values)), TextEncoder(p["text"]["encoder"])
+    if kind_of(config) != model:
+        raise ParamsError(f"{model}.model.config", f"it is a configuration of {kind_of(config)}",
+                          "Name one of this model.")
+    code = code_hash("pretraining.stage")  # of what runs, whatever is edited meanwhile
     folder = Path("runs/pretrain")/f"{model}-{value_hash([settings.deciding(), asdict(config), encoder.key, code])[:12]}"
     with kept_rng():
         seed_all(settings.seed)
         net = DoverPlusPlus(config) if model == "dover" else VJepaMos(config)
-        result = pretrain(net, settings, sampling_of(config), plain_encoder(encoder), folder, stop_after, progress)
+        result = pretrain(net, settings, sampling_of(config), plain_encoder(encoder), folder,
+                          stop_after, progress)
     if not result["finished"]: return result
     about = card(model, config, settings, encoder, result["history"], code)
     if length == "short":
-        write_json(f"results/pretrain-short/{model}.json", {k: about[k] for k in ("pretrain", "trained_on", "judged_on", "figures")})
+        write_json(f"results/pretrain-short/{model}.json",
+                   {k: about[k] for k in ("pretrain", "trained_on", "judged_on", "figures")})
     else:
         save_body(Path(out)/model, net, about)
-        shipped = figures_of(load_body(Path(out)/model), settings, sampling_of(config), plain_encoder(encoder))     # of the file
-        about["shipped"] = {k: v for k, v in shipped.items() if k.startswith(("severity_", "agree_")) or k in ("judged_severity", "judged_agree")}
+        # of the file
+        shipped = figures_of(load_body(Path(out)/model), settings, sampling_of(config),
+                             plain_encoder(encoder))
+        about["shipped"] = {k: v for k, v in shipped.items()
+                            if k.startswith(("severity_", "agree_"))
+                            or k in ("judged_severity", "judged_agree")}
         save_body(Path(out)/model, net, about)
         speed = [json.loads(line) for line in (folder/"speed.jsonl").read_text().splitlines()]
         (Path(out)/model/"README.md").write_text(for_people(about, speed), encoding="utf-8")
         write_history(Path(out)/model/"curves.csv", result["history"])
     return result
 
-if __name__ == "__main__" and "__file__" in globals(): run_stage(main)     # as a program, and not in this notebook
+# as a program, and not in this notebook
+if __name__ == "__main__" and "__file__" in globals(): run_stage(main)
