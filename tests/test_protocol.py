@@ -11,8 +11,9 @@ from qualivision.data.video import write_video
 from qualivision.evaluation.lowlevel import HAND_CRAFTED, LOW_LEVEL, clip_features, feature_table
 from qualivision.evaluation.metrics import MetricError, bootstrap, mae, paired_bootstrap, srocc
 from qualivision.evaluation.protocol import (
-    BASELINES, CEILING, Clips, Constant, GeneratorLookup, HandCrafted, plot_curves, plot_rows, plot_scatter, results_markdown, results_table,
-    run_baselines, save_figure, save_results)
+    BASELINES, CEILING, Clips, Constant, GeneratorLookup, HandCrafted, results_markdown,
+    results_table, run_baselines, save_results)
+from qualivision.evaluation.plots import plot_curves, plot_rows, plot_scatter, save_figure
 from qualivision.quality import DIMENSIONS, MOS_COLUMNS, QualiVisionError
 
 

@@ -18,9 +18,10 @@ import pandas as pd
 
 from ..files import value_hash
 from ..evaluation.metrics import MetricError
-from ..evaluation.protocol import (
-    BASELINES, COLUMNS, NAMES, TITLES, WIDTH, best_baseline, differences_markdown, markdown_table,
-    plot_curves, plot_rows, plot_scatter, save_figure, shown_cell, wins)
+from qualivision.evaluation.protocol import (
+    BASELINES, COLUMNS, NAMES, TITLES, best_baseline, differences_markdown, markdown_table,
+    shown_cell, wins)
+from ..evaluation.plots import WIDTH, plot_curves, plot_rows, plot_scatter, save_figure
 from .params import read_json, run_stage
 from ..quality import DIMENSIONS
 
