@@ -152,10 +152,10 @@ def test_markdown_marks_what_is_proven(results):
     assert len([x for x in lines if x.startswith("| noise ceiling")]) == 2 and len([x for x in lines if x.startswith("| text only")]) == 6
     row = next(x for x in lines if x.startswith("| constant"))
     assert row.count("–") == 5
-    after = lines[lines.index(next(x for x in lines if x.startswith("| SROCC: dover minus"))):]
+    after = lines[lines.index(next(x for x in lines if x.startswith("| SROCC: DOVER++ minus"))):]
     cells = next(x for x in after if x.startswith("| generator lookup")).split("|")[2:-1]
     for cell, d in zip(cells, DIMENSIONS): assert ("**" in cell) == (table["differences"]["dover"]["generator"][d]["srocc"]["low"] > 0)
-    after = lines[lines.index(next(x for x in lines if x.startswith("| MAE: dover minus"))):]
+    after = lines[lines.index(next(x for x in lines if x.startswith("| MAE: DOVER++ minus"))):]
     cells = next(x for x in after if x.startswith("| constant")).split("|")[2:-1]
     assert all(c.strip().startswith("**-") for c in cells)                # a smaller error is better
 
