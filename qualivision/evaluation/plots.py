@@ -111,14 +111,14 @@ def plot_scatter(
     palette = None if kinds is None else "colorblind"
     figure = Figure(figsize=(WIDTH, 0.3 + 2.1 * len(preds)), layout="constrained")
     grid = figure.subplots(len(preds), len(DIMENSIONS), sharex=True, sharey=True, squeeze=False)
-    for i, (title, scores) in enumerate(preds.items()):
+    for i, (name, scores) in enumerate(preds.items()):
         for k, (axis, d) in enumerate(zip(grid[i], DIMENSIONS)):
             legend = "brief" if kinds is not None and (i, k) == (0, last) else False
             sns.scatterplot(x=scores[:, k], y=target[:, k], hue=kinds, palette=palette, ax=axis,
                             s=12, alpha=0.6, legend=legend)
             axis.axline((3, 3), slope=1, color="0.6", ls="--", lw=0.8)
             axis.set(title=d.capitalize() if i == 0 else "", xlabel="predicted",
-                     ylabel=f"{title}\n{labels}".strip() if k == 0 else "")
+                     ylabel=f"{name}\n{labels}".strip() if k == 0 else "")
     if kinds is not None:
         sns.move_legend(grid[0, last], "upper left", bbox_to_anchor=(1, 1), frameon=False)
     return figure
@@ -142,7 +142,7 @@ def plot_curves(
         if lost := [c for c in (x, *(c for cs in panels.values() for c in cs)) if c not in table]:
             raise MetricError("curves", f"no column {', '.join(lost)}",
                               f"There are {', '.join(map(str, table.columns))}.")
-        for axis, (title, columns) in zip(row, panels.items()):
+        for axis, (what, columns) in zip(row, panels.items()):
             phases = list(table.groupby("phase", sort=False)) if "phase" in table else ()
             for phase, part in phases[:-1]:
                 axis.axvspan(part[x].min() - 0.5, part[x].max() + 0.5, color="0.9", zorder=0,
@@ -151,7 +151,7 @@ def plot_curves(
                 known = table[[x, column]].dropna()
                 sns.lineplot(x=known[x], y=known[column], ax=axis, label=column, errorbar=None)
             axis.legend(fontsize=8.5)
-            axis.set(title=f"{name and name + ': '}{title}", xlabel=x, ylabel="")
+            axis.set(title=f"{name and name + ': '}{what}", xlabel=x, ylabel="")
             axis.yaxis.set_major_formatter("{x:g}")     # 1e-05 at the tick, no common factor
     if note: figure.supxlabel(note, fontsize=8.5, color="0.3")
     return figure

@@ -8,7 +8,7 @@ __all__ = ['SHORT', 'HEADS', 'ROWS', 'NOISE', 'difference', 'mark', 'table', 'ma
 
 # %% ../../nbs/pipeline/55_table.ipynb #3686f565
 from ..evaluation.protocol import (
-    COLUMNS, NAMES, ORACLES, is_from_noise, markdown_table, shown_cell, title, wins)
+    COLUMNS, NAMES, is_from_noise, markdown_table, shown_cell, title, wins)
 from ..models.registry import MODELS
 from ..quality import DIMENSIONS
 
