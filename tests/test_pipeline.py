@@ -43,7 +43,7 @@ SMALL = {   # of the profile embedded: networks that are trained in seconds and 
 MODELS = ["dover", "vjepa2"]
 STAGES = ["prepare", *(f"{stage}@{model}" for stage in ("train", "evaluate") for model in MODELS), "compare", "report"]
 FILES = {"splits.json", "prepare.json", "metrics.json", "predictions.csv", "rows.csv", "compare.json", "summary.json", "README.md", "table.txt",
-         "road.png", "rows.png", "scatter.png", "curves.png", "scratch/.gitkeep",
+         "road.png", "rows.png", "scatter.png", "curves.png", "experiments/scratch/.gitkeep",
          *(f"{m}/{f}" for m in MODELS for f in ("train.json", "curves.csv", "predictions.csv", "evaluate.json"))}
 
 if not (ROOT/".git").exists(): pytest.skip("not a git checkout", allow_module_level=True)
@@ -124,8 +124,8 @@ def repository(tmp_path_factory) -> Repository:
         (at/name).parent.mkdir(parents=True, exist_ok=True)
         (at/name).write_bytes((ROOT/name).read_bytes())
     (at/"dvc.lock").unlink(missing_ok=True)
-    (at/"results"/"scratch").mkdir(parents=True)
-    (at/"results"/"scratch"/".gitkeep").touch()
+    (at/"results"/"experiments"/"scratch").mkdir(parents=True)
+    (at/"results"/"experiments"/"scratch"/".gitkeep").touch()
     clone = Repository(at)
     clone.params(smaller)
     clone("git", "init", "-q")
@@ -241,8 +241,8 @@ def test_paper_profile(repository):
 
 def test_rows_from_noise(repository):
     "The pipeline of its own leaves what the table takes; taken out again, the table is as before."
-    before, kept = repository.results(), repository.at/"results"/"scratch"
-    repository.dvc("repro", "scratch/dvc.yaml")
+    before, kept = repository.results(), repository.at/"results"/"experiments"/"scratch"
+    repository.dvc("repro", "experiments/dvc.yaml:scratch")
     for model in MODELS:
         (kept/model).mkdir()
         for name in ("train.json", "curves.csv", "predictions.csv", "evaluate.json"):
@@ -252,8 +252,8 @@ def test_rows_from_noise(repository):
         metrics, about = repository.json("metrics.json"), repository.json("compare.json")
         assert list(metrics)[:4] == [*MODELS, "dover_scratch", "vjepa2_scratch"] and not about["omitted"]
         assert "dover_scratch" in metrics["differences"]["dover"] and "D. noise" in (repository.at/"results"/"table.txt").read_text()
-        assert repository.json("scratch/dover/train.json")["parameters"]["train"]["epochs"] == 1
-        assert repository.json("scratch/vjepa2/train.json")["parameters"]["trunk"]["epochs"] == 2
+        assert repository.json("experiments/scratch/dover/train.json")["parameters"]["train"]["epochs"] == 1
+        assert repository.json("experiments/scratch/vjepa2/train.json")["parameters"]["trunk"]["epochs"] == 2
     finally:
         for model in MODELS: shutil.rmtree(kept/model)
         repository.dvc("repro")
@@ -267,10 +267,10 @@ def test_learning_curves(repository):
     config = asking(model_config(values["config"], {k: v for k, v in values.items() if k != "config"}))
     save_body(repository.at/"work"/"body", DoverPlusPlus(config), {"licence": "MIT", "trained_on": "nothing", "config": asdict(config)})
     repository.params(lambda values: values["embedded"]["dover"].update(pretrained="work/body"))
-    kept = repository.at/"results"/"learning-dover.json"
+    kept = repository.at/"results"/"experiments"/"learning-dover.json"
     try:
-        repository.dvc("repro", "learning/dvc.yaml")
-        curves, content = repository.json("learning-dover.json")["curves"], kept.read_bytes()
+        repository.dvc("repro", "experiments/dvc.yaml:learning")
+        curves, content = repository.json("experiments/learning-dover.json")["curves"], kept.read_bytes()
         assert list(curves) == ["pretrained", "noise"] and all(list(c) == ["10", "30"] for c in curves.values())
         for cell in (c for start in curves.values() for amount in start.values() for c in amount.values()):
             assert cell["low"] <= cell["mean"] <= cell["high"] and len(cell["seeds"]) == 2
@@ -281,7 +281,7 @@ def test_learning_curves(repository):
         assert len(runs) == 8
         runs[3].unlink(); kept.unlink()
         again = {p: p.stat().st_mtime_ns for p in runs if p.exists()}
-        repository.dvc("repro", "learning/dvc.yaml")
+        repository.dvc("repro", "experiments/dvc.yaml:learning")
         assert kept.read_bytes() == content and all(p.stat().st_mtime_ns == t for p, t in again.items())
     finally:
         kept.unlink(missing_ok=True)
