@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .convnext3d import ConvNeXt3D
+from .convnext3d import ConvNeXt3D, Layers
 from .fusion import QualityAwareFusion, SingleTokenFusion
 from .frozen import freeze_module, state_hash
 from ..quality import DIMENSIONS, QualiVisionError
@@ -96,9 +96,9 @@ class VideoBranch(nn.Module):
     def __init__(self, c: DoverConfig):
         super().__init__()
         channels = 3 + c.difference + c.highpass
-        self.backbone = ConvNeXt3D(channels, c.dims, c.depths, c.stem, c.kernel, c.form, c.norm, c.stem_norm, final_norm=c.final_norm,
-                                   scale=c.scale, drop_path=c.drop_path, expand=c.expand, checkpointing=c.checkpointing,
-                                   channels_last=c.channels_last, stem_init=c.stem_init)
+        layers = Layers(c.form, c.norm, c.stem_norm, c.final_norm, c.scale, c.expand)
+        self.backbone = ConvNeXt3D(channels, c.dims, c.depths, c.stem, c.kernel, layers, c.stem_init, c.drop_path,
+                                   c.checkpointing, c.channels_last)
         width = len(c.statistics) * sum(channels if s == -1 else c.dims[s] for s in c.stages) + 9 * c.dims[0] * c.wide     # P
         self.pooled_norm, self.pooled_dropout = pooled_norm(c.pooled_norm, width), nn.Dropout(c.pooled_dropout)
         if c.wide:
