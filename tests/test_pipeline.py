@@ -44,7 +44,7 @@ SMALL = {   # of the profile embedded: networks that are trained in seconds and 
 MODELS = ["dover", "vjepa2"]
 STAGES = ["prepare", *(f"{stage}@{model}" for stage in ("train", "evaluate") for model in MODELS), "compare", "report"]
 FILES = {"splits.json", "prepare.json", "metrics.json", "predictions.csv", "rows.csv", "compare.json", "summary.json", "README.md", "table.txt",
-         "road.png", "rows.png", "scatter.png", "curves.png", "scratch/.gitkeep",
+         "road.png", "rows.png", "scatter.png", "curves.png", "experiments/scratch/.gitkeep",
          *(f"{m}/{f}" for m in MODELS for f in ("train.json", "curves.csv", "predictions.csv", "evaluate.json"))}
 
 pytestmark = pytest.mark.usefixtures("one_thread")      # what is forked may not wait for threads that it has not
@@ -132,8 +132,8 @@ def repository(tmp_path_factory) -> Repository:
         (at/name).parent.mkdir(parents=True, exist_ok=True)
         (at/name).write_bytes((ROOT/name).read_bytes())
     (at/"dvc.lock").unlink(missing_ok=True)
-    (at/"results"/"scratch").mkdir(parents=True)
-    (at/"results"/"scratch"/".gitkeep").touch()
+    (at/"results"/"experiments"/"scratch").mkdir(parents=True)
+    (at/"results"/"experiments"/"scratch"/".gitkeep").touch()
     clone = Repository(at)
     clone.params(smaller)
     clone("git", "init", "-q")
@@ -249,7 +249,7 @@ def test_paper_profile(repository):
 
 def test_rows_from_noise(repository):
     "The pipeline of its own leaves what the table takes; taken out again, the table is as before."
-    before, kept = repository.results(), repository.at/"results"/"scratch"
+    before, kept = repository.results(), repository.at/"results"/"experiments"/"scratch"
     for model in MODELS:
         repository.stage("experiments.scratch", model)
         (kept/model).mkdir()
@@ -260,8 +260,8 @@ def test_rows_from_noise(repository):
         metrics, about = repository.json("metrics.json"), repository.json("compare.json")
         assert list(metrics)[:4] == [*MODELS, "dover_scratch", "vjepa2_scratch"] and not about["omitted"]
         assert "dover_scratch" in metrics["differences"]["dover"] and "D. noise" in (repository.at/"results"/"table.txt").read_text()
-        assert repository.json("scratch/dover/train.json")["parameters"]["train"]["epochs"] == 1
-        assert repository.json("scratch/vjepa2/train.json")["parameters"]["trunk"]["epochs"] == 2
+        assert repository.json("experiments/scratch/dover/train.json")["parameters"]["train"]["epochs"] == 1
+        assert repository.json("experiments/scratch/vjepa2/train.json")["parameters"]["trunk"]["epochs"] == 2
     finally:
         for model in MODELS: shutil.rmtree(kept/model)
         repository.stage("pipeline.compare"), repository.stage("pipeline.report")
@@ -275,10 +275,10 @@ def test_learning_curves(repository):
     config = asking(model_config(values["config"], {k: v for k, v in values.items() if k != "config"}))
     save_body(repository.at/"work"/"body", DoverPlusPlus(config), {"licence": "MIT", "trained_on": "nothing", "config": asdict(config)})
     repository.params(lambda values: values["embedded"]["dover"].update(pretrained="work/body"))
-    kept = repository.at/"results"/"learning-dover.json"
+    kept = repository.at/"results"/"experiments"/"learning-dover.json"
     try:
         repository.stage("experiments.learning", "dover")
-        curves, content = repository.json("learning-dover.json")["curves"], kept.read_bytes()
+        curves, content = repository.json("experiments/learning-dover.json")["curves"], kept.read_bytes()
         assert list(curves) == ["pretrained", "noise"] and all(list(c) == ["10", "30"] for c in curves.values())
         for cell in (c for start in curves.values() for amount in start.values() for c in amount.values()):
             assert cell["low"] <= cell["mean"] <= cell["high"] and len(cell["seeds"]) == 2

@@ -210,7 +210,7 @@ def test_a_short_run_leaves_its_figures(tmp_path):
         process = run(folder, "vjepa2", "short")
         err = process.communicate(timeout=300)[1]
         assert process.returncode == 0, err
-        found.append((folder/"results"/"pretrain-short"/"vjepa2.json").read_bytes())
+        found.append((folder/"results"/"experiments"/"pretrain-short"/"vjepa2.json").read_bytes())
         shutil.rmtree(folder/"runs")
     about = json.loads(found[0])
     assert found[0] == found[1] and about["pretrain"]["windows"] == 1 and "judged_severity" in about["figures"]
@@ -222,7 +222,7 @@ def test_a_short_run_leaves_its_figures(tmp_path):
 def test_with_and_without_masked_prediction(tmp_path):
     "The same tasks after masked prediction and alone, for each seed; what is there is not made again, and comes out the same if it is."
     folder = params(tmp_path/"masked")
-    file, lines = folder/"results"/"masked-vjepa2.json", []
+    file, lines = folder/"results"/"experiments"/"masked-vjepa2.json", []
     for k in range(2):
         process = run(folder, module="experiments.masked")
         err = process.communicate(timeout=300)[1]

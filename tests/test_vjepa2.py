@@ -294,7 +294,7 @@ def test_ablation_in_miniature(data, tmp_path, monkeypatch):
     found = ablation.main()
     assert list(found) == list(ablation.VARIANTS) and all(len(v["srocc"]["overall"]["seeds"]) == 2 for v in found.values())
     assert "difference" not in found[ablation.DEFAULT] and len({v["srocc"]["mean"]["mean"] for v in found.values()}) == 5
-    first = (tmp_path/"results"/"ablation.json").read_bytes()
+    first = (tmp_path/"results"/"experiments"/"ablation.json").read_bytes()
     monkeypatch.setattr(ablation, "run_variant", None)
     ablation.main()
-    assert (tmp_path/"results"/"ablation.json").read_bytes() == first
+    assert (tmp_path/"results"/"experiments"/"ablation.json").read_bytes() == first
