@@ -22,8 +22,9 @@ from qualivision.pipeline.params import (
 from ..pipeline.train import from_noise
 from ..quality import DIMENSIONS
 from ..training.loop import TrainConfig, fit
+from ..models.registry import entry_of
 from ..training.train import (
-    build_vjepa, keep_features, model_config, prepare_data, sampling_of, train_trunk)
+    keep_features, model_config, prepare_data, sampling_of, train_trunk)
 
 # %% ../../nbs/experiments/66_ablation.ipynb #dbf7bbdb
 DEFAULT = "freeze 0.85, attentive"
@@ -33,7 +34,7 @@ VARIANTS = {DEFAULT: {}, "freeze 0": {"freeze": 0.}, "freeze 1": {"freeze": 1.},
 # %% ../../nbs/experiments/66_ablation.ipynb #7ed13786
 def trunk_state(config, sets, trunk: TrainConfig | None, pretrained: str | None, folder: Path, encode) -> dict:
     "Where all variants of a seed begin: the best weights of a trunk with mean pooling, which trains where it was left; or a pretrained encoder."
-    if pretrained: return build_vjepa(config, pretrained).state_dict()
+    if pretrained: return entry_of(config).build(config, pretrained).model.state_dict()
     if trunk is None: raise ParamsError("vjepa2", "there is neither a trunk nor a pretrained encoder", "Set one of them.")
     seed_all(trunk.seed)
     model = VJepaMos(replace(config, pooling="mean"))

@@ -16,8 +16,10 @@ from ..models.text import TextEncoder
 from .ablation import interval
 from ..pipeline.params import (
     ParamsError, keep_memory, read_json, read_params, run_stage, write_json)
-from ..pretraining.tasks import PretrainConfig, asking, plain_encoder, pretrain
-from ..training.train import kind_of, model_config, sampling_of
+from ..pretraining.masked import PretrainConfig
+from ..pretraining.tasks import asking, plain_encoder, pretrain
+from ..models.registry import entry_of
+from ..training.train import model_config, sampling_of
 
 # %% ../../nbs/experiments/68_masked.ipynb #33078100
 SECTIONS = ("text", "pretrain", "masked", "vjepa2")
@@ -51,7 +53,8 @@ def main(
     runs, values = both_ways(p["masked"], p["pretrain"].get("vjepa2")), dict(p["vjepa2"]["model"])
     announce(resolve_precision(next(iter(runs["tasks alone"].values())).precision), progress)
     config, encoder = asking(model_config(values.pop("config"), values)), TextEncoder(p["text"]["encoder"])
-    if kind_of(config) != "vjepa2": raise ParamsError("vjepa2.model.config", f"it is a configuration of {kind_of(config)}", "Name one of V-JEPA 2.")
+    if (own := entry_of(config).name) != "vjepa2":
+        raise ParamsError("vjepa2.model.config", f"it is a configuration of {own}", "Name one of V-JEPA 2.")
     code, found = code_hash("experiments.masked"), {}
     for start, seeds in runs.items():
         for seed, settings in seeds.items():

@@ -15,8 +15,10 @@ from ..models.weights import about_file
 from qualivision.pipeline.params import (
     ParamsError, keep_memory, known_model, label_source, read_json, read_params, run_stage,
     split_rule, write_json)
-from ..training.train import Task, kind_of, model_config, train_model
-from ..training.loop import TrainConfig, write_history
+from ..models.registry import entry_of
+from ..training.train import Task, model_config, train_model
+from ..training.loop import TrainConfig
+from ..training.trackers import write_history
 
 # %% ../../nbs/pipeline/52_train.ipynb #22d5fbe5
 def plan(
@@ -29,7 +31,8 @@ def plan(
         raise ParamsError(f"{model}.{unknown[0]}", "there is no such part", f"There are: {', '.join(parts)}.")
     overrides, train, trunk = dict(section["model"]), dict(section["train"]), section.get("trunk")
     config = model_config(overrides.pop("config"), overrides)
-    if kind_of(config) != model: raise ParamsError(f"{model}.model.config", f"it is a configuration of {kind_of(config)}", "Name one of this model.")
+    if (own := entry_of(config).name) != model:
+        raise ParamsError(f"{model}.model.config", f"it is a configuration of {own}", "Name one of this model.")
     rest = {"augment": train.pop("augment", True), **{k: section[k] for k in ("pretrained", "feature_cache") if k in section}}
     settings = TrainConfig.of(train).settled()             # what is hashed and written is what this machine computes in, never `auto`
     return settled(config, settings.device), settings, TrainConfig.of(train | trunk).settled() if trunk else None, rest

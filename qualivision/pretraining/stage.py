@@ -19,10 +19,11 @@ from ..models.text import TextEncoder
 from ..models.bodies import load_body, save_body
 from ..pipeline.params import (
     ParamsError, keep_memory, known_model, read_params, run_stage, write_json)
-from .tasks import (
-    PretrainConfig, asking, figures_of, plain_encoder, pretrain)
-from ..training.train import kind_of, model_config, sampling_of
-from ..training.loop import write_history
+from .masked import PretrainConfig
+from .tasks import asking, figures_of, plain_encoder, pretrain
+from ..models.registry import entry_of
+from ..training.train import model_config, sampling_of
+from ..training.trackers import write_history
 
 # %% ../../nbs/pretraining/63_stage.ipynb #f6952cfe
 SECTIONS = {"dover": ("text", "pretrain", "dover"), "vjepa2": ("text", "pretrain", "vjepa2")}     # model → what its pretraining reads
@@ -92,7 +93,8 @@ def main(
     settings = PretrainConfig.of({**section, **(short if length == "short" else {})}).settled(progress)
     values = dict(p[model]["model"])
     config, encoder = asking(model_config(values.pop("config"), values)), TextEncoder(p["text"]["encoder"])
-    if kind_of(config) != model: raise ParamsError(f"{model}.model.config", f"it is a configuration of {kind_of(config)}", "Name one of this model.")
+    if (own := entry_of(config).name) != model:
+        raise ParamsError(f"{model}.model.config", f"it is a configuration of {own}", "Name one of this model.")
     code = code_hash("pretraining.stage")                          # of what runs, whatever is edited meanwhile
     folder = Path("runs/pretrain")/f"{model}-{value_hash([settings.deciding(), asdict(config), encoder.key, code])[:12]}"
     with kept_rng():
