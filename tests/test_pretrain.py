@@ -55,9 +55,9 @@ def params(folder: Path) -> Path:
     return folder
 
 
-def run(folder: Path, *arguments, module="pretrain", **kw):
+def run(folder: Path, *arguments, module="pretraining.stage", **kw):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", f"qualivision.pipeline.{module}", *arguments], cwd=folder, env=env, text=True,
+    return subprocess.Popen([sys.executable, "-m", f"qualivision.{module}", *arguments], cwd=folder, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
 
 
@@ -228,7 +228,7 @@ def test_with_and_without_masked_prediction(tmp_path):
     folder = params(tmp_path/"masked")
     file, lines = folder/"results"/"masked-vjepa2.json", []
     for k in range(2):
-        process = run(folder, module="masked")
+        process = run(folder, module="experiments.masked")
         err = process.communicate(timeout=300)[1]
         assert process.returncode == 0, err
         lines.append([line.split(":")[0] for line in err.splitlines() if line.startswith("window")])

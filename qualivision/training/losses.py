@@ -141,5 +141,5 @@ class HybridLoss(nn.Module):
                      scale_loss=scale.detach())
         for k in ("alpha", "beta", "gamma"):
             parts[k] = torch.tensor(getattr(self, k), dtype=torch.float64)
-        if self.adaptive and self.training: self.update(smooth, ranking)
+        if self.adaptive and self.training: self.update(smooth.detach(), ranking.detach())
         return total, parts
