@@ -1,12 +1,9 @@
 "Pretraining: nothing of validation or test in it, a killed run ends as an undisturbed one, and training starts from what it leaves behind."
 import csv
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +14,8 @@ import pytest
 import tiny
 import torch
 import yaml
+import transformers.models.vjepa2.modeling_vjepa2  # noqa: F401  seconds, that every fork would spend again
+from forked import Forked, stage
 
 from qualivision.data.sampling import Sampling
 from qualivision.data.simulate import FPS, SEED, SPLITS, crf, plan
@@ -55,10 +54,8 @@ def params(folder: Path) -> Path:
     return folder
 
 
-def run(folder: Path, *arguments, module="pretraining.stage", **kw):
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", f"qualivision.{module}", *arguments], cwd=folder, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kw)
+def run(folder: Path, *arguments, module="pretraining.stage") -> Forked:
+    return stage(folder, module, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +77,7 @@ def told(split: str) -> set[str]:
     with open(file, encoding="utf-8", newline="") as f: return {row["Prompt"].lower() for row in csv.DictReader(f)}
 
 
-def leaks(taken=None, count=6000) -> tuple[int, int]:
+def leaks(taken=None, count=3000) -> tuple[int, int]:
     "Lessons that show a scene which validation or test ask for, and prompts of theirs among all prompts of the lessons."
     scenes = {c.scene for c in plan(SPLITS, SEED) if c.split != "train"}
     prompts, lessons = told("val") | told("test"), [lesson(7, i, side, taken=taken) for side in ("learn", "judge") for i in range(0, count, 2)]
@@ -93,7 +90,7 @@ def test_no_prompt_of_validation_or_test_and_no_scene_that_one_asks_for():
 
 
 def test_without_the_exclusion_they_would_come():
-    assert leaks(Reserved())[0] > 20
+    assert leaks(Reserved())[0] > 10
 
 
 def test_every_prompt_is_checked_those_that_do_not_fit_too():
@@ -203,7 +200,7 @@ def test_killed_it_ends_as_an_undisturbed_run(made, tmp_path):
 def test_nothing_is_frozen_in_pretraining():
     "Though fine-tuning, whose section the configuration comes from, freezes the backbone of both."
     for kind, name in ((DoverPlusPlus, "embedded"), (VJepaMos, "vjepa2_embedded")):
-        frozen = model_config(name, {"freeze_backbone": True} if kind is DoverPlusPlus else {"freeze_pooler": True})
+        frozen = model_config(name, {"freeze_backbone": True} if kind is DoverPlusPlus else {"freeze": 0.85})
         assert kind(frozen).frozen and not kind(asking(frozen)).frozen
         assert all(p.requires_grad for p in kind(asking(frozen)).parameters())
 
@@ -335,7 +332,7 @@ def test_training_starts_from_the_body(made, tmp_path, monkeypatch):
 def test_a_body_is_known_by_its_name(made, tmp_path, monkeypatch):
     e = Entry("qualivision/tool", "model.safetensors", "MIT", "a test", shipped="pretrained/tool")
     monkeypatch.setitem(REGISTRY, e.name, e)
-    monkeypatch.setattr(weights, "PACKAGE", tmp_path/"qualivision")
+    monkeypatch.setattr("qualivision.files.PACKAGE", tmp_path/"qualivision")
     with pytest.raises(WeightsError, match="dvc pull pretrained.dvc"): start("qualivision/tool", tmp_path, monkeypatch)
     shutil.copytree(made, tmp_path/"pretrained"/"tool")
     result, state = start("qualivision/tool", tmp_path, monkeypatch)

@@ -34,10 +34,7 @@ from ..training.step import (
 # %% ../../nbs/pretraining/61_tasks.ipynb #f2d1e3c9
 def asking(config):   # of either model → of the same kind
     "A configuration with heads for all causes and attributes, in which nothing is frozen."
-    free = {"freeze_backbone": False}
-    if hasattr(config, "freeze"):
-        free = {"freeze": 0.}
-        if hasattr(config, "freeze_pooler"): free["freeze_pooler"] = False
+    free = {"freeze": 0.} if hasattr(config, "freeze") else {"freeze_backbone": False}
     return replace(config, causes=CAUSE_NAMES, attributes=tuple(VALUES), **free)
 
 @contextmanager
@@ -79,8 +76,8 @@ class CauseTasks(nn.Module):
             raise PretrainError(type(model).__name__, "it has no heads for these causes",
                                 "Build it with `asking`.")
         if not hasattr(model, "mos_predictor"):
-            cause = f"fusion={model.config.fusion} has no MOS head of its own"
-            raise PretrainError(type(model).__name__, cause, "Use another fusion.")
+            raise PretrainError(type(model).__name__, "it has no MOS head",
+                                "Give it a `mos_predictor`.")
         self.model, self.settings = model, settings
         width = model.causes.severity.in_features
         self.attributes = nn.ModuleList([nn.Linear(width, len(v)) for v in VALUES.values()])
@@ -94,7 +91,7 @@ class CauseTasks(nn.Module):
         text = text.flatten(0, 1)                                            # (B(1+K),D)
         return {"severity": video["severity"],
                 "attributes": [head(video["seen"]) for head in self.attributes],
-                "match": self.model.judge(every, text)[0][:, ALIGNMENT].view(-1, K),
+                "match": self.model.score_under(every, text)[0][:, ALIGNMENT].view(-1, K),
                 "agree": self.model.causes.agree(every, text).view(-1, K, len(VALUES))}
 
     def loss(self, batch: dict             # see `_batch`; clips 2k and 2k+1 are a pair
