@@ -228,7 +228,8 @@ Workers = Annotated[Optional[int], _opt("Decoding processes, where all of the mo
 def _fit_dover(data, out, model, head_only, weights, from_scratch, preset, videos, columns, group, cache, device, workers, as_json, encoding=None,
                scale=None, **settings):
     "Trains official DOVER and says what came of it."
-    from qualivision.official.transfer import TransferConfig, preset_settings, said
+    from qualivision.official.transfer import TransferConfig, said
+    from qualivision.official.ratings import preset_settings
     from qualivision.official.transfer import transfer as run
     config = TransferConfig(**{**preset_settings(preset, head_only), **{k: v for k, v in settings.items() if v is not None}})
     report = run(data, out, model, head_only, config, weights, from_scratch, preset, videos, columns, group, cache, device, workers or 0,

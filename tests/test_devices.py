@@ -25,10 +25,10 @@ from qualivision.models.dover_mos import EMBEDDED, DoverPlusPlus
 from qualivision.models.vjepa_mos import VJepaConfig, VJepaMos, settled
 from qualivision.models.frozen import FeatureCache
 from qualivision.pipeline.train import plan
-from qualivision.pretraining.tasks import PretrainConfig, PretrainError
+from qualivision.pretraining.masked import PretrainConfig, PretrainError
 from qualivision.training.train import Task, model_config, train_model
 from qualivision.training.loop import TrainConfig, fit
-from qualivision.training.trackers import TrainError
+from qualivision.training.step import TrainError
 
 ROOT = Path(__file__).parents[1]
 VJEPA = model_config("vjepa2_embedded", dict(frames=4, size=32, patch=16, hidden_size=48, layers=6, encoder_heads=4, grid=(2, 1, 1),

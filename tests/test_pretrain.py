@@ -29,10 +29,11 @@ from qualivision.models.vjepa_mos import VJepaMos
 from qualivision.models.text import TextEncoder
 from qualivision.models.store import REGISTRY, Entry
 from qualivision.models.weights import WeightsError, read_state
-from qualivision.training import loop as trainer
-from qualivision.pretraining.tasks import MaskedPrediction, PretrainConfig, PretrainError, asking, figures_of, plain_encoder, pretrain
+from qualivision.training import train
+from qualivision.pretraining.masked import MaskedPrediction, PretrainConfig, PretrainError
+from qualivision.pretraining.tasks import asking, figures_of, plain_encoder, pretrain
 from qualivision.training.train import Task, model_config, train_model
-from qualivision.training.trackers import TrainError
+from qualivision.training.step import TrainError, parameter_groups
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -161,7 +162,7 @@ def test_what_was_pretrained_learns_at_rates_of_its_own():
         roles = {n: model.role(n) for n, _ in model.named_parameters()}
         assert {n for n, r in roles.items() if r == "path"} == {"causes.path.weight", "causes.path.bias"}
         assert all(roles[n] == "body" for n in roles if n.startswith(("causes.severity.", "causes.clip.", "mos_predictor.")))
-        of = {id(p): g["lr"] for g in trainer.parameter_groups(model, .05, 1e-3, rates) for p in g["params"]}
+        of = {id(p): g["lr"] for g in parameter_groups(model, .05, 1e-3, rates) for p in g["params"]}
         assert of[id(model.causes.path.weight)] == 1e-2 and of[id(model.causes.severity.weight)] == 1e-5
         plain = kind(model_config(name, {}))                      # from noise there is no body
         assert not {"body", "path"} & {plain.role(n) for n, _ in plain.named_parameters()}
@@ -308,12 +309,12 @@ def config(body=None, **kw):
 def start(made, tmp_path, monkeypatch, **kw):
     "Trains a step from the body; the model as it was before the first step."
     root, seen = tmp_path/"set" if (tmp_path/"set").exists() else tiny.data_set(tmp_path/"set"), {}
-    real = trainer.fit
+    real = train.fit
 
     def spy(model, *args, **kwargs):
         seen["state"] = {k: v.clone() for k, v in model.state_dict().items()}
         return real(model, *args, **kwargs)
-    monkeypatch.setattr("qualivision.training.loop.fit", spy)
+    monkeypatch.setattr(train, "fit", spy)
     task = Task(root, tmp_path/"out", tmp_path/"runs", tmp_path/"cache", pretrained=str(made), licence="MIT")
     return train_model(task, model_config("vjepa2_embedded", {k: v for k, v in MODEL.items() if k != "config"}),
                        tiny.settings(epochs=1, warmup_steps=1), progress=False, **kw), seen["state"]

@@ -25,8 +25,11 @@ from qualivision.models.frozen import FeatureCache, state_hash
 from qualivision.models.store import S_LAB
 from qualivision.models.weights import WeightsError, load_strict, read_state, save_checkpoint
 from qualivision.quality import QualiVisionError
-from qualivision.official.transfer import (DoverSampling, FrozenBackbones, RatingsError, TransferConfig, cached_scores, hold_out, limited_view_loss,
-                                           plcc_loss, predicted_mos, preset_settings, rank_loss, read_ratings, split_views, train_heads, view_loss)
+from qualivision.official.transfer import (
+    DoverSampling, FrozenBackbones, TransferConfig, cached_scores, split_views, train_heads)
+from qualivision.official.ratings import hold_out, preset_settings, read_ratings
+from qualivision.official.raw_scores import (
+    RatingsError, limited_view_loss, plcc_loss, predicted_mos, rank_loss, view_loss)
 from weights_formula import fill, normals, weight
 
 VIEWS = ("technical", "aesthetic")

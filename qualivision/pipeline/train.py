@@ -16,8 +16,15 @@ from ..models.weights import about_file
 from qualivision.pipeline.params import (
     ParamsError, keep_memory, known_model, label_source, read_json, read_params, run_stage,
     split_rule, write_json)
+<<<<<<< HEAD
 from ..training.train import Task, model_config, train_model
 from ..training.loop import TrainConfig, write_history
+=======
+from ..models.registry import entry_of
+from ..training.train import Task, model_config, train_model
+from ..training.loop import TrainConfig
+from ..training.trackers import write_history
+>>>>>>> hD
 
 # %% ../../nbs/pipeline/52_train.ipynb #22d5fbe5
 def plan(
@@ -32,6 +39,7 @@ def plan(
                           f"There are: {', '.join(parts)}.")
     overrides, train, trunk = dict(section["model"]), dict(section["train"]), section.get("trunk")
     config = model_config(overrides.pop("config"), overrides)
+<<<<<<< HEAD
     if (other := entry_of(config).name) != model:
         raise ParamsError(f"{model}.model.config", f"it is a configuration of {other}",
                           "Name one of this model.")
@@ -41,6 +49,13 @@ def plan(
     settings = TrainConfig.of(train).settled()
     first = TrainConfig.of(train | trunk).settled() if trunk else None
     return settled(config, settings.device), settings, first, rest
+=======
+    if (own := entry_of(config).name) != model:
+        raise ParamsError(f"{model}.model.config", f"it is a configuration of {own}", "Name one of this model.")
+    rest = {"augment": train.pop("augment", True), **{k: section[k] for k in ("pretrained", "feature_cache") if k in section}}
+    settings = TrainConfig.of(train).settled()             # what is hashed and written is what this machine computes in, never `auto`
+    return settled(config, settings.device), settings, TrainConfig.of(train | trunk).settled() if trunk else None, rest
+>>>>>>> hD
 
 # %% ../../nbs/pipeline/52_train.ipynb #a7aa235f
 def from_noise(
