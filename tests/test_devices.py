@@ -43,7 +43,7 @@ def root(tmp_path_factory): return tiny.data_set(tmp_path_factory.mktemp("data")
 def machine(monkeypatch):
     "A CPU with bfloat16 instructions, without, or one that does not tell and computes a format so many times slower."
     def make(has, slower=12.):
-        devices._SAID.clear()
+        devices._ANNOUNCED.clear()
         monkeypatch.setattr(devices, "cpu_has_bf16", lambda: has)
         monkeypatch.setattr(devices, "slowdown", lambda device="cpu", name="bf16": slower)
     monkeypatch.delenv("QUALIVISION_PRECISION", raising=False)
