@@ -214,7 +214,8 @@ def test_encoding(tmp_path, monkeypatch):
               "ranks build t.csv --name n --model dover --out o.json": 1, "score-set t.csv --model qualivision --out o.csv": 1,
               "transfer --data t.csv --out o.safetensors": 1, "train --data t.csv --out o": 1, "infer-datasets t.csv": 1,
               "predict --data set --split train --out p.csv": 1}
-    monkeypatch.setattr("qualivision.cli._scorer", lambda *a: FiveMosScorer.__new__(FiveMosScorer))
+    for chapter in ("own", "official"):
+        monkeypatch.setattr(f"qualivision.commands.{chapter}.set_scorer", lambda *a, **k: FiveMosScorer.__new__(FiveMosScorer))
     monkeypatch.setattr(FiveMosScorer, "settings", {}, raising=False)
     for command, then in tables.items():
         shown = CliRunner().invoke(app, [*command.split(), "--json"])
