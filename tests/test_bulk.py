@@ -17,7 +17,8 @@ from test_tools import Length
 from qualivision.evaluation.ranks import RankError, build_set
 from qualivision.official.fused import fused_score
 from qualivision.files import FileError
-from qualivision.inference.bulk import BulkError, find_videos, read_manifest, score_set
+from qualivision.data.collection import BulkError, find_videos, read_manifest
+from qualivision.inference.bulk import score_set
 from qualivision.quality import QualiVisionError
 
 ROOT = Path(__file__).parents[1]

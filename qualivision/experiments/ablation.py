@@ -23,13 +23,8 @@ from qualivision.pipeline.params import (
 from ..pipeline.train import from_noise
 from ..quality import DIMENSIONS
 from ..training.loop import TrainConfig, fit
-from ..models.registry import entry_of
 from ..training.train import (
-<<<<<<< HEAD
     Prepared, keep_features, model_config, prepare_data, sampling_of, train_trunk)
-=======
-    keep_features, model_config, prepare_data, sampling_of, train_trunk)
->>>>>>> hD
 
 # %% ../../nbs/experiments/66_ablation.ipynb #dbf7bbdb
 DEFAULT = "freeze 0.85, attentive"
@@ -37,7 +32,6 @@ VARIANTS = {DEFAULT: {}, "freeze 0": {"freeze": 0.}, "freeze 1": {"freeze": 1.},
             "mean pooling": {"pooling": "mean"}, "first token": {"pooling": "first"}}
 
 # %% ../../nbs/experiments/66_ablation.ipynb #7ed13786
-<<<<<<< HEAD
 @dataclass
 class Bench:
     "What all variants of a seed share."
@@ -47,16 +41,6 @@ class Bench:
     train: TrainConfig
     trunk: TrainConfig | None      # None: a pretrained encoder instead
     pretrained: str | None
-=======
-def trunk_state(config, sets, trunk: TrainConfig | None, pretrained: str | None, folder: Path, encode) -> dict:
-    "Where all variants of a seed begin: the best weights of a trunk with mean pooling, which trains where it was left; or a pretrained encoder."
-    if pretrained: return entry_of(config).build(config, pretrained).model.state_dict()
-    if trunk is None: raise ParamsError("vjepa2", "there is neither a trunk nor a pretrained encoder", "Set one of them.")
-    seed_all(trunk.seed)
-    model = VJepaMos(replace(config, pooling="mean"))
-    train_trunk(model, sets, trunk, folder, True, dict(stop_after=None, meta={}, progress=True, encode=encode))
-    return {name: value.float() if value.is_floating_point() else value for name, value in model.state_dict().items()}
->>>>>>> hD
 
 def trunk_state(bench: Bench, folder: Path) -> dict:
     """Where all variants of a seed begin: the best weights of a trunk with mean pooling, which goes

@@ -17,13 +17,8 @@ from ..models.vjepa_mos import VJepaConfig, VJepaMos
 from ..models.text import TextEncoder
 from ..pipeline.params import (
     ParamsError, keep_memory, read_json, read_params, run_stage, write_json)
-<<<<<<< HEAD
-from ..pretraining.tasks import PretrainConfig, asking, plain_encoder, pretrain
-=======
 from ..pretraining.masked import PretrainConfig
 from ..pretraining.tasks import asking, plain_encoder, pretrain
-from ..models.registry import entry_of
->>>>>>> hD
 from ..training.train import model_config, sampling_of
 
 # %% ../../nbs/experiments/68_masked.ipynb #33078100
@@ -83,18 +78,11 @@ def main(
     p = read_params(SECTIONS, params, profile)
     runs, values = both_ways(p["masked"], p["pretrain"].get("vjepa2")), dict(p["vjepa2"]["model"])
     announce(resolve_precision(next(iter(runs["tasks alone"].values())).precision), progress)
-<<<<<<< HEAD
     config = asking(model_config(values.pop("config"), values))
     if (kind := entry_of(config).name) != "vjepa2":
         raise ParamsError("vjepa2.model.config", f"it is a configuration of {kind}",
                           "Name one of V-JEPA 2.")
     encoder, code, found = TextEncoder(p["text"]["encoder"]), code_hash("experiments.masked"), {}
-=======
-    config, encoder = asking(model_config(values.pop("config"), values)), TextEncoder(p["text"]["encoder"])
-    if (own := entry_of(config).name) != "vjepa2":
-        raise ParamsError("vjepa2.model.config", f"it is a configuration of {own}", "Name one of V-JEPA 2.")
-    code, found = code_hash("experiments.masked"), {}
->>>>>>> hD
     for start, seeds in runs.items():
         for seed, settings in seeds.items():
             key = value_hash([settings.deciding(), asdict(config), encoder.key, code])[:12]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .views import cover_views, dover_views, is_picture
-from ..data.video import NotAVideo
+from ..data.container import NotAVideo
 from .fused import fused_score, set_script_scores
 from ..evaluation.ranks import read_sets, relative_ranks, why_no_ranks
 from .cover import COVER, CLIPImage, clip_from_transformers

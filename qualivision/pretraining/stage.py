@@ -18,18 +18,10 @@ from ..models.text import TextEncoder
 from ..models.bodies import load_body, save_body
 from ..pipeline.params import (
     ParamsError, keep_memory, known_model, read_params, run_stage, write_json)
-<<<<<<< HEAD
-from .tasks import (
-    PretrainConfig, asking, figures_of, plain_encoder, pretrain)
-from ..training.train import model_config, sampling_of
-from ..training.loop import write_history
-=======
 from .masked import PretrainConfig
 from .tasks import asking, figures_of, plain_encoder, pretrain
-from ..models.registry import entry_of
 from ..training.train import model_config, sampling_of
 from ..training.trackers import write_history
->>>>>>> hD
 
 # %% ../../nbs/pretraining/63_stage.ipynb #f6952cfe
 FIGURES = ("judged_", "severity_", "attribute_", "match_", "agree_")
@@ -138,7 +130,6 @@ def main(
 ) -> dict:                                # as of `pretrain`
     "Pretrains a model and writes its body. Raises ParamsError, PretrainError, WeightsError."
     keep_memory()
-<<<<<<< HEAD
     p = read_params(SECTIONS, params, profile, known_model(model))
     settings, values = settings_of(model, length, p["pretrain"], progress), dict(p[model]["model"])
     config = asking(model_config(values.pop("config"), values))
@@ -149,20 +140,6 @@ def main(
     code = code_hash("pretraining.stage")        # of what runs, whatever is edited meanwhile
     key = value_hash([settings.deciding(), asdict(config), encoder.key, code])[:12]
     folder = Path("runs/pretrain")/f"{model}-{key}"
-=======
-    p = read_params(SECTIONS[known_model(model)], params, profile)
-    section, short = p["pretrain"].get(model), p["pretrain"].get("short")
-    if length not in ("full", "short"): raise ParamsError(f"length {length}", "there is no such length", "Choose full or short.")
-    if not section or length == "short" and not short:
-        raise ParamsError(f"pretrain.{model}", "there are no settings for it", "This profile starts from published weights; add a section.")
-    settings = PretrainConfig.of({**section, **(short if length == "short" else {})}).settled(progress)
-    values = dict(p[model]["model"])
-    config, encoder = asking(model_config(values.pop("config"), values)), TextEncoder(p["text"]["encoder"])
-    if (own := entry_of(config).name) != model:
-        raise ParamsError(f"{model}.model.config", f"it is a configuration of {own}", "Name one of this model.")
-    code = code_hash("pretraining.stage")                          # of what runs, whatever is edited meanwhile
-    folder = Path("runs/pretrain")/f"{model}-{value_hash([settings.deciding(), asdict(config), encoder.key, code])[:12]}"
->>>>>>> hD
     with kept_rng():
         seed_all(settings.seed)
         net = kind.model(config)
