@@ -390,8 +390,9 @@ def ranks_build(scores: Annotated[list[Path], typer.Argument(help="CSV or Parque
                 encoding: Encoding = None, as_json: Json = False):
     "Makes a reference set from scores of your own, to rank later videos in."
     from qualivision.evaluation.ranks import build_set, read_sets, write_sets
+    from qualivision.official.fused import SET_SCRIPT
     check_place(out)
-    made, lost = build_set(scores, name, model, encoding)
+    made, lost = build_set(scores, name, model, encoding, scripts=(SET_SCRIPT,))
     write_sets(out, [s for s in (read_sets(out) if out.exists() else []) if s.name != name] + [made])
     if lost: say(f"{lost} rows left out: their videos were not scored")
     if as_json: print_json({"out": str(out), "left_out": lost, **_about([made])[0]})
@@ -606,7 +607,7 @@ def gmad(scores: Annotated[Path, typer.Argument(help="CSV with a row for each vi
          tolerance: Annotated[float, typer.Option(help="Standard deviations up to which two scores are equal.")] = 0.1,
          out: Annotated[Optional[Path], typer.Option(help="CSV to write.")] = None, encoding: Encoding = None, as_json: Json = False):
     "Pairs of videos that are equal for one scorer and far apart for the other: look at them to see who is right."
-    from qualivision.official.maps import gmad_file
+    from qualivision.official.gmad import gmad_file
     if out: check_place(out)
     found, lost = gmad_file(scores, first, second, pairs, tolerance, other, encoding)
     if lost: say(f"{lost} rows left out: their videos were not scored{' by both' if other else ''}")
