@@ -33,7 +33,7 @@ from .views import DOVER_VIEWS, dover_views
 from ..data.video import probe
 from ..evaluation.metrics import METRICS, MetricError, bootstrap
 from .fused import SET_WEIGHTS
-from .dover import DOVER, FUSION_WEIGHT, DOVERMobile, score
+from .dover import DOVER, FUSION_WEIGHT, DOVERMobile, view_scores
 from ..models.dover_start import inherited_licence, weights_file
 from .heads import parts, save_head
 from ..models.frozen import FeatureCache, state_hash
@@ -201,7 +201,7 @@ def head_scores(model: nn.Module, features: dict[str, Tensor]      # view: (B,cl
                ) -> dict[str, Tensor]:                             # view: (B,)
     "Scores from features, each the mean of its map over all clips of a video."
     heads = parts(model, "_head")
-    return {v: score({v: heads[f"{v}_head"](x.flatten(0, 1))})[v].view(len(x), -1).mean(1) for v, x in features.items()}
+    return {v: view_scores({v: heads[f"{v}_head"](x.flatten(0, 1))})[v].view(len(x), -1).mean(1) for v, x in features.items()}
 
 # %% ../../nbs/official/78_transfer.ipynb #a40d5652
 @dataclass(frozen=True)
@@ -423,7 +423,7 @@ def train_all(model: nn.Module, table: pd.DataFrame, config: TransferConfig, wor
 
     def scores_of(x):
         model.train()
-        with autocast(device.type, precision): return score(model({v: y.to(device) for v, y in x.items()}))
+        with autocast(device.type, precision): return view_scores(model({v: y.to(device) for v, y in x.items()}))
 
     history = fit_branches(model, groups, batch, scores_of, _labels(table), config, train, device, state, key, progress)
     metrics, constants = judged(whole_scores(model, table.path, config.view_seed), table, train, test, config.weight)
@@ -436,7 +436,7 @@ def whole_scores(model: nn.Module, paths, seed: int) -> dict[str, np.ndarray]:  
     "Scores of videos by the whole model, all clips."
     device, rows = next(model.parameters()).device, []
     model.eval()
-    for path in paths: rows.append(score(model({v: x.to(device) for v, x in split_views(DoverSampling(seed)(path)).items()})))
+    for path in paths: rows.append(view_scores(model({v: x.to(device) for v, x in split_views(DoverSampling(seed)(path)).items()})))
     return {v: np.array([r[v].mean().item() for r in rows]) for v in rows[0]}
 
 # %% ../../nbs/official/78_transfer.ipynb #dc2533a8
