@@ -132,6 +132,7 @@ def test_cover_with_its_image_encoder(folder):
     assert any("visual.class_embedding" in n for n in names) and any("smtc_gate_tech" in n for n in names)
 
 
+@pytest.mark.slow
 def test_command(folder):
     "DOVER-Mobile as it is, 224×224, two batches, another length; weights from a file of the official form."
     model = fill(DOVERMobile())

@@ -17,13 +17,14 @@ from test_tools import Small
 from typer.testing import CliRunner
 
 from qualivision.cli import app
-from qualivision.data import dataset, sampling
+from qualivision.data import clips, dataset, sampling
 from qualivision.data.clips import ClipCache, read_ahead
 from qualivision.data.dataset import DatasetError
 from qualivision.files import FileError
-from qualivision.inference import bulk, official
+from qualivision.inference import bulk
 from qualivision.inference.bulk import FiveMosScorer
 from qualivision.inference.bulk import score_set
+from qualivision.official import scorer as official
 from qualivision.official.scorer import OfficialScorer
 from qualivision.inference.score import Scorer, predict
 from qualivision.quality import DIMENSIONS, MOS_COLUMNS, QualiVisionError, ScoreRecord
@@ -221,9 +222,9 @@ def test_little_shared_memory(monkeypatch, capsys):
         def __getitem__(self, i): return {"frames": torch.full((3_000_000,), i, dtype=torch.uint8), "name": str(i)}
     def items(workers): return [b["frames"][:, 0].tolist() for b in read_ahead(Large(), [[0, 1, 2], [3]], workers=workers)]
     assert items(2) == [[0, 1, 2], [3]] and not capsys.readouterr().err
-    real = dataset.shutil.disk_usage
+    real = clips.shutil.disk_usage
     small = type(real("/"))(2**26, 0, 2**26)
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda p: small if p == dataset.SHARED else real(p))
+    monkeypatch.setattr(clips.shutil, "disk_usage", lambda p: small if p == clips.SHARED else real(p))
     assert items(4) == [[0, 1, 2], [3]]
     err = capsys.readouterr().err
     assert "4 workers need 81 MB" in err and "67" in err and "2 of them are used" in err and "--shm-size" in err
@@ -272,7 +273,7 @@ def test_what_nobody_foresaw_ends_a_command_with_a_sentence(call, monkeypatch):
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(call, here, monkeypatch):
     "One sentence, nothing read, nothing left."
     def worked(*a, **k): raise AssertionError("it began to work")
-    for name in ("qualivision.data.video.read_frames", "qualivision.official.datasets._listing", "qualivision.data.dataset.ClipCache.build"):
+    for name in ("qualivision.data.video.read_frames", "qualivision.official.datasets._listing", "qualivision.data.clips.ClipCache.build"):
         monkeypatch.setattr(name, worked)
     monkeypatch.setattr(Scorer, "from_checkpoint", worked); monkeypatch.setattr(OfficialScorer, "from_weights", worked)
     monkeypatch.setenv("QUALIVISION_WEIGHTS", str(here/"list.csv"/"weights"))

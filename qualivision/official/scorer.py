@@ -31,7 +31,7 @@ from ..models.store import Entry, entry, find, verify, weights_folder
 from ..models.weights import (
     WeightsError, about_file, load_checkpoint, load_strict, read_state)
 from ..quality import QualiVisionError, Tally, caught
-from .transfer import predicted_mos
+from .raw_scores import predicted_mos
 from ..inference.bulk import BulkError, TableForm
 
 # %% ../../nbs/official/79_scorer.ipynb #b74a78e1

@@ -14,55 +14,69 @@ from ..data.clips import ClipCache
 from ..data.dataset import data_hash, load_dataset, resolve_splits, validate
 from ..data.sampling import Sampling
 from ..evaluation.lowlevel import feature_table
+from ..models.registry import MODELS
 from ..models.text import TextEncoder
 from ..files import code_hash
 from .params import (
     keep_memory, label_source, read_params, run_stage, split_rule, write_json)
 
 # %% ../../nbs/pipeline/51_prepare.ipynb #beae1b96
-def used_rows(splits: dict) -> pd.DataFrame:  # as of `resolve_splits` → rows with labels, split = their role
-    "The videos that training, validation or test will ask for."
-    return pd.concat([splits[s] for s in ("train", "val", "test") if splits[s]["labelled"].any()], ignore_index=True)
+def used_rows(splits: dict) -> pd.DataFrame:  # of `resolve_splits` → rows of splits with labels
+    "The videos that training, validation or test will ask for; `split` is their role."
+    used = [splits[s] for s in ("train", "val", "test") if splits[s]["labelled"].any()]
+    return pd.concat(used, ignore_index=True)
 
 def manifest(
     splits: dict,      # as of `resolve_splits`
     data_hash: str,    # of the whole data set
-) -> dict:             # data_hash; note; videos and prompts of each split; the groups of its prompts
-    "What git shall know about the splits."
+) -> dict:  # data_hash; note; videos and prompts of each split; the groups of its prompts
+    "What git keeps of the splits."
     parts = {s: splits[s] for s in ("train", "val", "test")}
-    return {"data_hash": data_hash, "note": splits["note"], "videos": {s: len(f) for s, f in parts.items()},
+    return {"data_hash": data_hash, "note": splits["note"],
+            "videos": {s: len(f) for s, f in parts.items()},
             "prompts": {s: int(f["group"].nunique()) for s, f in parts.items()},
             "groups": {s: " ".join(sorted(set(f["group"]))) for s, f in parts.items()}}
 
 # %% ../../nbs/pipeline/51_prepare.ipynb #64267d13
 def views(
-    sections: dict,           # model → its section, with model: {frames, size, view}; a view that is not named is "square"
+    sections: dict,           # model → its section, with model: {frames, size, view}
 ) -> dict[str, Sampling]:     # model → view
-    "How each model wants its clips."
+    "How each model wants its clips; a view that is not named is the whole square."
     asked = {name: section["model"] for name, section in sections.items()}
-    return {name: Sampling(m["frames"], m["size"], m.get("view", "square")) for name, m in asked.items()}
+    return {name: Sampling(m["frames"], m["size"], m.get("view", "square"))
+            for name, m in asked.items()}
 
 # %% ../../nbs/pipeline/51_prepare.ipynb #3e2d75da
-SECTIONS = ("data", "text", "dover", "vjepa2", "prepare")
+SECTIONS = ("data", "text", "prepare", "MODELS")
 
-def main(params: str | Path = "params.yaml", profile: str | None = None, progress: bool = True) -> dict:  # the manifest
-    "Checks, splits, decodes, embeds, measures. Raises DatasetError with every bad row, VideoError, TextError."
+def main(
+    params: str | Path = "params.yaml",
+    profile: str | None = None,   # None: the one that the file names
+    progress: bool = True,        # on stderr
+) -> dict:                        # the manifest
+    """Checks, splits, decodes, embeds, measures.
+
+    Raises ParamsError, DatasetError with every bad row, VideoError, TextError."""
     keep_memory()
     p = read_params(SECTIONS, params, profile)
     root, workers = p["data"]["root"], p["prepare"]["workers"]
-    asked, encoder = views({"dover": p["dover"], "vjepa2": p["vjepa2"]}), TextEncoder(p["text"]["encoder"])
+    asked = views({model: p[model] for model in MODELS})
+    encoder = TextEncoder(p["text"]["encoder"])
     frame = validate(load_dataset(root), prompts=encoder.read)
     splits = resolve_splits(frame, **split_rule(p["data"]))
     used = used_rows(splits)
-    for view in dict.fromkeys(asked.values()): ClipCache("cache", view).build(used["path"], workers, progress)
+    for view in dict.fromkeys(asked.values()):
+        ClipCache("cache", view).build(used["path"], workers, progress)
     encoder.encode(list(dict.fromkeys(used["Prompt"])))
     Path("work").mkdir(exist_ok=True)
     feature_table(used["path"], workers).to_csv("work/features.csv", lineterminator="\n")
     about = manifest(splits, data_hash(frame, "cache"))
     write_json("results/splits.json", about)
     write_json("results/prepare.json", {
-        "labels": label_source(root, p["data"].get("scale")), "text_encoder": encoder.key, "code_hash": code_hash("pipeline.prepare"),
-        "parameters": {"split": split_rule(p["data"]), "text": p["text"]["encoder"], "views": {m: view.key() for m, view in asked.items()}}})
+        "labels": label_source(root, p["data"].get("scale")), "text_encoder": encoder.key,
+        "code_hash": code_hash("pipeline.prepare"),
+        "parameters": {"split": split_rule(p["data"]), "text": p["text"]["encoder"],
+                       "views": {m: view.key() for m, view in asked.items()}}})
     return about
 
-if __name__ == "__main__" and "__file__" in globals(): run_stage(main)     # as a program, and not in this notebook
+if __name__ == "__main__" and "__file__" in globals(): run_stage(main)    # not in the notebook

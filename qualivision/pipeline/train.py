@@ -10,63 +10,78 @@ from pathlib import Path
 
 from ..data.dataset import data_hash, load_dataset, scale_of
 from ..files import check_place, code_hash
+from ..models.registry import MODELS, entry_of
 from ..models.vjepa_mos import settled
 from ..models.weights import about_file
 from qualivision.pipeline.params import (
     ParamsError, keep_memory, known_model, label_source, read_json, read_params, run_stage,
     split_rule, write_json)
-from ..training.train import Task, kind_of, model_config, train_model
+from ..training.train import Task, model_config, train_model
 from ..training.loop import TrainConfig, write_history
 
 # %% ../../nbs/pipeline/52_train.ipynb #22d5fbe5
 def plan(
-    model: str,          # dover | vjepa2
+    model: str,          # a name of the registry
     section: dict,       # its section of the parameters
-) -> tuple:              # configuration of the model; of its training; of the trunk's, or None; rest: fields of Task
-    "What a model's section asks for. Raises ParamsError for an unknown part, TrainError for an unknown value, DeviceError."
-    parts = ("model", "train", "pretrained", "feature_cache") + (("trunk",) if model == "vjepa2" else ())
+) -> tuple:  # the model's configuration; TrainConfigs of model and trunk (or None); more of Task
+    "What a model's section asks for. Raises ParamsError, TrainError, DeviceError."
+    parts = ["model", "train", "pretrained", "feature_cache"]
+    if MODELS[model].trunk: parts.append("trunk")
     if unknown := sorted(set(section) - set(parts)):
-        raise ParamsError(f"{model}.{unknown[0]}", "there is no such part", f"There are: {', '.join(parts)}.")
+        raise ParamsError(f"{model}.{unknown[0]}", "there is no such part",
+                          f"There are: {', '.join(parts)}.")
     overrides, train, trunk = dict(section["model"]), dict(section["train"]), section.get("trunk")
     config = model_config(overrides.pop("config"), overrides)
-    if kind_of(config) != model: raise ParamsError(f"{model}.model.config", f"it is a configuration of {kind_of(config)}", "Name one of this model.")
-    rest = {"augment": train.pop("augment", True), **{k: section[k] for k in ("pretrained", "feature_cache") if k in section}}
-    settings = TrainConfig.of(train).settled()             # what is hashed and written is what this machine computes in, never `auto`
-    return settled(config, settings.device), settings, TrainConfig.of(train | trunk).settled() if trunk else None, rest
+    if (other := entry_of(config).name) != model:
+        raise ParamsError(f"{model}.model.config", f"it is a configuration of {other}",
+                          "Name one of this model.")
+    rest = {"augment": train.pop("augment", True),
+            **{k: section[k] for k in ("pretrained", "feature_cache") if k in section}}
+    # what is hashed and written is what this machine computes in, never `auto`
+    settings = TrainConfig.of(train).settled()
+    first = TrainConfig.of(train | trunk).settled() if trunk else None
+    return settled(config, settings.device), settings, first, rest
 
 # %% ../../nbs/pipeline/52_train.ipynb #a7aa235f
 def from_noise(
     section: dict,     # of the model
-    changes: dict,     # its part of `scratch`: parts of the section, each with values that are different
+    changes: dict,     # its part of `scratch`: what changes, part by part
 ) -> dict:             # a section, see `plan`
-    "A model's section without pretrained weights."
-    if "pretrained" in changes: raise ParamsError("scratch", "it names pretrained weights", "Take them out: these rows begin with noise.")
+    "A model's section without pretrained weights. Raises ParamsError."
+    if "pretrained" in changes:
+        raise ParamsError("scratch", "it names pretrained weights",
+                          "Take them out: these rows begin with noise.")
     if unknown := sorted(set(changes) - {"model", "train", "trunk"}):
-        raise ParamsError(f"scratch: {unknown[0]}", "there is no such part", "There are: model, train, trunk.")
+        raise ParamsError(f"scratch: {unknown[0]}", "there is no such part",
+                          "There are: model, train, trunk.")
     parts = [part for part in ("model", "train", "trunk") if part in section or part in changes]
     merged = {part: {**(section.get(part) or {}), **(changes.get(part) or {})} for part in parts}
-    return {**{k: v for k, v in section.items() if k not in ("pretrained", "trunk")}, **{k: v for k, v in merged.items() if v}, "pretrained": None}
+    return {**{k: v for k, v in section.items() if k not in ("pretrained", "trunk")},
+            **{k: v for k, v in merged.items() if v}, "pretrained": None}
 
 # %% ../../nbs/pipeline/52_train.ipynb #1548f72b
-SECTIONS = {"dover": ("data", "text", "dover"), "vjepa2": ("data", "text", "vjepa2")}     # model → what its training reads
+SECTIONS = ("data", "text", "MODEL")
 
 def main(
-    model: str = "dover",                 # dover | vjepa2
+    model: str = "dover",                 # a name of the registry
     params: str | Path = "params.yaml",
     profile: str | None = None,           # None: the one that the file names
     checkpoint: str | Path | None = None, # None: checkpoints/MODEL
     progress: bool = True,                # on stderr
     scale=None,                           # of the MOS, such as "0-100"; None: as the file says
 ) -> dict:                                # as of `train_model`
-    "Trains and publishes. Raises ParamsError, TrainError, DatasetError, VideoError, WeightsError."
+    """Trains a model and publishes its weights.
+
+    Raises ParamsError, TrainError, DatasetError, VideoError, WeightsError."""
     keep_memory()
-    p = read_params(SECTIONS[known_model(model)], params, profile)
+    p = read_params(SECTIONS, params, profile, known_model(model))
     if scale is not None: p["data"]["scale"] = list(scale_of(scale))
     results, checkpoint = Path("results")/model, Path(checkpoint or f"checkpoints/{model}")
     return train_to(model, p[model], p["data"], p["text"]["encoder"], results, checkpoint, progress)
 
+# %% ../../nbs/pipeline/52_train.ipynb #5bb58391
 def train_to(
-    model: str,            # dover | vjepa2
+    model: str,            # a name of the registry
     section: dict,         # of the model
     data: dict,            # the section `data`
     text: str,             # name of the text encoder
@@ -74,34 +89,45 @@ def train_to(
     checkpoint: Path,      # folder for the weights
     progress: bool = True,
 ) -> dict:                 # as of `train_model`
-    "Trains as a section says. Raises ParamsError, TrainError, DatasetError, VideoError, WeightsError."
+    """Trains as a section asks.
+
+    Raises ParamsError, TrainError, DatasetError, VideoError, WeightsError, and FileError for a
+    place that cannot be written: before hours of work, not after them."""
+    for place in (results/"train.json", checkpoint/"model.json"): check_place(place)
     root = data["root"]
-    for place in (results/"train.json", checkpoint/"model.json"): check_place(place)      # before hours of work, not after them
     same_data(root)
     config, settings, trunk, rest = plan(model, section)
-    task = Task(root, checkpoint, text=text, split=split_rule(data), trained_on=label_source(root, data.get("scale")),
+    task = Task(root, checkpoint, text=text, split=split_rule(data),
+                trained_on=label_source(root, data.get("scale")),
                 licence=data["licence"], **rest)
     result = train_model(task, config, settings, trunk, progress=progress)
     results.mkdir(parents=True, exist_ok=True)
     write_history(results/"curves.csv", result["history"])
     first = {"trunk": trunk.deciding()} if trunk else {}
     write_json(results/"train.json", {
-        "trained_on": result["trained_on"], "seed": settings.seed, "step": result["history"][-1]["step"], "best": best_of(result),
-        "weights": about_file(checkpoint)["sha256"], "data_hash": result["data_hash"], "params_hash": result["params_hash"],
+        "trained_on": result["trained_on"], "seed": settings.seed,
+        "step": result["history"][-1]["step"], "best": best_of(result),
+        "weights": about_file(checkpoint)["sha256"], "data_hash": result["data_hash"],
+        "params_hash": result["params_hash"],
         "code_hash": code_hash("pipeline.train"), "pretrained": task.pretrained,
         **{k: result[k] for k in ("body", "body_trained_on") if k in result},
-        "parameters": {"text": text, "augment": task.augment, "model": result["config"], "train": settings.deciding(), **first}})
+        "parameters": {"text": text, "augment": task.augment, "model": result["config"],
+                       "train": settings.deciding(), **first}})
     return result
 
+# %% ../../nbs/pipeline/52_train.ipynb #b213cf61
 def best_of(result: dict) -> dict | None:   # epoch, step and score
     "The best epoch, counted as the curves count: a trunk's epochs come first."
     if not result["best"]: return None
     before = [row for row in result["history"] if row.get("phase") == "trunk"][-1:]
-    return {k: v + sum(row[k] for row in before) if k in ("epoch", "step") else v for k, v in result["best"].items()}
+    def counted(k, v): return v + sum(row[k] for row in before) if k in ("epoch", "step") else v
+    return {k: counted(k, v) for k, v in result["best"].items()}
 
 def same_data(root: str | Path, manifest: str | Path = "results/splits.json"):
     "Raises ParamsError when prepare has left the manifest of other data than these."
-    if Path(manifest).exists() and read_json(manifest)["data_hash"] != data_hash(load_dataset(root), "cache"):
-        raise ParamsError(root, f"this is not the data set that {manifest} was made from", "Run `dvc repro prepare` first.")
+    if not Path(manifest).exists(): return
+    if read_json(manifest)["data_hash"] != data_hash(load_dataset(root), "cache"):
+        raise ParamsError(root, f"this is not the data set that {manifest} was made from",
+                          "Run `dvc repro prepare` first.")
 
-if __name__ == "__main__" and "__file__" in globals(): run_stage(main)     # as a program, and not in this notebook
+if __name__ == "__main__" and "__file__" in globals(): run_stage(main)    # not in the notebook
