@@ -21,7 +21,7 @@ from qualivision.data.clips import (
     ClipCache, DecodeEachTime, EpochSampler, VideoQualityDataset, collate)
 from qualivision.data.dataset import load_dataset
 from qualivision.data.sampling import Sampling
-from qualivision.data.video import write_video
+from qualivision.data.container import write_video
 
 
 def written_clips(folder, count, frames, size):

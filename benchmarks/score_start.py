@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qualivision.data.video import write_video
+from qualivision.data.container import write_video
 
 BASELINE = """
 from importlib.resources import files

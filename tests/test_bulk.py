@@ -18,7 +18,8 @@ from qualivision.evaluation.ranks import RankError, build_set
 from qualivision.official.fused import SET_SCRIPT, fused_score
 from qualivision.official.scorer import OfficialScorer
 from qualivision.files import FileError
-from qualivision.inference.bulk import BulkError, find_videos, read_manifest, score_set
+from qualivision.data.collection import BulkError, find_videos, read_manifest
+from qualivision.inference.bulk import score_set
 from qualivision.quality import QualiVisionError
 
 ROOT = Path(__file__).parents[1]

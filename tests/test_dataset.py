@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from qualivision.data import dataset
+from qualivision import files
 from qualivision.data.clips import (
     ClipCache, DecodeEachTime, EpochSampler, VideoQualityDataset, augmentation, collate, may_flip)
 from qualivision.data.dataset import (
@@ -25,7 +25,7 @@ from qualivision.data.dataset import (
     resolve_splits, shared_prompts, split_by_prompt, validate, write_predictions)
 from qualivision.files import FileHashes
 from qualivision.data.sampling import Sampling
-from qualivision.data.video import VideoError, write_video
+from qualivision.data.container import VideoError, write_video
 from qualivision.files import FileError
 from qualivision.quality import COLUMNS, MOS_COLUMNS
 
@@ -340,14 +340,14 @@ def test_what_may_be_mirrored():
 def later(monkeypatch):
     "As if the files had been written long ago."
     now = time.time_ns
-    monkeypatch.setattr(dataset.time, "time_ns", lambda: now() + 10**11)
+    monkeypatch.setattr(files.time, "time_ns", lambda: now() + 10**11)
 
 
 @pytest.fixture
 def reads(monkeypatch):
     "The files whose bytes were hashed."
-    seen, real = [], dataset.file_sha256
-    monkeypatch.setattr(dataset, "file_sha256", lambda p: seen.append(str(p)) or real(p))
+    seen, real = [], files.file_sha256
+    monkeypatch.setattr(files, "file_sha256", lambda p: seen.append(str(p)) or real(p))
     return seen
 
 
@@ -491,18 +491,19 @@ def test_a_full_disk(root, tmp_path, monkeypatch, counted):
     sampling, log = counted
     cache, paths = ClipCache(tmp_path/"cache", sampling), load_dataset(root)["path"].tolist()
     with monkeypatch.context() as m:
-        m.setattr(dataset.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 100_000, 100_000))
+        m.setattr(shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10**9, 10**9 - 100_000, 100_000))
         with pytest.raises(FileError, match="the 21 clips of the cache need 0.00 GB"): cache.build(paths)
     assert len(log()) == 1 and not list((tmp_path/"cache").rglob("*.npy"))
     with monkeypatch.context() as m:
-        m.setattr(dataset.np, "save", lambda f, a: f.write(b"begun") and (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        m.setattr(np, "save", lambda f, a: f.write(b"begun") and (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(FileError, match="No space left on device"): cache.get(paths[0])
     assert not [f for f in (tmp_path/"cache").rglob("*") if f.is_file()]
 
 
 BUILDER = textwrap.dedent("""
     import sys, time
-    from qualivision.data.dataset import ClipCache, load_dataset
+    from qualivision.data.clips import ClipCache
+    from qualivision.data.dataset import load_dataset
     from qualivision.data.sampling import Sampling
     class Slow(Sampling):
         def __call__(self, path): print(path, flush=True); time.sleep(float(sys.argv[3])); return super().__call__(path)

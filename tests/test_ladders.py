@@ -8,7 +8,7 @@ import torch
 
 from qualivision.data.sampling import Sampling
 from qualivision.pretraining.lessons import CAUSE_NAMES
-from qualivision.data.video import write_video
+from qualivision.data.container import write_video
 from qualivision.pretraining.ladders import LADDERS, LadderError, ladder, right_steps, square_clip, worse
 from qualivision.models.bodies import load_body
 

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from qualivision.cli import app
 from qualivision.official.views import DOVER_VIEWS, dover_views, view_indices
-from qualivision.data.video import frame_times, probe, read_frames, write_video
+from qualivision.data.video import frame_times, probe, read_frames
+from qualivision.data.container import write_video
 from qualivision.official.gmad import PairError, gmad_pairs
 from qualivision.official.maps import (
     MapError, ScoreMaps, at_frame, cell_boxes, divergence, draw_moments, draw_times, overlay, patch_boxes, region_table, score_maps,
@@ -191,7 +192,7 @@ def test_a_folder_that_cannot_be_written(video, tmp_path, monkeypatch):
     with pytest.raises(FileError, match="times.csv.*nothing can be written in"): write_maps(Never(), video, tmp_path/"file"/"out")
     (tmp_path/"taken"/"divergence.mp4").mkdir(parents=True)
     with pytest.raises(FileError, match="divergence.mp4: it is a folder"): write_maps(Never(), video, tmp_path/"taken")
-    for what, number in ((("os.replace",), errno.EROFS), (("qualivision.data.video.write_video",), errno.ENOSPC)):
+    for what, number in ((("os.replace",), errno.EROFS), (("qualivision.data.container.write_video",), errno.ENOSPC)):
         with monkeypatch.context() as patch:
             def no(*args, number=number, **kwargs): raise OSError(number, os.strerror(number), str(args[0]))
             patch.setattr(*what, no)

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from qualivision.data.video import NotAVideo
+from qualivision.data.container import NotAVideo
 from qualivision.official.cover import IMAGE_ENCODER
 from qualivision.official.scorer import OfficialError, OfficialScorer, load_model
 from qualivision.official.inflated import INFLATED, InflatedConvNeXt3D

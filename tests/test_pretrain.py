@@ -18,9 +18,10 @@ import transformers.models.vjepa2.modeling_vjepa2  # noqa: F401  seconds, that e
 from forked import Forked, stage
 
 from qualivision.data.sampling import Sampling
-from qualivision.data.simulate import FPS, SEED, SPLITS, crf, plan
+from qualivision.data.draw import FPS, crf
+from qualivision.data.simulate import SEED, SPLITS, plan
 from qualivision.pretraining.lessons import CAUSE_NAMES, Reserved, lesson, reserved, show
-from qualivision.data.video import write_video
+from qualivision.data.container import write_video
 from qualivision.files import file_sha256
 from qualivision.models.bodies import body_names, config_for, load_body, start_from_body, unpack
 from qualivision.models import weights

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qualivision.data.video import write_video
+from qualivision.data.container import write_video
 from qualivision.evaluation.lowlevel import HAND_CRAFTED, LOW_LEVEL, clip_features, feature_table
 from qualivision.evaluation.metrics import MetricError, bootstrap, mae, paired_bootstrap, srocc
 from qualivision.evaluation.protocol import (

@@ -18,7 +18,8 @@ from qualivision.official.views import (
     fragment_view, is_picture, read_picture, segment_indices, view_indices)
 from qualivision.data.sampling import (
     Sampling, SamplingError, processor_view, resize_square, uniform_indices, uniform_view)
-from qualivision.data.video import EmptyVideo, VideoError, probe, read_frames, write_video
+from qualivision.data.container import EmptyVideo, VideoError, write_video
+from qualivision.data.video import probe, read_frames
 from qualivision.quality import QualiVisionError
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -14,7 +14,7 @@ import torch
 from qualivision.data.clips import ClipCache, VideoQualityDataset, collate
 from qualivision.data.dataset import DatasetError, load_labels
 from qualivision.data.sampling import Sampling
-from qualivision.data.video import write_video
+from qualivision.data.container import write_video
 from qualivision.files import FileError
 from qualivision.inference.score import ScoreError, Scorer, predict
 from qualivision.models.text import TextError

@@ -10,7 +10,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from qualivision.data.simulate import CAUSES, LABELS, SEED, SPLITS, causes_table, clean, labels, plan, plan_clip, simulate
+from qualivision.data.draw import CAUSES, clean
+from qualivision.data.simulate import (
+    LABELS, SEED, SPLITS, causes_table, labels, plan, plan_clip, simulate)
 from qualivision.data.video import probe, read_frames
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,7 +60,7 @@ def test_the_labels_are_those_of_the_plan(clips):
 
 
 def test_a_clip_comes_out_the_same_alone(clips, tmp_path):
-    "Frames and encoder settings in the store are today's. Bytes may differ with encoder, processor and memory (chapter data/05_simulate)."
+    "Frames and encoder settings in the store are today's. Bytes may differ with encoder, processor and memory (chapter data/11_draw)."
     c = clips[333]
     alone = plan_clip(c.prompt, c.scene, c.generator, SEED, c.name, c.split)
     there = read_frames(stored()[f"{c.split}/videos/{c.name}"], range(48))

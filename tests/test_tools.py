@@ -27,11 +27,12 @@ from typer.testing import CliRunner
 from qualivision.cli import app
 from qualivision.data.dataset import load_dataset, validate
 from qualivision.official.known_sets import known_set
-from qualivision.data.video import write_video
+from qualivision.data.container import write_video
 from qualivision.evaluation.metrics import srocc
 from qualivision.files import FileError
 from qualivision.official import scorer as official
-from qualivision.inference.bulk import BulkError, find_videos, read_manifest, score_set
+from qualivision.data.collection import BulkError, find_videos, read_manifest
+from qualivision.inference.bulk import score_set
 from qualivision.official.datasets import DataError, infer_set, pull_set, set_metrics, unpack_archive
 from qualivision.official.inflated import INFLATED, InflatedConvNeXt3D
 from qualivision.official.cover import COVER, CLIPImage

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from qualivision import cli
 from qualivision.official.views import dover_views
-from qualivision.data.video import write_video
+from qualivision.data.container import write_video
 from qualivision.official import scorer as official
 from qualivision.official.datasets import set_metrics
 from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, view_scores

@@ -13,7 +13,7 @@ from qualivision.cli import app
 from qualivision.data.clips import DecodeEachTime
 from qualivision.data.opinions import LabelError
 from qualivision.official.known_sets import known_set
-from qualivision.data.video import write_video
+from qualivision.data.container import write_video
 from qualivision.official.inflated import INFLATED, InflatedConvNeXt3D
 from qualivision.models.convnext3d import ConvNeXt3D
 from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, view_scores

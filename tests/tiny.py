@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from qualivision.data.sampling import Sampling
-from qualivision.data.video import write_video
+from qualivision.data.container import write_video
 from qualivision.models.dover_mos import DoverPlusPlus
 from qualivision.models.weights import save_checkpoint
 from qualivision.quality import COLUMNS

@@ -123,7 +123,8 @@ def fit_dover(out: Path, model: str, head_only: bool, preset: str | None,
               **given              # the other arguments of `official.transfer.transfer`
               ) -> Answer:         # its report
     "Trains official DOVER on opinions."
-    from qualivision.official.transfer import TransferConfig, preset_settings, said, transfer
+    from qualivision.official.transfer import TransferConfig, said, transfer
+    from qualivision.official.ratings import preset_settings
     asked = {k: v for k, v in settings.items() if v is not None}
     config = TransferConfig(**{**preset_settings(preset, head_only), **asked})
     report = transfer(out=out, model=model, head_only=head_only, preset=preset, config=config,

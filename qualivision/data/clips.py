@@ -24,33 +24,37 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from .dataset import DatasetError
 from ..files import (
     FileError, FileHashes, _fingerprint, check_place, check_room, progress, staged)
 from ..quality import MOS_COLUMNS, Caught, Tally, caught, say
-from .dataset import DatasetError
 
 # %% ../../nbs/data/14_clips.ipynb #13df1b03
 CACHE_FORMAT = 1     # raise it when the files below change their meaning
 
-def _write_clip(file, clip):
-    "A .npy file with the frames' CRC-32 behind it."
+def _write_clip(file, clip: np.ndarray):
+    "Stores a .npy file with the frames' CRC-32 behind it."
     with staged(file, sync=False) as part, open(part, "xb") as f:
         np.save(f, clip)
         f.write(zlib.crc32(clip).to_bytes(4, "little"))
 
-def _open_clip(file, check=False):
-    "The memory-mapped clip (3,T,H,W) in `file`, or None when there is none or it is not whole; `check` compares every byte."
-    try: clip = np.lib.format.open_memmap(file, mode="c")     # pages are shared; a write stays in this process
+def _open_clip(file, check=False) -> torch.Tensor | None:
+    "Maps the clip (3,T,H,W) in `file`; None: it is not there, or not whole. `check`: every byte."
+    try: clip = np.lib.format.open_memmap(file, mode="c")     # pages are shared, writes are not
     except FileNotFoundError: return None
-    except (ValueError, OSError): return None                 # cut off, empty or not ours: it will be written again
+    except (ValueError, OSError): return None                 # cut off, empty or not ours
     end = clip.offset + clip.nbytes
-    if clip.dtype != np.uint8 or clip.ndim != 4 or len(clip) != 3 or os.path.getsize(file) != end + 4: return None
-    if check and zlib.crc32(clip) != int.from_bytes(np.fromfile(file, np.uint8, 4, offset=end).tobytes(), "little"): return None
+    if clip.dtype != np.uint8 or clip.ndim != 4 or len(clip) != 3: return None
+    if os.path.getsize(file) != end + 4: return None
+    if check:
+        stored = np.fromfile(file, np.uint8, 4, offset=end).tobytes()
+        if zlib.crc32(clip) != int.from_bytes(stored, "little"): return None
     return torch.from_numpy(clip)
 
+# %% ../../nbs/data/14_clips.ipynb #c8879afa
 @dataclass
 class BuildReport:
-    "What `ClipCache.build` did."
+    "The result of `ClipCache.build`."
     clips: int = 0       # distinct videos that are in the cache now
     decoded: int = 0     # of these, decoded by this call
     bytes: int = 0       # size of these clips on disk
@@ -59,95 +63,132 @@ class BuildReport:
     tally: Tally = field(default_factory=Tally, repr=False, compare=False)
 
     def add(self, path: str, item: Caught, size: int = 0):
-        "Note what became of a video. Raises QualiVisionError where all so far fail alike in an unforeseen way."
+        "Counts a video. Raises QualiVisionError where all so far fail alike, in an unforeseen way."
         self.tally.add(item)
         if item: self.errors.append({"video": path, "error": str(item.error)})
-        else: self.clips += 1; self.decoded += 1; self.bytes += size
+        else:
+            self.clips += 1
+            self.decoded += 1
+            self.bytes += size
 
     def as_error(self, show: int = 8) -> DatasetError:
         "One error that names the bad videos, the first `show` of them."
         lines = [f"  {e['error']}" for e in self.errors[:show]]
         if len(self.errors) > show: lines.append(f"  … and {len(self.errors) - show} more")
-        return DatasetError("clip cache", f"{len(self.errors)} videos cannot be decoded\n" + "\n".join(lines),
-                            "Replace or remove them; all others are stored.")
+        cause = f"{len(self.errors)} videos cannot be decoded\n" + "\n".join(lines)
+        remedy = "Replace or remove them; all others are stored."
+        return DatasetError("clip cache", cause, remedy)
 
 # %% ../../nbs/data/14_clips.ipynb #14496569
 class Careful(Dataset):
-    "The items of a data set, or what became of them: a `Caught` comes back from a worker process whole, with its words."
+    "The items of a data set; a failed one comes back from a worker as a `Caught`, with its words."
     def __init__(self, items): self.items = items       # Dataset
     def __len__(self): return len(self.items)
     def __getitem__(self, i):
-        with caught(self.items.paths[i] if hasattr(self.items, "paths") else f"item {i}") as wrong: return self.items[i]
+        name = self.items.paths[i] if hasattr(self.items, "paths") else f"item {i}"
+        with caught(name) as wrong: return self.items[i]
         return wrong
 
 class _Jobs(Dataset):
     "Decoding as the items of a data set; there is nothing to hand on."
     def __init__(self, cache, paths): self.cache, self.paths = cache, paths
     def __len__(self): return len(self.paths)
-    def __getitem__(self, i): self.cache._make(self.paths[i])
+    def __getitem__(self, i): _make(self.cache, self.paths[i])
 
 def _as_it_is(item): return item or Caught()
 
 def _decode_all(cache, paths, workers):
-    "Decode and store `paths`, yielding (path, what became of it) in their order."
-    results = iter(DataLoader(Careful(_Jobs(cache, paths)), batch_size=None, num_workers=workers, collate_fn=_as_it_is,
-                              prefetch_factor=1 if workers else None))
+    "Decodes and stores `paths`, yielding (path, outcome) in their order."
+    loader = DataLoader(Careful(_Jobs(cache, paths)), batch_size=None, num_workers=workers,
+                        collate_fn=_as_it_is, prefetch_factor=1 if workers else None)
+    results = iter(loader)
     for i, path in enumerate(paths):
         try: item = next(results)
         except RuntimeError as e:
             if "worker" not in str(e): raise
-            raise DatasetError(path, "a worker process died while decoding this video or one of the next "
-                               f"({', '.join(os.path.basename(p) for p in paths[i + 1:i + 1 + workers])})",
-                               "What is decoded is kept. Look at these videos with workers=0, or at the memory.") from e
+            others = ", ".join(os.path.basename(p) for p in paths[i + 1:i + 1 + workers])
+            cause = f"a worker process died while decoding this video or one of the next ({others})"
+            remedy = ("What is decoded is kept. "
+                      "Look at these videos with workers=0, or at the memory.")
+            raise DatasetError(path, cause, remedy) from e
         yield path, item
 
 # %% ../../nbs/data/14_clips.ipynb #1b40d204
 def _drop_leftovers(folder, age=3600):
-    "Remove temporary files of killed runs; an hour is far longer than writing one clip takes."
+    "Removes temporary files of killed runs; an hour is far longer than writing one clip takes."
     for f in Path(folder).glob("*/.*.tmp*"):
         try:
             if time.time() - f.stat().st_mtime > age: f.unlink()
         except FileNotFoundError: pass      # another process was quicker
 
-def _missing(cache, paths, report):
-    "The videos without a whole clip, one for each distinct content; the rest goes into the report."
+def _missing(cache, paths, report) -> list[str]:
+    "The videos without a whole clip, one for each content; the rest goes into the report."
     todo, there = {}, set()
     for path in dict.fromkeys(map(str, paths)):
         with caught(path) as wrong: file = cache.file(path)
-        if wrong: report.add(path, wrong); continue
+        if wrong:
+            report.add(path, wrong)
+            continue
         if file in todo or file in there: continue
         clip = _open_clip(file, check=True)
         if clip is None: todo[file] = path
-        else: there.add(file); report.bytes += clip.nbytes
+        else:
+            there.add(file)
+            report.bytes += clip.nbytes
     report.clips = len(there)
     return list(todo.values())
 
+def _check_room(folder, count: int, size: int, shown: bool):
+    "Raises `FileError` where the disk has no room for `count` clips of `size` bytes."
+    free = check_room(folder, count*size, f"the {count} clips of the cache")
+    if shown:
+        say(f"clip cache: {count} clips to decode, {count*size/1e9:.2f} GB needed, "
+            f"{free/1e9:.1f} GB free")
+
 # %% ../../nbs/data/14_clips.ipynb #ab3ee355
+def _decode(cache, path) -> tuple[Path, np.ndarray]:
+    "Place and clip, from a file that stayed the same while it was read."
+    before = _fingerprint(path)
+    file, clip = cache.file(path), cache.sampling(path)
+    if _fingerprint(path) != before:
+        raise DatasetError(path, "it changed while it was read", "Run again when it is complete.")
+    if clip.dtype != torch.uint8 or clip.ndim != 4 or len(clip) != 3:
+        cause = f"its sampling gave {clip.dtype} {tuple(clip.shape)}"
+        raise DatasetError(path, cause, "A clip is uint8 (3,T,H,W).")
+    return file, np.ascontiguousarray(clip.numpy())
+
+def _make(cache, path) -> torch.Tensor:
+    "Decodes and stores; the clip as it was stored."
+    file, clip = _decode(cache, path)
+    _write_clip(file, clip)
+    return torch.from_numpy(clip)
+
 def _fill(cache, paths, workers, shown, report):
-    "Store one clip after the other; the first one, decoded here, tells the size of all."
+    "Stores one clip after the other; the first one, decoded here, gives the size of all."
     todo, size = _missing(cache, paths, report), 0
     if todo: check_place(cache.folder/"clip.npy")
     while todo and not size:
         path, clip = todo.pop(0), None
-        with caught(path) as wrong: file, clip = cache._decode(path)
+        with caught(path) as wrong: file, clip = _decode(cache, path)
         if clip is not None:
             _check_room(cache.folder, len(todo) + 1, size := clip.nbytes, shown)
             _write_clip(file, clip)
         report.add(path, wrong, size)
-    for path, item in progress(_decode_all(cache, todo, workers), len(todo), "decoding", shown and bool(todo)): report.add(path, item, size)
+    made = _decode_all(cache, todo, workers)
+    for path, item in progress(made, len(todo), "decoding", shown and bool(todo)):
+        report.add(path, item, size)
 
-def _check_room(folder, count, size, shown):
-    free = check_room(folder, count*size, f"the {count} clips of the cache")
-    if shown: say(f"clip cache: {count} clips to decode, {count*size/1e9:.2f} GB needed, {free/1e9:.1f} GB free")
-
+# %% ../../nbs/data/14_clips.ipynb #9e4f5d68
 class ClipCache:
-    "Decoded clips on disk, keyed by the video's content and the sampling. Safe with workers and with several processes."
+    "Decoded clips on disk, by the video's content and the sampling; several processes may use it."
     def __init__(self,
                  folder: str | Path,   # cache folder; data sets and samplings may share it
-                 sampling):            # `Sampling`, or any object with `.key() -> str` and `(path) -> uint8 (3,T,H,W)`
+                 sampling):            # `Sampling`, or any object with `.key() -> str` and
+                                       # `(path) -> uint8 (3,T,H,W)`
         key = sampling.key()
         self.sampling, self.hashes = sampling, FileHashes(folder)
-        readable, exact = re.sub(r"[^A-Za-z0-9.-]+", "-", key)[:60], hashlib.sha256(key.encode()).hexdigest()[:8]
+        readable = re.sub(r"[^A-Za-z0-9.-]+", "-", key)[:60]
+        exact = hashlib.sha256(key.encode()).hexdigest()[:8]
         self.folder = Path(folder)/f"{readable}-{exact}-v{CACHE_FORMAT}"
 
     def file(self, path: str | Path) -> Path:
@@ -155,48 +196,34 @@ class ClipCache:
         sha = self.hashes(path)
         return self.folder/sha[:2]/f"{sha}.npy"
 
-    def get(self, path: str | Path, flip=False) -> torch.Tensor:   # uint8 (3,T,H,W), a view of the memory map; flip: mirrored
-        "The clip of a video; decoded and stored if it is not there yet, or damaged. Raises `VideoError`, `DatasetError`."
+    def get(self, path: str | Path, flip=False) -> torch.Tensor:   # uint8 (3,T,H,W); flip: mirrored
+        "Maps the clip of a video, or makes it first. Raises `VideoError`, `DatasetError`."
         clip = _open_clip(self.file(path))
-        clip = self._make(path) if clip is None else clip
+        clip = _make(self, path) if clip is None else clip
         return clip.flip(-1) if flip else clip
 
-    def build(self,
-              paths,                      # videos
+    def build(self, paths,                # videos
               workers: int = 0,           # decoding processes; 0: decode in this one
-              progress: bool = True,      # say on stderr how much room is needed, and show a bar
-              on_error: str = "raise",    # bad videos: "raise" one error at the end, or "collect" them in the report
+              progress: bool = True,      # show on stderr how much room is needed, and a bar
+              on_error: str = "raise",    # "raise" one error of all bad videos, or "collect" them
     ) -> BuildReport:
-        "Decode and store what is missing or damaged. Raises `DatasetError` for bad videos or a worker that died, `FileError` for a full disk."
-        if on_error not in ("raise", "collect"): raise DatasetError("on_error", f"it is {on_error!r}", 'Give "raise" or "collect".')
+        """Decodes and stores what is missing or damaged. Raises `DatasetError` for bad videos or a
+        worker that died, `FileError` for a full disk."""
+        if on_error not in ("raise", "collect"):
+            raise DatasetError("on_error", f"it is {on_error!r}", 'Give "raise" or "collect".')
         report = BuildReport()
         _drop_leftovers(self.folder)
         try: _fill(self, paths, workers, progress, report)
         except BaseException:
-            with suppress(FileError): self.hashes.save()        # what came first is what counts
+            with suppress(FileError): self.hashes.save()        # the first error counts
             raise
         self.hashes.save()
         if report.errors and on_error == "raise": raise report.as_error()
         return report
 
-    def _decode(self, path):
-        "Place and clip, from a file that stayed the same while it was read."
-        before = _fingerprint(path)
-        file, clip = self.file(path), self.sampling(path)
-        if _fingerprint(path) != before: raise DatasetError(path, "it changed while it was read", "Run again when it is complete.")
-        if clip.dtype != torch.uint8 or clip.ndim != 4 or len(clip) != 3:
-            raise DatasetError(path, f"its sampling gave {clip.dtype} {tuple(clip.shape)}", "A clip is uint8 (3,T,H,W).")
-        return file, np.ascontiguousarray(clip.numpy())
-
-    def _make(self, path):
-        "Decode and store; the clip as it was stored."
-        file, clip = self._decode(path)
-        _write_clip(file, clip)
-        return torch.from_numpy(clip)
-
 # %% ../../nbs/data/14_clips.ipynb #bb5f1485
 class DecodeEachTime:
-    "In place of a `ClipCache`: decodes at every call and stores nothing."
+    "The interface of `ClipCache` without a cache: decodes at every call and stores nothing."
     def __init__(self, sampling): self.sampling = sampling     # as for `ClipCache`
     def get(self, path: str | Path, flip=False) -> torch.Tensor:   # uint8 (3,T,H,W); flip: mirrored
         "The clip of a video, decoded now. Raises `VideoError`."
@@ -204,20 +231,30 @@ class DecodeEachTime:
 
 # %% ../../nbs/data/14_clips.ipynb #c1d88fee
 MIRRORED = {   # what a mirror changes; the beginnings of words end with *
-    "side": "left* right* leftmost east* west* starboard portside mirror* clock* clockwise counterclockwise counter-clockwise anticlockwise "
-            "anti-clockwise map maps globe* steering flag flags",
-    "writing": "text texts textual letter* sign signs signage signpost* signboard* word words wording caption* subtitle* title* logo* brand* number* "
-               "numeral* digit* written writes write writing wrote handwrit* read reads reading says saying spell* alphabet* font* typograph* "
-               "calligraph* graffiti billboard* banner* label* headline* newspaper* magazine* book* page* menu* slogan* scoreboard* chalkboard* "
-               "blackboard* whiteboard* keyboard* calendar* barcode* watch* countdown* message* name* inscription* speech-bubble*",
-    "other languages": "links linke* linker* rechts recht* gauche* droit* izquierd* derech* sinistr* destr* esquerd* direit* lewo lewa* lewy prawo "
-                       "prawa* prawy vlevo vpravo venstre hoyre hojre hidari migi kiri kanan stanga dreapta texto* texte* lettre* lettera letra* "
-                       "schrift* schild* buchstab* wort* zahl* cartel* panneau* palabra* parola parole insegna"}
+    "side":
+        "left* right* leftmost east* west* starboard portside mirror* clock* clockwise "
+        "counterclockwise counter-clockwise anticlockwise anti-clockwise map maps globe* "
+        "steering flag flags",
+    "writing":
+        "text texts textual letter* sign signs signage signpost* signboard* word words "
+        "wording caption* subtitle* title* logo* brand* number* numeral* digit* written "
+        "writes write writing wrote handwrit* read reads reading says saying spell* "
+        "alphabet* font* typograph* calligraph* graffiti billboard* banner* label* "
+        "headline* newspaper* magazine* book* page* menu* slogan* scoreboard* chalkboard* "
+        "blackboard* whiteboard* keyboard* calendar* barcode* watch* countdown* message* "
+        "name* inscription* speech-bubble*",
+    "other languages":
+        "links linke* linker* rechts recht* gauche* droit* izquierd* derech* sinistr* "
+        "destr* esquerd* direit* lewo lewa* lewy prawo prawa* prawy vlevo vpravo venstre "
+        "hoyre hojre hidari migi kiri kanan stanga dreapta texto* texte* lettre* lettera "
+        "letra* schrift* schild* buchstab* wort* zahl* cartel* panneau* palabra* parola "
+        "parole insegna"}
 PLAIN = re.compile(r"[A-Za-z\s.,;:!?'()/&-]*")
-WORDS = re.compile(r"\b(" + "|".join(w.replace("*", r"\w*") for words in MIRRORED.values() for w in words.split()) + r")\b", re.IGNORECASE)
+_KNOWN = "|".join(w.replace("*", r"\w*") for words in MIRRORED.values() for w in words.split())
+WORDS = re.compile(r"\b(" + _KNOWN + r")\b", re.IGNORECASE)
 
 def may_flip(prompt: str) -> bool:
-    "Whether a mirrored clip still shows this prompt: ASCII letters alone, and none of the words of MIRRORED."
+    "Whether a mirrored clip still shows this prompt: ASCII letters, and no word of MIRRORED."
     return PLAIN.fullmatch(prompt) is not None and WORDS.search(prompt) is None
 
 def augmentation(
@@ -229,44 +266,51 @@ def augmentation(
     return {"flip": bool(np.random.default_rng((seed, epoch, index)).random() < 0.5)}
 
 # %% ../../nbs/data/14_clips.ipynb #8878c5a9
+def _by_row(text, prompts: list):
+    "The embedding of every row. Raises `DatasetError` where one is missing."
+    if isinstance(text, dict):
+        absent = sorted(set(prompts) - set(text))
+        if absent:
+            cause = f"{len(absent)} prompts have no embedding, first {absent[0]!r}"
+            raise DatasetError("text", cause, "Encode all prompts of the table.")
+        return [text[p] for p in prompts]
+    if len(text) != len(prompts):
+        cause = f"{len(text)} embeddings for {len(prompts)} rows"
+        raise DatasetError("text", cause, "Give one for each row.")
+    return text
+
+# %% ../../nbs/data/14_clips.ipynb #0e477f12
 class VideoQualityDataset(Dataset):
     "Clips with the embedding of their prompt and their five MOS."
     def __init__(self,
-                 frame: pd.DataFrame,   # rows with video_name, Prompt, path and, if labelled, the five MOS
-                 cache,                 # `ClipCache`, `DecodeEachTime`, or a cache of features (chapter 25): `get(path, flip)`
-                 text,                  # prompt embeddings: dict prompt -> Tensor (D,), or Tensor (rows,D)
+                 frame: pd.DataFrame,   # rows with video_name, Prompt, path and, if labelled, MOS
+                 cache,                 # `ClipCache`, `DecodeEachTime`, or a cache of features
+                                        # (chapter 24): `get(path, flip)`
+                 text,                  # embeddings: dict prompt -> Tensor (D,), or Tensor (rows,D)
                  augment: bool = False, # mirror half of the clips, see `augmentation`
                  seed: int = 0):
-        self.names, self.prompts, self.paths = (frame[c].tolist() for c in ("video_name", "Prompt", "path"))
+        columns = ("video_name", "Prompt", "path")
+        self.names, self.prompts, self.paths = (frame[c].tolist() for c in columns)
         self.cache, self.augment, self.seed = cache, augment, seed
-        self.mos = torch.tensor(frame.reindex(columns=list(MOS_COLUMNS)).to_numpy(np.float32))     # (rows,5), NaN: no label
+        mos = frame.reindex(columns=list(MOS_COLUMNS)).to_numpy(np.float32)
+        self.mos = torch.tensor(mos)                            # (rows,5), NaN: no label
         self.flippable = [may_flip(p) for p in self.prompts]
-        self.text = self._by_row(text)
+        self.text = _by_row(text, self.prompts)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
-    def _by_row(self, text):
-        "The embedding of every row, or a DatasetError."
-        if isinstance(text, dict):
-            absent = sorted(set(self.prompts) - set(text))
-            if absent:
-                raise DatasetError("text", f"{len(absent)} prompts have no embedding, first {absent[0]!r}",
-                                   "Encode all prompts of the table.")
-            return [text[p] for p in self.prompts]
-        if len(text) != len(self.prompts):
-            raise DatasetError("text", f"{len(text)} embeddings for {len(self.prompts)} rows", "Give one for each row.")
-        return text
-
     def set_epoch(self, epoch: int):
-        "Choose the epoch whose augmentation items get, in running workers too."
+        "Chooses the epoch whose augmentation items get, in running workers too."
         self._epoch.fill_(epoch)
 
     def __len__(self): return len(self.paths)
 
     def __getitem__(self,
                     index: int          # row, 0 to len - 1
-    ) -> dict:                          # video_name, prompt, frames uint8 (3,T,H,W) or features, text (D,), mos (5,) float32, NaN: no label
-        "One item. Raises `VideoError` when its video cannot be read; nothing takes its place."
-        flip = self.augment and self.flippable[index] and augmentation(self.seed, int(self._epoch), index)["flip"]
+    ) -> dict:                          # video_name, prompt, frames uint8 (3,T,H,W) or features,
+                                        # text (D,), mos (5,) float32, NaN: no label
+        "Returns one item. Raises `VideoError` when its video cannot be read; nothing replaces it."
+        chance = augmentation(self.seed, int(self._epoch), index)["flip"]
+        flip = self.augment and self.flippable[index] and chance
         frames = self.cache.get(self.paths[index], flip)
         return dict(video_name=self.names[index], prompt=self.prompts[index], frames=frames,
                     text=self.text[index], mos=self.mos[index])
@@ -274,11 +318,17 @@ class VideoQualityDataset(Dataset):
 # %% ../../nbs/data/14_clips.ipynb #29e354ad
 def collate(
     items: list[dict],     # from `VideoQualityDataset`
-) -> dict:                 # video_name, prompt: lists; frames uint8 (B,3,T,H,W) or features (B,…); text (B,D); mos (B,5)
-    "One batch. Raises `DatasetError` when clips differ in shape. In a worker it is written straight into shared memory."
-    def shape(x): return {k: tuple(v.shape) for k, v in x.items()} if isinstance(x, dict) else tuple(x.shape)
+) -> dict:                 # video_name, prompt: lists; frames uint8 (B,3,T,H,W) or features (B,…);
+                           # text (B,D); mos (B,5)
+    """Stacks one batch; in a worker it is written straight into shared memory.
+    Raises `DatasetError` when clips differ in shape."""
+    def shape(x):
+        if isinstance(x, dict): return {k: tuple(v.shape) for k, v in x.items()}
+        return tuple(x.shape)
     shapes = {str(shape(i["frames"])): i["video_name"] for i in items}
-    if len(shapes) > 1: raise DatasetError("batch", f"clips differ in shape: {shapes}", "Give all of them one sampling.")
+    if len(shapes) > 1:
+        cause = f"clips differ in shape: {shapes}"
+        raise DatasetError("batch", cause, "Give all of them one sampling.")
     lists = {k: [i[k] for i in items] for k in ("video_name", "prompt")}
     return lists | {k: default_collate([i[k] for i in items]) for k in ("frames", "text", "mos")}
 
@@ -293,9 +343,10 @@ class EpochSampler(Sampler):
         self.set_epoch(epoch, start)
 
     def set_epoch(self, epoch: int, start: int = 0):
-        "Go to an epoch, at item `start` of it. Raises `DatasetError` for a start outside it."
+        "Goes to an epoch, at item `start` of it. Raises `DatasetError` for a start outside it."
         if not 0 <= start <= self.n:
-            raise DatasetError("sampler", f"start {start} is outside an epoch of {self.n} items", "It counts items, not batches.")
+            cause = f"start {start} is outside an epoch of {self.n} items"
+            raise DatasetError("sampler", cause, "It counts items, not batches.")
         self.epoch, self.start = epoch, start
 
     def __iter__(self):
@@ -305,6 +356,31 @@ class EpochSampler(Sampler):
     def __len__(self): return self.n - self.start
 
 # %% ../../nbs/data/14_clips.ipynb #165787ac
+SHARED = Path("/dev/shm")      # where processes share memory on Linux
+
+def _bytes(x) -> int:
+    "The size of all tensors in a batch."
+    if torch.is_tensor(x): return x.nbytes
+    if isinstance(x, dict): return sum(map(_bytes, x.values()))
+    return sum(map(_bytes, x)) if isinstance(x, (list, tuple)) else 0
+
+def workers_that_fit(workers: int,
+                     batch: Callable[[], int],   # bytes of one; asked where there is little memory
+                     folder: Path = SHARED) -> int:
+    "As many as the shared memory has room for, with a note where it is fewer; each reads 2 ahead."
+    if not workers or not folder.is_dir(): return workers
+    free = shutil.disk_usage(folder).free
+    if free > 2**31: return workers
+    size = max(1, batch())
+    fit = max(0, min(workers, int((.9 * free / size - 1) // 2)))
+    if fit < workers:
+        need = f"{workers} workers need {(2 * workers + 1) * size / 1e6:.0f} MB"
+        say(f"shared memory: {need} and {folder} has {free / 1e6:.0f}, so {fit or 'none'} of them "
+            "are used; the results are the same (docker run --shm-size=2g gives more, workers: 0 "
+            "asks for none)")
+    return fit
+
+# %% ../../nbs/data/14_clips.ipynb #fe9d5998
 class _Batch:
     "Collates items, unless one of them is a `Caught`."
     def __init__(self, collate): self.collate = collate
@@ -314,32 +390,17 @@ class _Batch:
         with caught("batch") as wrong: return self.collate(items)
         return wrong
 
-def _bytes(x) -> int:
-    if torch.is_tensor(x): return x.nbytes
-    return sum(map(_bytes, x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else ()))
-
-SHARED = Path("/dev/shm")      # where processes share memory on Linux
-
-def workers_that_fit(workers: int,
-                     batch: Callable[[], int],   # bytes of one batch; asked only where there is little memory
-                     folder: Path = SHARED) -> int:
-    "As many as the shared memory has room for: each reads two batches ahead. Says so where it is fewer."
-    if not workers or not folder.is_dir() or (free := shutil.disk_usage(folder).free) > 2**31: return workers
-    size = max(1, batch())
-    fit = max(0, min(workers, int((.9 * free / size - 1) // 2)))
-    if fit < workers:
-        say(f"shared memory: {workers} workers need {(2 * workers + 1) * size / 1e6:.0f} MB and {folder} has {free / 1e6:.0f}, so "
-            f"{fit or 'none'} of them are used; the results are the same (docker run --shm-size=2g gives more, workers: 0 asks for none)")
-    return fit
-
-def _worker_error(workers: int, said: str) -> DatasetError:
-    return DatasetError(f"{workers} workers", f"a process that reads ahead failed ({said})",
-                        "Use fewer or none (workers: 0), or give the container more shared memory (docker run --shm-size=2g).")
+def _worker_error(workers: int, cause: str) -> DatasetError:
+    remedy = ("Use fewer or none (workers: 0), or give the container more shared memory "
+              "(docker run --shm-size=2g).")
+    cause = f"a process that reads ahead failed ({cause})"
+    return DatasetError(f"{workers} workers", cause, remedy)
 
 def _raised(item: Caught, workers: int):
-    "Raise what went wrong with an item, or with handing it over."
-    said = str(item.error.cause)
-    if workers and item.trace and any(w in said for w in ("shared memory", "Too many open files")): raise _worker_error(workers, said)
+    "Raises what went wrong with an item, or with handing it over."
+    cause = str(item.error.cause)
+    scarce = any(w in cause for w in ("shared memory", "Too many open files"))
+    if workers and item.trace and scarce: raise _worker_error(workers, cause)
     if item.trace: say(item.trace.rstrip())
     raise item.error
 
@@ -349,11 +410,15 @@ def read_ahead(data,                       # Dataset, mostly with `paths`, the f
                workers: int = 0,           # processes that read ahead
                **options                   # of DataLoader
               ) -> Iterator:
-    "Batches in their order. Raises what reading an item raised, and `DatasetError` where workers cannot work."
+    """Yields batches in their order.
+    Raises the error of an item, and `DatasetError` where workers cannot work."""
     careful, pack = Careful(data), _Batch(collate)
-    if order: workers = workers_that_fit(workers, lambda: _bytes(pack([careful[order[0][0]]])) * len(order[0]))
+    def size(): return _bytes(pack([careful[order[0][0]]])) * len(order[0])
+    if order: workers = workers_that_fit(workers, size)
     try:
-        for batch in DataLoader(careful, batch_sampler=order, collate_fn=pack, num_workers=workers, **options):
+        loader = DataLoader(careful, batch_sampler=order, collate_fn=pack, num_workers=workers,
+                            **options)
+        for batch in loader:
             if isinstance(batch, Caught): _raised(batch, workers)
             yield batch
     except (RuntimeError, OSError) as e:       # a worker died, or its memory cannot be opened

@@ -17,7 +17,8 @@ from ..models.vjepa_mos import VJepaConfig, VJepaMos
 from ..models.text import TextEncoder
 from ..pipeline.params import (
     ParamsError, keep_memory, read_json, read_params, run_stage, write_json)
-from ..pretraining.tasks import PretrainConfig, asking, plain_encoder, pretrain
+from ..pretraining.masked import PretrainConfig
+from ..pretraining.tasks import asking, plain_encoder, pretrain
 from ..training.train import model_config, sampling_of
 
 # %% ../../nbs/experiments/68_masked.ipynb #33078100

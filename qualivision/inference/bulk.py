@@ -22,7 +22,7 @@ import torch
 
 from ..data.collection import (
     PICTURES, VIDEOS, BulkError, find_videos, listed, matches, read_manifest)
-from ..data.video import MissingVideo
+from ..data.container import MissingVideo
 from ..files import check_place, file_sha256, is_address, progress, readable, staged
 from .score import Scorer
 from ..models.weights import about_file

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from .views import (
     DOVER_VIEWS, dover_views, enlarged, fragment_corners, view_indices)
 from ..data.sampling import uniform_indices
-from ..data.video import frame_times, probe, read_frames, write_video
+from ..data.video import frame_times, probe, read_frames
+from ..data.container import write_video
 from ..evaluation.ranks import ReferenceSet
 from ..files import check_place, staged
 from ..quality import QualiVisionError

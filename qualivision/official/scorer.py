@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .views import cover_views, dover_views, is_picture
-from ..data.video import NotAVideo
+from ..data.container import NotAVideo
 from .fused import fused_score, set_script_scores
 from ..evaluation.ranks import read_sets, relative_ranks, why_no_ranks
 from .cover import COVER, IMAGE_ENCODER, CLIPImage, clip_from_transformers
@@ -32,7 +32,8 @@ from ..models.weights import (
     WeightsError, about_file, load_checkpoint, load_strict, read_state)
 from ..quality import QualiVisionError, Tally, caught
 from .raw_scores import predicted_mos
-from ..inference.bulk import BulkError, TableForm
+from ..data.collection import BulkError
+from ..inference.bulk import TableForm
 
 # %% ../../nbs/official/79_scorer.ipynb #b74a78e1
 NETWORKS = {"dover": DOVER, "dover++": DOVER, "dover-mobile": DOVERMobile,

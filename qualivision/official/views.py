@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.video import NotAVideo, is_animation, over_background, read_frames
+from ..data.container import NotAVideo, is_animation
+from ..data.colour import over_background
+from ..data.video import read_frames
 from ..data.sampling import SamplingError
 
 # %% ../../nbs/official/70_views.ipynb #9f7e814d

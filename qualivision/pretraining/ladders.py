@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.sampling import Sampling
-from ..data.video import probe, read_frames, write_video
+from ..data.video import probe, read_frames
+from ..data.container import write_video
 from ..quality import QualiVisionError
 
 # %% ../../nbs/pretraining/62_ladders.ipynb #1bd89e1b

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ..data.sampling import Sampling
-from qualivision.data.simulate import (
-    ATTRIBUTES, CAUSES, POOLS, SEED, SPLITS, Causes, Scene, SimulationError, encode, phrase, plan,
-    render, stream)
+from ..data.draw import (
+    ATTRIBUTES, CAUSES, POOLS, Causes, Scene, SimulationError, encode, render)
+from ..data.simulate import SEED, SPLITS, phrase, plan, generator_for
 
 # %% ../../nbs/pretraining/60_lessons.ipynb #4330e701
 # the ten severities of a lesson, in this order
@@ -73,7 +73,7 @@ class Lesson:
                          for s in self.said])
 
     def frames(self) -> np.ndarray:       # (48,144,144,3) uint8
-        return render(self.causes, stream(self.seed, f"pair {self.index // 2}", "", "pixels"))
+        return render(self.causes, generator_for(self.seed, f"pair {self.index // 2}", "", "pixels"))
 
 # %% ../../nbs/pretraining/60_lessons.ipynb #d8ce16c2
 def draw_severity(rng: np.random.Generator) -> dict[str, float]:
@@ -108,10 +108,10 @@ def lesson(seed: int,                       # of the stream; not the one of the 
         raise SimulationError(f"seed {seed}", "it is that of the embedded data set",
                               "Take another one for pretraining.")
     taken = reserved() if taken is None else taken
-    rng = stream(seed, f"pair {index // 2}", side, "scene")
+    rng = generator_for(seed, f"pair {index // 2}", side, "scene")
     scene = _until(lambda: Scene(**{a: v[int(rng.integers(len(v)))] for a, v in VALUES.items()}),
                    lambda s: s not in taken.scenes and side_of(s) == side)
-    rng = stream(seed, f"lesson {index}", side, "lesson")
+    rng = generator_for(seed, f"lesson {index}", side, "lesson")
     prompts, said = [_sentence(scene, rng, taken)], [scene]
     for _ in range(others):
         def change():

@@ -18,10 +18,10 @@ from ..models.text import TextEncoder
 from ..models.bodies import load_body, save_body
 from ..pipeline.params import (
     ParamsError, keep_memory, known_model, read_params, run_stage, write_json)
-from .tasks import (
-    PretrainConfig, asking, figures_of, plain_encoder, pretrain)
+from .masked import PretrainConfig
+from .tasks import asking, figures_of, plain_encoder, pretrain
 from ..training.train import model_config, sampling_of
-from ..training.loop import write_history
+from ..training.trackers import write_history
 
 # %% ../../nbs/pretraining/63_stage.ipynb #f6952cfe
 FIGURES = ("judged_", "severity_", "attribute_", "match_", "agree_")
