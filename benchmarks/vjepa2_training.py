@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qualivision.models.registry import CONFIGS
-from qualivision.models.five_mos import ConcatHead
+from qualivision.models.documented import ConcatHead
 from qualivision.models.vjepa_mos import VJepaMos, config_of_encoder
 from qualivision.models.measures import input_channels
 from qualivision.models.frozen import FeatureCache

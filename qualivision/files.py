@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['NAMES', 'FOREIGN', 'PACKAGE', 'FileError', 'reading', 'writing', 'encoding_of', 'read_text', 'is_address',
            'check_cell', 'read_lines', 'read_rows', 'read_table', 'number', 'check_place', 'staged', 'sync_to_disk',
-           'readable', 'write_whole', 'check_room', 'Meter', 'progress', 'file_sha256', 'imported', 'code_hash',
-           'value_hash', 'FileHashes']
+           'write_whole', 'readable', 'check_room', 'Meter', 'progress', 'file_sha256', 'value_hash', 'imported',
+           'code_hash', 'FileHashes']
 
 # %% ../nbs/02_files.ipynb #fb7746c2
 import ast
@@ -33,10 +33,12 @@ from .quality import QualiVisionError, say
 class FileError(QualiVisionError): "A file that cannot be read or written as asked."
 
 def _why(path, e: OSError, doing: str) -> FileError:
-    "What the system said of a file, and what to do about it."
-    full = e.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = ("Free some space, or choose a folder on another disk." if full else "Check the path." if e.errno == errno.ENOENT else
-              "Choose a folder that can be written." if doing == "written" else "Check that it is a file and may be read.")
+    "The system's complaint about a file, and what to do about it."
+    remedy = "Check that it is a file and may be read."
+    if doing == "written": remedy = "Choose a folder that can be written."
+    if e.errno == errno.ENOENT: remedy = "Check the path."
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        remedy = "Free some space, or choose a folder on another disk."
     return FileError(path, f"it cannot be {doing} ({e.strerror or e})", remedy)
 
 @contextmanager
@@ -53,23 +55,28 @@ def writing(path):
 
 # %% ../nbs/02_files.ipynb #24d99481
 def encoding_of(head: bytes   # the first bytes of a file
-               ) -> str:      # "utf-16" where its mark is there, else "utf-8-sig", which skips a mark
-    "The encoding that a file has if nobody says otherwise."
+               ) -> str:      # "utf-16" or "utf-32" with its mark, else "utf-8-sig" (skips a mark)
+    "The encoding of a file, unless the user names one."
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)): return "utf-32"
-    return "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    marked = head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return "utf-16" if marked else "utf-8-sig"
 
 def _codec(path, encoding: str | None) -> str:
     "The encoding to open a file with."
     with reading(path), open(path, "rb") as f: found = encoding or encoding_of(f.read(4))
     try: return "utf-8-sig" if codecs.lookup(found).name == "utf-8" else found
-    except LookupError as e: raise FileError(path, f"there is no encoding {found!r}", "Use a name that Python knows, such as gbk or latin-1.") from e
+    except LookupError as e:
+        raise FileError(path, f"there is no encoding {found!r}",
+                        "Use a name that Python knows, such as gbk or latin-1.") from e
 
 def _not_text(path, line: int, what: str, encoding: str | None) -> FileError:
     remedy = "Save it in UTF-8, or say which encoding it is in, such as --encoding gbk."
-    return FileError(f"{path} line {line}", f"it is not text in {encoding or 'UTF-8'} ({what})", remedy)
+    cause = f"it is not text in {encoding or 'UTF-8'} ({what})"
+    return FileError(f"{path} line {line}", cause, remedy)
 
+# %% ../nbs/02_files.ipynb #c7d2b67f
 def read_text(path: str | Path,             # a text file
-              encoding: str | None = None   # Python's name of one; None: UTF-8, or UTF-16 with its mark
+              encoding: str | None = None   # Python's name of one; None: UTF-8 or marked UTF-16
              ) -> str:
     "All of a text file. Raises `FileError` with the line for what is not text in that encoding."
     code = _codec(path, encoding)
@@ -77,85 +84,102 @@ def read_text(path: str | Path,             # a text file
     try: text = data.decode(code)
     except (UnicodeError, LookupError) as e:
         at = getattr(e, "start", 0)
-        line = data[:at].decode(code, "ignore").count("\n") + 1 if isinstance(e, UnicodeError) else 1
+        line = 1
+        if isinstance(e, UnicodeError): line += data[:at].decode(code, "ignore").count("\n")
         raise _not_text(path, line, f"byte 0x{data[at:at + 1].hex()}", encoding) from e
-    if (at := text.find("\0")) >= 0: raise _not_text(path, text[:at].count("\n") + 1, "a zero byte", encoding)
+    if (at := text.find("\0")) >= 0:
+        raise _not_text(path, text[:at].count("\n") + 1, "a zero byte", encoding)
     return text
 
 # %% ../nbs/02_files.ipynb #017f8170
-NAMES = ("video_name", "video", "path", "file", "filename", "name")     # columns whose cells name files
-FOREIGN = re.compile("[\udc80-\udcff\0]")     # what a byte that is no UTF-8 becomes, and zero
+NAMES = ("video_name", "video", "path", "file", "filename", "name")     # columns that name files
+FOREIGN = re.compile("[\udc80-\udcff\0]")     # bytes that were no UTF-8; and zero
 
-def is_address(name: str) -> bool: return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name) is not None
+def is_address(name: str) -> bool:
+    "True for a name such as https://…"
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name) is not None
 
 def check_cell(path, line: int, cell: str, free: bool, encoding):
-    "Raises `FileError` for a foreign byte; where the cell is free to hold one, for a zero byte."
+    "Raises `FileError` for a foreign byte; if the cell is free to hold one, only for a zero byte."
     if cell.isascii() and "\0" not in cell: return
     for bad in FOREIGN.findall(cell):
         if bad == "\0": raise _not_text(path, line, "a zero byte", encoding)
         if not free: raise _not_text(path, line, f"byte 0x{ord(bad) - 0xdc00:02x}", encoding)
 
+def _open_text(path, code: str, **more):
+    "Opens a text file whose names may hold foreign bytes."
+    errors = "surrogateescape" if code == "utf-8-sig" else "strict"
+    return open(path, encoding=code, errors=errors, **more)
+
 def read_lines(path: str | Path,              # a list of names of files
-               encoding: str | None = None    # Python's name of one; None: UTF-8, or UTF-16 with its mark
-              ) -> Iterator[tuple[int, str]]: # number of the line, the line; foreign bytes are kept (surrogateescape)
+               encoding: str | None = None    # Python's name of one; None: UTF-8 or marked UTF-16
+              ) -> Iterator[tuple[int, str]]: # its number, the line; foreign bytes are kept
     "A text file line by line. Raises `FileError`."
     code = _codec(path, encoding)
     try:
-        with reading(path), open(path, encoding=code, errors="surrogateescape" if code == "utf-8-sig" else "strict") as f:
+        with reading(path), _open_text(path, code) as f:
             for n, line in enumerate(f, 1):
                 check_cell(path, n, line, True, encoding)
                 yield n, line.rstrip("\n")
     except (UnicodeError, LookupError):
-        read_text(path, encoding)       # says in which line
+        read_text(path, encoding)       # raises with the line
         raise
 
 # %% ../nbs/02_files.ipynb #92fca0e2
 def _no_twins(path, header: list[str], cased: bool):
     plain = header if cased else [h.casefold() for h in header]
     twice = next((h for h, p in zip(header, plain) if h and plain.count(p) > 1), None)
-    if twice: raise FileError(f"{path} line 1", f"the column {twice!r} is there twice", "Keep one of them, or rename one.")
+    if twice:
+        raise FileError(f"{path} line 1", f"the column {twice!r} is there twice",
+                        "Keep one of them, or rename one.")
 
 def _csv_rows(path, encoding) -> Iterator[tuple[int, list[str]]]:
     code, last = _codec(path, encoding), 0
     try:
-        with reading(path), open(path, encoding=code, errors="surrogateescape" if code == "utf-8-sig" else "strict", newline="") as f:
+        with reading(path), _open_text(path, code, newline="") as f:
             rows = csv.reader(f, strict=True, skipinitialspace=True)
             for cells in rows:
                 if any(c.strip() for c in cells): yield last + 1, cells
                 last = rows.line_num
     except (UnicodeError, LookupError):
-        read_text(path, encoding)       # says in which line
+        read_text(path, encoding)       # raises with the line
         raise
     except csv.Error as e:
-        raise FileError(f"{path} line {last + 1}", f"it is no CSV ({e})", "Save it again, with names and prompts in double quotes.") from e
+        raise FileError(f"{path} line {last + 1}", f"it is no CSV ({e})",
+                        "Save it again, with names and prompts in double quotes.") from e
 
 def _parquet_rows(path) -> Iterator[tuple[int, list[str]]]:
     import pandas as pd
     try:
         with reading(path): table = pd.read_parquet(path)
-    except ValueError as e: raise FileError(path, f"it cannot be read as Parquet ({e})", "Give CSV or Parquet.") from e
+    except ValueError as e:
+        raise FileError(path, f"it cannot be read as Parquet ({e})", "Give CSV or Parquet.") from e
     yield 1, [str(c) for c in table.columns]
-    yield from enumerate(table.astype(object).where(table.notna(), "").map(str).to_numpy().tolist(), 2)
+    text = table.astype(object).where(table.notna(), "").map(str)
+    yield from enumerate(text.to_numpy().tolist(), 2)
 
+# %% ../nbs/02_files.ipynb #9c6307af
 def read_rows(path: str | Path,              # a CSV with a header, or Parquet
-              encoding: str | None = None,   # Python's name of one; None: UTF-8, or UTF-16 with its mark
-              names: tuple = NAMES,          # columns, in lower case, whose cells may hold foreign bytes
-              cased: bool = False            # columns are told apart by their case
-             ) -> Iterator[tuple[int, list[str]]]:   # the line at which a row begins, its cells; first the header, without spaces around names
-    "A table row by row, strictly: no cell is guessed at, no column comes twice; empty lines are left out. Raises `FileError`."
-    free = None
-    for line, cells in _parquet_rows(path) if Path(path).suffix.lower() == ".parquet" else _csv_rows(path, encoding):
+              encoding: str | None = None,   # Python's name of one; None: UTF-8 or marked UTF-16
+              names: tuple = NAMES,          # columns, in lower case, that may hold foreign bytes
+              cased: bool = False            # True: columns are told apart by their case
+             ) -> Iterator[tuple[int, list[str]]]:   # the line where a row begins, its cells
+    """A table row by row, strictly: first the header, without spaces around names; empty lines are
+    left out. Raises `FileError`."""
+    parquet, free = Path(path).suffix.lower() == ".parquet", None
+    for line, cells in _parquet_rows(path) if parquet else _csv_rows(path, encoding):
         if header := free is None:
             cells = [c.strip() for c in cells]
             free = {i for i, c in enumerate(cells) if c.lower() in names}
             _no_twins(path, cells, cased)
-        for i, cell in enumerate(cells): check_cell(path, line, cell, i in free and not header, encoding)
+        for i, cell in enumerate(cells):
+            check_cell(path, line, cell, i in free and not header, encoding)
         yield line, cells
 
 # %% ../nbs/02_files.ipynb #82f3258f
 def read_table(path: str | Path,             # CSV with a header, or Parquet
-               encoding: str | None = None   # as of `read_rows`
-              ):                             # DataFrame of text, "" where a cell is empty; its index: the line of each row
+               encoding: str | None = None   # see `read_rows`
+              ):                             # DataFrame of text, "" for an empty cell; index: lines
     "A whole table. Raises `FileError`."
     import pandas as pd
     rows = read_rows(path, encoding, cased=True)
@@ -165,13 +189,16 @@ def read_table(path: str | Path,             # CSV with a header, or Parquet
     for line, cells in rows:
         if len(cells) != len(header):
             cause = f"it has {len(cells)} cells, the header {len(header)}"
-            raise FileError(f"{path} line {line}", cause, "Put names and prompts that hold commas in double quotes.")
-        lines.append(line), table.append(cells)
+            raise FileError(f"{path} line {line}", cause,
+                            "Put names and prompts that hold commas in double quotes.")
+        lines.append(line)
+        table.append(cells)
     return pd.DataFrame(table, index=pd.Index(lines, dtype=int), columns=header, dtype=object)
 
-def number(cell) -> float | None:   # NaN for an empty cell and for nan; None for what is no number
-    "What a cell says where a number is expected."
-    if cell is None or not isinstance(cell, str): return math.nan if cell is None else float(cell)
+def number(cell) -> float | None:   # NaN: an empty cell, or nan; None: not a number
+    "The number in a cell of a column of numbers."
+    if cell is None: return math.nan
+    if not isinstance(cell, str): return float(cell)
     text = cell.strip()
     if text.lower() in ("", "nan"): return math.nan
     try: return None if "_" in text else float(text)
@@ -182,7 +209,7 @@ def check_place(out: str | Path):
     "Raises `FileError` where no file can be written: before the work, not after it."
     out = Path(out)
     if out.is_dir(): raise FileError(out, "it is a folder", "Give the name of a file.")
-    above = next(p for p in out.absolute().parents if p.exists())          # what is missing below it will be made
+    above = next(p for p in out.absolute().parents if p.exists())   # folders below it will be made
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise FileError(out, f"nothing can be written in {above}", "Choose another folder.")
 
@@ -190,9 +217,10 @@ def check_place(out: str | Path):
 def staged(path: str | Path,   # the file to write
            sync: bool = True   # force it to the disk first
           ) -> Iterator[Path]: # a temporary name beside it, with the same ending, to write to
-    "Gives a file its name when all of it is written, and leaves nothing otherwise. Raises `FileError`."
+    "Gives a file its name when all of it is written, else leaves nothing. Raises `FileError`."
     path = Path(path)
-    part = path.with_name(f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+    unique = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    part = path.with_name(f".{path.stem}.{unique}.tmp{path.suffix}")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,63 +229,86 @@ def staged(path: str | Path,   # the file to write
             os.replace(part, path)
             if sync: sync_to_disk(path.parent)
     finally:
-        with suppress(OSError): part.unlink(missing_ok=True)       # what came first is what counts
+        with suppress(OSError): part.unlink(missing_ok=True)    # the first error counts
 
 def sync_to_disk(path: Path):
-    "Has the operating system put a file or a folder on the disk."
+    "Forces a file or a folder to the disk."
     if os.name == "nt" and path.is_dir(): return        # Windows cannot open a folder
     handle = os.open(path, os.O_RDONLY)
     try: os.fsync(handle)
     finally: os.close(handle)
 
-def readable(text: str) -> str:
-    "The text, where a byte that was no UTF-8 (Python keeps it as half a character) stands as four letters such as \\xe9."
-    return re.sub("[\ud800-\udfff]", lambda m: f"\\x{ord(m[0]) - 0xdc00:02x}" if "\udc80" <= m[0] <= "\udcff" else f"\\u{ord(m[0]):04x}", text)
-
 def write_whole(path: str | Path, data: bytes | str, sync: bool = True):
-    "Writes all of a file or nothing; text as UTF-8 with its line ends and foreign bytes as they are. Raises `FileError`."
-    with staged(path, sync) as part: part.write_bytes(data.encode("utf-8", "surrogateescape") if isinstance(data, str) else data)
+    """Writes all of a file or nothing; text as UTF-8 with its line ends and foreign bytes as they
+    are. Raises `FileError`."""
+    if isinstance(data, str): data = data.encode("utf-8", "surrogateescape")
+    with staged(path, sync) as part: part.write_bytes(data)
+
+# %% ../nbs/02_files.ipynb #03a42336
+def _shown(half: str) -> str:
+    "Half a character as four or six letters."
+    if "\udc80" <= half <= "\udcff": return f"\\x{ord(half) - 0xdc00:02x}"
+    return f"\\u{ord(half):04x}"
+
+def readable(text: str) -> str:
+    "The text, with four letters such as \\xe9 for each byte that was no UTF-8."
+    return re.sub("[\ud800-\udfff]", lambda m: _shown(m[0]), text)
 
 # %% ../nbs/02_files.ipynb #d219ea83
 def check_room(folder: str | Path,   # where they will lie; it need not be there yet
                size: int,            # bytes of all of them
                what: str):           # what they are, for the message
-    "Raises `FileError` where files of that size do not fit on the disk; returns the free bytes otherwise."
-    existing = next(p for p in [Path(folder).absolute(), *Path(folder).absolute().parents] if p.exists())
+    "Returns the free bytes of a disk. Raises `FileError` where files of that size do not fit."
+    folder = Path(folder)
+    places = [folder.absolute(), *folder.absolute().parents]
+    existing = next(p for p in places if p.exists())
     free = shutil.disk_usage(existing).free
     if size > 0.98 * free:
         cause = f"{what} need {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
         raise FileError(folder, cause, "Choose a folder on a larger disk, or make room.")
     return free
 
+# %% ../nbs/02_files.ipynb #412efaf6
+def _open_bar(what: str, total: int | None, done: int) -> tuple:
+    "A bar on the terminal, and its task."
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+               TimeElapsedColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), expand=True)
+    task = bar.add_task(what, total=total, completed=done)
+    bar.start()
+    return bar, task
+
+def _state(what: str, done: int, total: int | None, made: int, took: float, note: str) -> str:
+    "A line such as `features: 3 of 9, 12 s, about 24 s left`; `made` items took `took` s."
+    text = f"{what}: {done}" + (f" of {total}" if total is not None else "") + f", {took:.0f} s"
+    if made and total: text += f", about {took / made * (total - done):.0f} s left"
+    return text + (f"  {note}" if note else "")
+
 # %% ../nbs/02_files.ipynb #fe8a4973
 class Meter:
-    "How far a piece of work is, on stderr. Use it in a `with`, and call `step` after every item."
+    "The progress of some work, on stderr. Use it in a `with`, and call `step` after every item."
     def __init__(self, what: str,             # such as "features"
-                 total: int | None = None,    # items; None: nobody knows
-                 on: bool = True,             # False: says nothing
+                 total: int | None = None,    # items; None: unknown
+                 on: bool = True,             # False: prints nothing
                  done: int = 0,               # items that an earlier run has finished
                  first: float = 2.,           # s until the first line, where stderr is no terminal
                  every: float = 30.):         # s between lines
-        self.what, self.total, self.on, self.done, self.before, self.note = what, total, on, done, done, ""
+        self.what, self.total, self.on, self.note = what, total, on, ""
+        self.done, self.before = done, done
         self.first, self.every, self.bar, self.end = first, every, None, threading.Event()
 
     def __enter__(self):
         self.start = time.perf_counter()
         if not self.on: return self
-        if sys.stderr.isatty(): self._open_bar()
+        if sys.stderr.isatty():
+            self.bar, self.task = _open_bar(self.what, self.total, self.done)
         else:
             self.thread = threading.Thread(target=self._lines, daemon=True)
             self.thread.start()
         return self
-
-    def _open_bar(self):
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeElapsedColumn(),
-                            TimeRemainingColumn(), console=Console(stderr=True), expand=True)
-        self.task = self.bar.add_task(self.what, total=self.total, completed=self.done)
-        self.bar.start()
 
     def _lines(self):
         wait = self.first
@@ -266,38 +317,60 @@ class Meter:
             wait = self.every
 
     def line(self) -> str:
-        "Where it stands, in one line."
-        took, made = time.perf_counter() - self.start, self.done - self.before
-        text = f"{self.what}: {self.done}" + (f" of {self.total}" if self.total is not None else "") + f", {took:.0f} s"
-        if made and self.total: text += f", about {took / made * (self.total - self.done):.0f} s left"
-        return text + (f"  {self.note}" if self.note else "")
+        "The state of the work in one line."
+        return _state(self.what, self.done, self.total, self.done - self.before,
+                      time.perf_counter() - self.start, self.note)
 
     def step(self, count: int = 1, note: str = ""):
+        "Counts finished items; the note stands at the end of the next line."
         self.done, self.note = self.done + count, note
-        if self.bar: self.bar.update(self.task, completed=self.done, description=f"{self.what} {note}".strip())
+        if self.bar:
+            described = f"{self.what} {note}".strip()
+            self.bar.update(self.task, completed=self.done, description=described)
 
     def __exit__(self, *_):
         self.end.set()
         if self.bar: self.bar.stop()
 
-def progress(items: Iterable, total: int | None = None, what: str = "", on: bool = True) -> Iterator:
-    "The items, and how far they are on stderr."
+# %% ../nbs/02_files.ipynb #83895178
+def progress(items: Iterable, total: int | None = None, what: str = "",
+             on: bool = True) -> Iterator:
+    "Yields the items, and shows their progress on stderr."
     with Meter(what, total, on) as meter:
         for item in items:
             yield item
             meter.step()
 
 # %% ../nbs/02_files.ipynb #9121bfb0
+# the folder of the package; a notebook has none
+PACKAGE = Path(__file__).resolve().parent if "__file__" in globals() else None
+
 def file_sha256(path: str | Path) -> str:   # 64 hex digits
     "The SHA-256 of a file's bytes. Raises OSError."
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
-PACKAGE = Path(__file__).resolve().parent if "__file__" in globals() else None   # a notebook has no file
+def value_hash(value) -> str:  # 64 hex digits
+    "The hash of what JSON can hold, whatever the order of its keys."
+    text = json.dumps(value, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+# %% ../nbs/02_files.ipynb #f9c1a577
+def _imports(source: str, name: str, package: str) -> Iterator[str]:
+    "What a module of the package imports from it; of `from x import y` both x and x.y."
+    above = name.split(".")[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ImportFrom): continue
+        if node.level:
+            base = above[:len(above) - node.level + 1]
+            if node.module: base = base + node.module.split(".")
+            yield ".".join(base)
+            yield from (".".join([*base, a.name]) for a in node.names)
+        elif (node.module or "").startswith(f"{package}."): yield node.module.split(".", 1)[1]
 
 def imported(
     module: str,           # such as "pipeline.train"
     package: Path | None = PACKAGE,
-) -> set[str]:             # it and all that it imports from the package, without empty __init__ files
+) -> set[str]:             # it and all that it imports from the package
     "The modules that a module consists of."
     seen, todo = set(), [module]
     while todo:
@@ -305,13 +378,7 @@ def imported(
         file = package/(name.replace(".", "/") + ".py")
         if name in seen or not file.is_file(): continue
         seen.add(name)
-        above = name.split(".")[:-1]
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                base = above[:len(above) - node.level + 1] + (node.module.split(".") if node.module else [])
-                todo += [".".join(base), *(".".join([*base, a.name]) for a in node.names)]
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package.name}."):
-                todo.append(node.module.split(".", 1)[1])
+        todo += _imports(file.read_text(encoding="utf-8"), name, package.name)
     return seen
 
 def code_hash(
@@ -319,29 +386,29 @@ def code_hash(
     package: Path | None = PACKAGE,
 ) -> str:                  # 64 hex digits
     "One hash over the source of a module and of all that it imports from this package."
-    def source(name): return (package/(name.replace(".", "/") + ".py")).read_bytes().replace(b"\r\n", b"\n")
-    return value_hash({name: hashlib.sha256(source(name)).hexdigest() for name in imported(module, package)})
-
-def value_hash(value) -> str:  # 64 hex digits
-    "The hash of what JSON can hold, whatever the order of its keys."
-    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    def source(name):
+        file = package/(name.replace(".", "/") + ".py")
+        return file.read_bytes().replace(b"\r\n", b"\n")
+    sources = {name: hashlib.sha256(source(name)).hexdigest() for name in imported(module, package)}
+    return value_hash(sources)
 
 # %% ../nbs/02_files.ipynb #97914a99
 def _fingerprint(path):
-    "What changes when a file does: size, both times in ns, inode."
+    "Numbers that change when a file does: size, both times in ns, inode."
     try: s = os.stat(path)
-    except FileNotFoundError as e: raise FileError(path, "there is no such file", "Check the name and the folder.") from e
+    except FileNotFoundError as e:
+        raise FileError(path, "there is no such file", "Check the name and the folder.") from e
     return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
 
 # %% ../nbs/02_files.ipynb #73ac2d73
 class FileHashes:
     "SHA-256 of files, computed once and remembered until a file changes."
-    def __init__(self, folder: str | Path | None = None):  # where to remember them across runs; None: only in memory
+    def __init__(self, folder: str | Path | None = None):  # keeps them across runs; None: memory
         self.file = Path(folder)/"hashes.json" if folder else None
         self.known, self.changed = self._stored(), False
 
     def _stored(self):
-        "What earlier runs and other processes have written."
+        "The entries of earlier runs and other processes."
         if self.file is None or not self.file.exists(): return {}
         try: return json.loads(self.file.read_text())
         except json.JSONDecodeError: return {}      # all of it can be computed again
@@ -354,13 +421,14 @@ class FileHashes:
         started = time.time_ns()
         try: sha = file_sha256(path)
         except OSError as e:
-            raise FileError(path, f"it cannot be read ({e.strerror})", "Check that it is a file and may be read.") from e
+            raise FileError(path, f"it cannot be read ({e.strerror})",
+                            "Check that it is a file and may be read.") from e
         if started - max(mark[1:3]) > 2_000_000_000:
             self.known[path], self.changed = [*mark, sha], True
         return sha
 
     def save(self):
-        "Write what is new; entries of other processes stay."
+        "Writes what is new; entries of other processes stay."
         if self.file is None or not self.changed: return
         self.known = self._stored() | self.known
         write_whole(self.file, json.dumps(self.known, indent=0))

@@ -8,6 +8,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "qualivision"
+PARTS = {"tour": 0, "ground": 9, "road": 58, "experiments": 68, "official": 89, "commands": 99}     # each with its last number
+MAY = {"ground": {"ground"}, "road": {"ground", "road"}, "experiments": {"ground", "road", "experiments"},
+       "official": {"ground", "road", "official"}, "commands": set(PARTS), "tour": set(PARTS)}       # what a part may import
+FOLDERS = {"pretraining": "experiments", "experiments": "experiments", "official": "official", "commands": "commands"}
 
 
 class Chapter(NamedTuple):
@@ -15,6 +19,9 @@ class Chapter(NamedTuple):
     notebook: Path          # absolute
     number: int             # the leading digits of its name
     module: str | None      # qualivision.data.video
+
+    @property
+    def part(self) -> str: return next(name for name, last in PARTS.items() if self.number <= last)
 
 
 class Import(NamedTuple):

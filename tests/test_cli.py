@@ -11,15 +11,18 @@ import pandas as pd
 import pytest
 import tiny
 import yaml
+from forked import Forked
 from typer.testing import CliRunner
 
-from qualivision.cli import app
+from qualivision.cli import app, main
 from qualivision.inference.bulk import FiveMosScorer
 from qualivision.inference.score import Scorer
 from qualivision.quality import COLUMNS, DIMENSIONS, MOS_COLUMNS
 
 ROOT = Path(__file__).parents[1]
 KEYS = ["video", "prompt", *DIMENSIONS, "model", "checkpoint", "trained_on", "error", "reasons", "warnings"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")      # what is forked may not wait for threads that it has not
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,11 @@ COMMAND = "from qualivision.cli import main; main()"
 
 def run(here, *args, **env):
     "Status, stdout, stderr of `qualivision ARGS`, without a terminal."
+    if not env:                                     # most of the seconds of a process of its own are imports
+        process = Forked(main, *args, cwd=here)
+        out, err = process.communicate()
+        assert "Traceback" not in err, err
+        return process.returncode, out, err
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **env}
     r = subprocess.run([sys.executable, "-c", COMMAND, *map(str, args)], cwd=here, env=env, capture_output=True, encoding="utf-8",
                        stdin=subprocess.DEVNULL)
@@ -206,7 +214,8 @@ def test_encoding(tmp_path, monkeypatch):
               "ranks build t.csv --name n --model dover --out o.json": 1, "score-set t.csv --model qualivision --out o.csv": 1,
               "transfer --data t.csv --out o.safetensors": 1, "train --data t.csv --out o": 1, "infer-datasets t.csv": 1,
               "predict --data set --split train --out p.csv": 1}
-    monkeypatch.setattr("qualivision.cli._scorer", lambda *a: FiveMosScorer.__new__(FiveMosScorer))
+    for chapter in ("own", "official"):
+        monkeypatch.setattr(f"qualivision.commands.{chapter}.set_scorer", lambda *a, **k: FiveMosScorer.__new__(FiveMosScorer))
     monkeypatch.setattr(FiveMosScorer, "settings", {}, raising=False)
     for command, then in tables.items():
         shown = CliRunner().invoke(app, [*command.split(), "--json"])
@@ -238,7 +247,7 @@ def test_train_that_cannot_start(here, tmp_path, monkeypatch):
     assert status == 1 and "train.learning_rate" in strict(out)["error"] and err.strip() == strict(out)["error"]
     assert [p.name for p in tmp_path.iterdir()] == ["params.yaml"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qualivision.pipeline.params.keep_memory", lambda: None)       # it would change this process
+    monkeypatch.setattr("qualivision.pipeline.train.keep_memory", lambda: None)       # it would change this process
     for i, (message, text) in enumerate({"no such file": None, "no profile paper": params(here/"set"), "-1 is not above 0": params(here/"set", lr=-1),
                                          "nowhere": params(here/"nowhere")}.items()):
         if text is not None: Path(f"{i}.yaml").write_text(text)

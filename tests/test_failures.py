@@ -17,13 +17,14 @@ from test_tools import Small
 from typer.testing import CliRunner
 
 from qualivision.cli import app
-from qualivision.data import dataset, sampling
+from qualivision.data import clips, dataset, sampling
 from qualivision.data.clips import ClipCache, read_ahead
 from qualivision.data.dataset import DatasetError
 from qualivision.files import FileError
-from qualivision.inference import bulk, official
+from qualivision.inference import bulk
 from qualivision.inference.bulk import FiveMosScorer
 from qualivision.inference.bulk import score_set
+from qualivision.official import scorer as official
 from qualivision.official.scorer import OfficialScorer
 from qualivision.inference.score import Scorer, predict
 from qualivision.quality import DIMENSIONS, MOS_COLUMNS, QualiVisionError, ScoreRecord
@@ -221,9 +222,9 @@ def test_little_shared_memory(monkeypatch, capsys):
         def __getitem__(self, i): return {"frames": torch.full((3_000_000,), i, dtype=torch.uint8), "name": str(i)}
     def items(workers): return [b["frames"][:, 0].tolist() for b in read_ahead(Large(), [[0, 1, 2], [3]], workers=workers)]
     assert items(2) == [[0, 1, 2], [3]] and not capsys.readouterr().err
-    real = dataset.shutil.disk_usage
+    real = clips.shutil.disk_usage
     small = type(real("/"))(2**26, 0, 2**26)
-    monkeypatch.setattr(dataset.shutil, "disk_usage", lambda p: small if p == dataset.SHARED else real(p))
+    monkeypatch.setattr(clips.shutil, "disk_usage", lambda p: small if p == clips.SHARED else real(p))
     assert items(4) == [[0, 1, 2], [3]]
     err = capsys.readouterr().err
     assert "4 workers need 81 MB" in err and "67" in err and "2 of them are used" in err and "--shm-size" in err
@@ -292,8 +293,8 @@ def test_training_in_a_folder_that_cannot_be_written(call, here, tmp_path, monke
     "Neither decoded nor embedded: the first thing that train does is look."
     (tmp_path/"params.yaml").write_text((ROOT/"params.yaml").read_text().replace("root: data", f"root: {here/'set'}"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qualivision.pipeline.params.keep_memory", lambda: None)
-    monkeypatch.setattr("qualivision.training.train.train_model", lambda *a, **k: pytest.fail("it began to train"))
+    monkeypatch.setattr("qualivision.pipeline.train.keep_memory", lambda: None)
+    monkeypatch.setattr("qualivision.pipeline.train.train_model", lambda *a, **k: pytest.fail("it began to train"))
     real = os.access
     monkeypatch.setattr(os, "access", lambda p, mode, **k: real(p, mode, **k) and not (mode & os.W_OK and Path(p) == tmp_path))
     status, said, err = call("train", "--json")

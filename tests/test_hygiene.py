@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
+from functools import cache
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import yaml
@@ -18,6 +20,12 @@ from packaging.specifiers import SpecifierSet
 from chapters import PACKAGE, ROOT, modules
 
 NOTEBOOK_BYTES = 150_000        # a committed notebook, outputs included
+CELL_LINES = 40                 # of an exported cell, blank and comment lines not counted
+LINE_LENGTH = 100               # of code in notebooks: what a cell shows without scrolling
+FUNCTION_LINES = 60
+COMPLEXITY = 12                 # of a function, by ruff's C901
+ARGUMENTS = 10                  # of a constructor that is not a dataclass's
+MODULE_LINES = 450              # of a file of the package
 FILE_BYTES = 1_000_000          # any other file that git tracks, outside of the embedded remote
 STORE = "dvcstore"
 SHIPPED = ("data.dvc", "pretrained.dvc")    # the .dvc files whose data travel in dvcstore/: embedded set and pretrained bodies, nothing of others
@@ -106,6 +114,68 @@ def test_notebooks_hold_no_errors():
             if any(o["output_type"] == "error" for o in cell.get("outputs", ())): stopped.append(f"{path.name}: {''.join(cell['source'])[:60]!r}")
     assert not stopped, stopped
 
+
+# ---- the size of things ---------------------------------------------------------------------------------------------
+
+class Cell(NamedTuple):
+    "One code cell of a chapter."
+    at: str                 # data/10_video.ipynb, cell 5c70a17e
+    source: str
+
+    @property
+    def exported(self) -> bool: return re.match(r"#\|\s*export", self.source) is not None
+
+    @property
+    def functions(self) -> list[ast.FunctionDef]:
+        "Those it defines; a cell with a magic or a shell line defines none."
+        if re.search(r"^\s*[%!]", self.source, re.M): return []
+        return [n for n in ast.walk(ast.parse(self.source)) if isinstance(n, ast.FunctionDef)]
+
+
+@cache
+def code_cells() -> list[Cell]:
+    found = []
+    for path in sorted((ROOT/"nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" in path.parts: continue
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] != "code": continue
+            found.append(Cell(f"{path.relative_to(ROOT/'nbs').as_posix()}, cell {cell['id']}", "".join(cell["source"])))
+    return found
+
+
+def test_cells_are_short():
+    def count(cell): return sum(bool(line.strip()) and not line.lstrip().startswith("#") for line in cell.source.splitlines())
+    long = {c.at: n for c in code_cells() if c.exported and (n := count(c)) > CELL_LINES}
+    assert not long, f"over {CELL_LINES} lines: {long}"
+
+
+def test_code_lines_are_short():
+    long = {c.at: n for c in code_cells() if (n := sum(len(line) > LINE_LENGTH for line in c.source.splitlines()))}
+    assert not long, f"lines of over {LINE_LENGTH} characters: {long}"
+
+
+def test_functions_are_short():
+    long = {f"{c.at}: {f.name}": n for c in code_cells() for f in c.functions if (n := f.end_lineno - f.lineno + 1) > FUNCTION_LINES}
+    assert not long, f"over {FUNCTION_LINES} lines: {long}"
+
+
+def test_constructors_take_few_arguments():
+    def count(f): return len(f.args.posonlyargs) + len(f.args.args) + len(f.args.kwonlyargs) - 1       # without self
+    many = {c.at: n for c in code_cells() for f in c.functions if f.name == "__init__" and (n := count(f)) > ARGUMENTS}
+    assert not many, f"over {ARGUMENTS} arguments: {many}"
+
+
+def test_functions_are_simple():
+    "A plain list of refusals is a table of checks; other branches are functions with a name."
+    run("-m", "ruff", "check", "--isolated", "--select", "C901", "--config", f"lint.mccabe.max-complexity={COMPLEXITY}", "nbs", cwd=ROOT)
+
+
+def test_modules_are_short():
+    long = {name: n for name, file in modules().items() if (n := len(file.read_text(encoding="utf-8").splitlines())) > MODULE_LINES}
+    assert not long, f"over {MODULE_LINES} lines: {long}"
+
+
+# ---- the README ------------------------------------------------------------------------------------------------------
 
 README = ("generate README.md again: jupyter execute --inplace nbs/index.ipynb, nbdev_clean, "
           "then jupyter nbconvert --to markdown --stdout --no-input "

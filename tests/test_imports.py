@@ -1,4 +1,5 @@
-"The import rule (a notebook imports only from smaller numbers), and every module alone in a fresh process."
+"""The import rule (a notebook imports only from smaller numbers, and only from the parts that its part may use), and every module
+alone in a fresh process."""
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from chapters import PACKAGE, ROOT, chapters, code_cells, imports_in, imports_of, is_package, modules
+from chapters import FOLDERS, MAY, PACKAGE, ROOT, chapters, code_cells, imports_in, imports_of, is_package, modules
 
 WRITTEN = {c.module: c for c in chapters() if c.module}
 CODE = sorted(m for m in modules() if not is_package(m))
@@ -32,14 +33,39 @@ def test_one_notebook_per_module():
     assert sorted(WRITTEN) == CODE, "each module comes from one notebook, and each notebook's module is there (nbdev_export)"
 
 
+def refused(chapter, module: str) -> str:
+    "Why a chapter must not import this module; empty where it may. The tour, which comes first, uses everything."
+    other = WRITTEN[module]
+    if other.part not in MAY[chapter.part]: return f"{module} belongs to the part {other.part}, which {chapter.part} must not import"
+    later = chapter.part != "tour" and other.number >= chapter.number and module != chapter.module
+    return f"{module} ({other.number}) is a later chapter than {chapter.number}" if later else ""
+
+
+def test_folders_belong_to_their_part():
+    "A module of pretraining/, experiments/, official/ or commands/ has a number of that part, and no other module has."
+    for module, chapter in WRITTEN.items():
+        folder = module.split(".")[1]
+        if folder in FOLDERS: assert chapter.part == FOLDERS[folder], chapter.notebook.name
+        elif module != f"{PACKAGE}.cli": assert chapter.part in ("ground", "road"), chapter.notebook.name
+
+
+def test_the_rule_knows_the_parts():
+    "Held against imports that must not be: of the road, of an experiment, of a later chapter."
+    road, experiment, first = (WRITTEN[f"{PACKAGE}.{m}"] for m in ("inference.score", "experiments.scratch", "quality"))
+    for module in ("pretraining.tasks", "experiments.scratch", "official.dover"): assert refused(road, f"{PACKAGE}.{module}")
+    assert refused(experiment, f"{PACKAGE}.official.dover") and refused(first, f"{PACKAGE}.files")
+    tour = next(c for c in chapters() if c.part == "tour")
+    for module in WRITTEN: assert not refused(tour, module) and not refused(WRITTEN[f"{PACKAGE}.cli"], module)
+    assert not refused(road, f"{PACKAGE}.models.text") and not refused(experiment, f"{PACKAGE}.models.text")
+
+
 @pytest.mark.parametrize("module", CODE)
 def test_module_imports_from_smaller_numbers(module):
-    own = WRITTEN[module].number
     for i in imports_of(module):
         assert not i.star, f"{module}:{i.line}: import * hides where a name comes from"
         assert not i.whole, f"{module}:{i.line}: names come from a module, not from the package {i.module}"
         assert i.module in WRITTEN, f"{module}:{i.line}: {i.module} is not a module of this package"
-        assert WRITTEN[i.module].number < own, f"{module} ({own}) imports {i.module} ({WRITTEN[i.module].number}): a later chapter"
+        assert i.module != module and not refused(WRITTEN[module], i.module), f"{module}:{i.line}: {refused(WRITTEN[module], i.module)}"
 
 
 @pytest.mark.parametrize("chapter", chapters(), ids=lambda c: c.notebook.stem)
@@ -50,8 +76,7 @@ def test_notebook_imports_from_smaller_numbers(chapter):
             at = f"{chapter.notebook.name}: `{cell.splitlines()[i.line - 1].strip()}`"
             assert not i.star and not i.whole, f"{at}: name the module and what you take from it"
             assert i.module in WRITTEN, f"{at}: {i.module} is not a module of this package"
-            if i.module != chapter.module:
-                assert WRITTEN[i.module].number < chapter.number, f"{at}: a later chapter"
+            assert not refused(chapter, i.module), f"{at}: {refused(chapter, i.module)}"
 
 
 def test_package_is_light():
@@ -123,3 +148,18 @@ def test_scoring_a_video_is_light(tmp_path):
         answer = json.loads(done.stderr.splitlines()[-1])
         assert answer == {"status": 0, "found": []} and json.loads(done.stdout)[0]["error"] is None, done.stdout + done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "kept", "weights"]
+
+
+PARTS_APART = """
+import json, sys
+import qualivision.inference.score
+print(json.dumps(sorted(m for m in sys.modules if m.split(".")[0] == "qualivision" and m.split(".")[1:2] and m.split(".")[1] in sys.argv[1:])))
+"""
+
+
+def test_scoring_needs_no_training_and_no_other_part():
+    "`import qualivision.inference.score`, in a clean process, loads the road up to there and nothing beside it."
+    others = ("training", "pretraining", "experiments", "official", "pipeline", "commands", "cli")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PARTS_APART, *others], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []

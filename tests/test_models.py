@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from qualivision.models.convnext3d import ConvNeXt3D, DepthwiseConv3d, PointwiseConv3d
+from qualivision.models.convnext3d import ConvNeXt3D, DepthwiseConv3d, Layers, PointwiseConv3d
 from qualivision.models.fusion import QualityAwareFusion, SingleTokenFusion
 from qualivision.models.registry import CONFIGS
 from qualivision.models.dover_mos import DoverConfig, DoverPlusPlus
 from qualivision.models.measures import STATISTICS
 from qualivision.models.vjepa_mos import VJEPA_EMBEDDED, VJepaMos
-from qualivision.models.documented import documented_dover
+from qualivision.models.documented import DocumentedDover, DocumentedVJepa, documented_dover
 from qualivision.models.weights import WeightsError
 from qualivision.quality import QualiVisionError
 from weights_formula import clip, weight
 
-SMALL = DoverConfig(frames=4, size=36, difference=True, highpass=True, dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), kernel=(3, 5, 5), stem_norm="none",
-                    final_norm=False, scale=0.5, grid=(2, 2, 2), statistics=STATISTICS, stages=(0, 1, 2, 3), pooled_norm="running",
+SMALL = DoverConfig(frames=4, size=36, dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), kernel=(3, 5, 5), final_norm=False, scale=0.5,
+                    grid=(2, 2, 2), statistics=STATISTICS, stages=(0, 1, 2, 3), pooled_norm="running",
                     feature_dim=32, text_dim=12, fusion_width=32, heads=4, fused_dim=32)
 SIX = ("dover_features", "text_features", "fused_features", "quality_weights", "aesthetic_score", "technical_score")
 
@@ -127,7 +127,7 @@ def test_different_clips_stay_different():
     "FACTS: 18 blocks without a residual, normalised over the clip as a whole."
     def apart(**form):
         torch.manual_seed(0)
-        net = ConvNeXt3D(3, (8, 16, 24, 32), (3, 3, 9, 3), kernel=(3, 3, 3), **form)
+        net = ConvNeXt3D(3, (8, 16, 24, 32), (3, 3, 9, 3), kernel=(3, 3, 3), layers=Layers(**form))
         x = torch.randn(2, 3, 4, 64, 64)
         with torch.no_grad(): a, b = net(x)[-1]
         return ((a - b).norm() / a.norm()).item()
@@ -141,9 +141,21 @@ def test_a_frame_does_not_change_the_others():
     y[:, :, 4] = 0
     def moved(**form):
         torch.manual_seed(0)
-        net = ConvNeXt3D(3, (8, 8), (1, 1), kernel=(1, 3, 3), **form)
+        net = ConvNeXt3D(3, (8, 8), (1, 1), kernel=(1, 3, 3), layers=Layers(**form))
         with torch.no_grad(): return (net(x)[-1] - net(y)[-1])[:, :, :4].abs().max()
     assert moved(scale=0.5) == 0 < moved(form="documented", norm="group")
+
+
+def test_documented_forms_train():
+    "Every parameter but the quality weights, which nothing reads, and what is frozen receives a gradient."
+    torch.manual_seed(0)
+    frames = torch.randint(0, 256, (2, 3, 4, 36, 36), dtype=torch.uint8)
+    tiny = replace(VJEPA_EMBEDDED, frames=4, size=36, patch=12, hidden_size=48, layers=4, encoder_heads=2, text_dim=12)
+    for model, D in ((DocumentedDover((8, 8, 16, 16), (1, 1, 1, 1)), 1024), (DocumentedVJepa(tiny), 12)):
+        out = model.train()(frames, torch.randn(2, D))
+        sum(out[k].sum() for k in ("mos", "aesthetic_score", "technical_score") if k in out).backward()
+        idle = {n.split(".")[1] for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+        assert idle == ({"quality_classifier"} if D == 1024 else set()) and all(v.isfinite().all() for v in out.values())
 
 
 def test_every_parameter_learns(small):
@@ -214,10 +226,8 @@ def test_eight_bit_and_float_frames_agree(small):
 
 @pytest.mark.parametrize("change", [
     dict(pooled_norm="none"), dict(pooled_norm="layer"), dict(pooled_norm="batch"), dict(log_statistics=True), dict(stages=(-1, 3)),
-    dict(statistics=("mean",)), dict(difference=False), dict(highpass=False), dict(norm="group"), dict(stem_norm="layer", final_norm=True),
-    dict(form="documented", norm="group"), dict(fusion="single"), dict(places=False), dict(checkpointing=True), dict(channels_last=False),
-    dict(drop_path=0.2), dict(expand=2), dict(stem=(2, 4, 4)), dict(bounded=False), dict(wide=True), dict(stem_init="dct"),
-    dict(token_stages=(0, 3), token_spread=True), dict(heads_add=False), dict(pooled_dropout=0.5, prompt_dropout=0.9)])
+    dict(statistics=("mean",)), dict(final_norm=True), dict(checkpointing=True), dict(stem=(2, 4, 4)), dict(wide=True), dict(stem_init="dct"),
+    dict(token_stages=(0, 3), token_spread=True), dict(pooled_dropout=0.5, prompt_dropout=0.9)])
 def test_every_option_trains(change):
     torch.manual_seed(0)
     model = DoverPlusPlus(replace(SMALL, **change)).train()
@@ -225,8 +235,8 @@ def test_every_option_trains(change):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters()) and model.dover_model.backbone[0].weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("change", [dict(norm="batch"), dict(form="new"), dict(fusion="late"), dict(pooled_norm="x"), dict(fusion_width=30),
-                                    dict(stem_init="x"), dict(stem_init="dct", stem=(2, 4, 4)), dict(stem_init="dct", dims=(4, 8, 16, 16))])
+@pytest.mark.parametrize("change", [dict(pooled_norm="x"), dict(fusion_width=30), dict(stem_init="x"), dict(stem_init="dct", stem=(2, 4, 4)),
+                                    dict(stem_init="dct", dims=(4, 8, 16, 16))])
 def test_unknown_options_are_refused(change):
     with pytest.raises(QualiVisionError): DoverPlusPlus(replace(SMALL, **change))
 
@@ -255,7 +265,7 @@ def test_bfloat16_is_close(small):
     assert (a - c).abs().max() < 0.05 and F.cosine_similarity(b, d, 0) > 0.98
 
 
-@pytest.mark.parametrize("change", [dict(channels_last=False), dict(checkpointing=True)])
+@pytest.mark.parametrize("change", [dict(checkpointing=True)])
 def test_roads_to_the_same_gradient(change):
     models = [DoverPlusPlus(c).eval() for c in (SMALL, replace(SMALL, **change))]
     models[1].load_state_dict(models[0].state_dict())
@@ -309,7 +319,7 @@ def test_causes_asked_by_name(kind, bank):
     assert not any(name.startswith("causes.") for name in plain.state_dict()) and "severity" in out and len(model.causes.names[0]) == 3
 
 
-@pytest.mark.parametrize("change", [{}, dict(fusion="single"), dict(causes=("blur",), attributes=("colour",), bank=("traditional",), wide=True)])
+@pytest.mark.parametrize("change", [{}, dict(causes=("blur",), attributes=("colour",), bank=("traditional",), wide=True)])
 def test_a_frozen_backbone_stays_and_can_be_kept(change):
     "It has no gradient and stays in eval mode; from what it made of each clip comes the same as from the clips; another backbone has another key."
     torch.manual_seed(0)
@@ -372,7 +382,7 @@ def test_pointwise_is_a_convolution():
 
 
 def test_statistics_of_input_and_stages_are_counted():
-    for stages, channels in (((3,), 16), ((0, 1, 2, 3), 48), ((-1, 0), 5 + 8)):
+    for stages, channels in (((3,), 16), ((0, 1, 2, 3), 48), ((-1, 0), 3 + 8)):
         model = DoverPlusPlus(replace(SMALL, stages=stages))
         assert model.dover_model.feature_extractor[0].in_features == len(STATISTICS) * channels
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from forked import stage
 
 from chapters import ROOT
 from qualivision.models.dover_mos import DoverPlusPlus
@@ -43,9 +44,10 @@ SMALL = {   # of the profile embedded: networks that are trained in seconds and 
 MODELS = ["dover", "vjepa2"]
 STAGES = ["prepare", *(f"{stage}@{model}" for stage in ("train", "evaluate") for model in MODELS), "compare", "report"]
 FILES = {"splits.json", "prepare.json", "metrics.json", "predictions.csv", "rows.csv", "compare.json", "summary.json", "README.md", "table.txt",
-         "road.png", "rows.png", "scatter.png", "curves.png", "scratch/.gitkeep",
+         "road.png", "rows.png", "scatter.png", "curves.png", "experiments/scratch/.gitkeep",
          *(f"{m}/{f}" for m in MODELS for f in ("train.json", "curves.csv", "predictions.csv", "evaluate.json"))}
 
+pytestmark = pytest.mark.usefixtures("one_thread")      # what is forked may not wait for threads that it has not
 if not (ROOT/".git").exists(): pytest.skip("not a git checkout", allow_module_level=True)
 if not (ROOT/"data.dvc").exists(): pytest.skip("there is no data.dvc yet", allow_module_level=True)
 
@@ -75,6 +77,12 @@ class Repository:
         assert done.returncode == status, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
         self.said = done.stdout + done.stderr
         return done.stdout
+
+    def stage(self, module: str, *arguments):
+        "Runs a stage as its command does, in a fork of this process: nothing is imported again."
+        process = stage(self.at, module, *arguments, MPLBACKEND="Agg", HF_HUB_OFFLINE="1")
+        self.said = "".join(process.communicate())
+        assert process.returncode == 0, self.said
 
     def dvc(self, *args: str, **kw) -> str: return self(sys.executable, "-m", "dvc", *args, **kw)
     def results(self) -> dict[str, bytes]:
@@ -124,8 +132,8 @@ def repository(tmp_path_factory) -> Repository:
         (at/name).parent.mkdir(parents=True, exist_ok=True)
         (at/name).write_bytes((ROOT/name).read_bytes())
     (at/"dvc.lock").unlink(missing_ok=True)
-    (at/"results"/"scratch").mkdir(parents=True)
-    (at/"results"/"scratch"/".gitkeep").touch()
+    (at/"results"/"experiments"/"scratch").mkdir(parents=True)
+    (at/"results"/"experiments"/"scratch"/".gitkeep").touch()
     clone = Repository(at)
     clone.params(smaller)
     clone("git", "init", "-q")
@@ -241,22 +249,22 @@ def test_paper_profile(repository):
 
 def test_rows_from_noise(repository):
     "The pipeline of its own leaves what the table takes; taken out again, the table is as before."
-    before, kept = repository.results(), repository.at/"results"/"scratch"
-    repository.dvc("repro", "scratch/dvc.yaml")
+    before, kept = repository.results(), repository.at/"results"/"experiments"/"scratch"
     for model in MODELS:
+        repository.stage("experiments.scratch", model)
         (kept/model).mkdir()
         for name in ("train.json", "curves.csv", "predictions.csv", "evaluate.json"):
             (kept/model/name).write_bytes((repository.at/"work"/"scratch"/model/name).read_bytes())
-    repository.dvc("repro")
+    repository.stage("pipeline.compare"), repository.stage("pipeline.report")
     try:
         metrics, about = repository.json("metrics.json"), repository.json("compare.json")
         assert list(metrics)[:4] == [*MODELS, "dover_scratch", "vjepa2_scratch"] and not about["omitted"]
         assert "dover_scratch" in metrics["differences"]["dover"] and "D. noise" in (repository.at/"results"/"table.txt").read_text()
-        assert repository.json("scratch/dover/train.json")["parameters"]["train"]["epochs"] == 1
-        assert repository.json("scratch/vjepa2/train.json")["parameters"]["trunk"]["epochs"] == 2
+        assert repository.json("experiments/scratch/dover/train.json")["parameters"]["train"]["epochs"] == 1
+        assert repository.json("experiments/scratch/vjepa2/train.json")["parameters"]["trunk"]["epochs"] == 2
     finally:
         for model in MODELS: shutil.rmtree(kept/model)
-        repository.dvc("repro")
+        repository.stage("pipeline.compare"), repository.stage("pipeline.report")
     assert repository.results() == before
 
 
@@ -267,10 +275,10 @@ def test_learning_curves(repository):
     config = asking(model_config(values["config"], {k: v for k, v in values.items() if k != "config"}))
     save_body(repository.at/"work"/"body", DoverPlusPlus(config), {"licence": "MIT", "trained_on": "nothing", "config": asdict(config)})
     repository.params(lambda values: values["embedded"]["dover"].update(pretrained="work/body"))
-    kept = repository.at/"results"/"learning-dover.json"
+    kept = repository.at/"results"/"experiments"/"learning-dover.json"
     try:
-        repository.dvc("repro", "learning/dvc.yaml")
-        curves, content = repository.json("learning-dover.json")["curves"], kept.read_bytes()
+        repository.stage("experiments.learning", "dover")
+        curves, content = repository.json("experiments/learning-dover.json")["curves"], kept.read_bytes()
         assert list(curves) == ["pretrained", "noise"] and all(list(c) == ["10", "30"] for c in curves.values())
         for cell in (c for start in curves.values() for amount in start.values() for c in amount.values()):
             assert cell["low"] <= cell["mean"] <= cell["high"] and len(cell["seeds"]) == 2
@@ -281,7 +289,7 @@ def test_learning_curves(repository):
         assert len(runs) == 8
         runs[3].unlink(); kept.unlink()
         again = {p: p.stat().st_mtime_ns for p in runs if p.exists()}
-        repository.dvc("repro", "learning/dvc.yaml")
+        repository.stage("experiments.learning", "dover")
         assert kept.read_bytes() == content and all(p.stat().st_mtime_ns == t for p, t in again.items())
     finally:
         kept.unlink(missing_ok=True)

@@ -1,10 +1,12 @@
-"""What each dvc.yaml declares is what the stages use: every module that a stage imports, and every section of params.yaml that it reads.
+"""What each dvc.yaml declares is what its stages use: the modules that a stage imports, and the sections of params.yaml that it reads.
 
-A dependency that is missing gives an old result after a change; one too many runs an hour again for nothing."""
+A dependency that is missing gives an old result after a change; one too many runs an hour again for nothing. A folder stands for its
+modules where a stage uses nearly all of them, so that a list stays short enough to be read."""
 import ast
 import itertools
 import os
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,11 +21,13 @@ if not (ROOT/"dvc.yaml").exists() or not (ROOT/"params.yaml").exists():
 PARAMS = yaml.safe_load((ROOT/"params.yaml").read_text())
 PROFILES = ("embedded", "paper")
 PIPELINE = f"{PACKAGE}.pipeline"
+STAGES_OF = ("pipeline", "pretraining", "experiments")      # the folders of the package whose modules can be stages
+WHOLE = 2 / 3       # of the modules of a folder: a stage that uses so many depends on the folder
 
 
 class Stage(NamedTuple):
     "One stage as DVC runs it; of a matrix, one of its items."
-    name: str       # train@dover; ablation/NAME in a pipeline file of a folder
+    name: str       # train@dover; experiments/NAME in a pipeline file of a folder
     folder: Path    # that its paths start from, relative to the repository
     body: dict      # cmd, deps, params, outs
 
@@ -76,7 +80,8 @@ EACH = pytest.mark.parametrize("stage", ALL, ids=[s.name for s in ALL])
 def ran_by(stage: Stage) -> tuple[str, list[str]]:
     "The module that a stage runs, and its arguments."
     cmd = stage.body["cmd"]
-    ran = re.fullmatch(rf"python -m ({re.escape(PIPELINE)}\.\w+)((?: [\w.=-]+)*)", cmd if isinstance(cmd, str) else " && ".join(cmd))
+    pattern = rf"python -m ({PACKAGE}\.(?:{'|'.join(STAGES_OF)})\.\w+)((?: [\w.=-]+)*)"
+    ran = re.fullmatch(pattern, cmd if isinstance(cmd, str) else " && ".join(cmd))
     assert ran, f"{stage.name} runs `{cmd}`: a stage is `python -m {PIPELINE}.NAME ARGUMENTS`"
     return ran[1], ran[2].split()
 
@@ -94,14 +99,18 @@ def from_root(stage: Stage, kind: str) -> list[str]:
     return [p if "${" in p else os.path.normpath(stage.folder/p) for p in paths(stage.body.get(kind))]
 
 
-def files_declared(stage: Stage) -> dict[str, set[str]]:
-    "{each dep in the package: the modules that it covers}."
-    covered = {}
-    for dep in from_root(stage, "deps"):
-        if dep.split("/")[0] != PACKAGE: continue
-        covered[dep] = {name for name, file in modules().items() if not is_package(name)
-                        and (file.relative_to(ROOT).as_posix() == dep or file.relative_to(ROOT).as_posix().startswith(dep.rstrip("/") + "/"))}
-    return covered
+def deps_of(module: str) -> list[str]:
+    "The part of a stage's deps that lies in the package, from its imports: files, and folders that are used nearly whole."
+    used, folders = reached_from(module), defaultdict(list)
+    for name, file in modules().items():
+        if not is_package(name): folders[file.parent.relative_to(ROOT).as_posix()].append(name)
+    deps = []
+    for folder, names in folders.items():
+        mine = [n for n in names if n in used]
+        own = folder == PACKAGE or folder.split("/")[1] in STAGES_OF and module.startswith(folder.replace("/", ".") + ".")
+        if not own and len(mine) >= WHOLE * len(names): deps.append(folder)
+        else: deps += [modules()[n].relative_to(ROOT).as_posix() for n in mine]
+    return sorted(deps)
 
 
 def keys_declared(stage: Stage) -> list[str]:
@@ -131,13 +140,18 @@ def sections_declared(stage: Stage) -> dict[str, set[str]]:
 def tree(module: str) -> ast.Module: return ast.parse(modules()[module].read_text(encoding="utf-8"))
 
 
+def model_names() -> list[str]:
+    "The models of the pipeline: the matrix of its train stage."
+    return [ran_by(s)[1][0] for s in ALL if s.name.startswith("train@")]
+
+
 def sections_of(stage: Stage) -> tuple[str, ...]:
-    "The literal SECTIONS of a stage's module; those of its first argument, where they are {argument: sections}."
+    "The literal SECTIONS of a stage's module; MODEL is the model that the stage runs for, MODELS are all of the pipeline."
     module, arguments = ran_by(stage)
     for node in tree(module).body:
         if isinstance(node, ast.Assign) and [t.id for t in node.targets if isinstance(t, ast.Name)] == ["SECTIONS"]:
-            literal = ast.literal_eval(node.value)
-            return tuple(literal[arguments[0]] if isinstance(literal, dict) else literal)
+            meant = {"MODEL": arguments[:1], "MODELS": model_names()}
+            return tuple(name for section in ast.literal_eval(node.value) for name in meant.get(section, [section]))
     raise AssertionError(f"{module} has no SECTIONS = (...): the sections of params.yaml that it reads")
 
 
@@ -165,20 +179,27 @@ def test_the_stages():
     assert [ran_by(s) for s in main] == [(f"{PIPELINE}.{name}", model) for name, *model in (o.split("@") for o in order)]
 
 
-def test_each_pipeline_module_is_a_stage():
-    ran, there = {module_of(s) for s in ALL}, {m for m in modules() if m.startswith(PIPELINE + ".")}
+def test_each_module_that_runs_is_a_stage():
+    ran = {module_of(s) for s in ALL}
+    there = {m for m in modules() if m.startswith(tuple(f"{PACKAGE}.{folder}." for folder in STAGES_OF))}
     runnable = {m for m in there if '__name__ == "__main__"' in modules()[m].read_text(encoding="utf-8")}
-    assert ran == runnable, "modules of pipeline/ that can be run and the stages of the dvc.yaml are the same"
+    assert ran == runnable, "the modules that can be run and the stages of the dvc.yaml files are the same"
 
 
 @EACH
 def test_modules(stage):
     "Declared = imported, through others and inside functions too."
-    used, covered = reached_from(module_of(stage)), files_declared(stage)
-    declared = set().union(*covered.values())
-    assert not (used - declared), f"{stage.name} imports these and does not declare them under deps: {sorted(used - declared)}"
-    assert not (declared - used), f"{stage.name} declares these under deps and does not import them: {sorted(declared - used)}"
-    assert not [d for d, names in covered.items() if not names], f"{stage.name}: no such module: {[d for d, n in covered.items() if not n]}"
+    declared = sorted(d for d in from_root(stage, "deps") if d.split("/")[0] == PACKAGE)
+    needed = deps_of(module_of(stage))
+    assert declared == needed, f"{stage.name} needs under deps:\n" + "\n".join(f"      - {d}" for d in needed)
+
+
+def test_the_road_does_not_lead_into_experiments():
+    "Pretraining and experiments are built on Part I, and no stage of the pipeline needs them."
+    for stage in ALL:
+        part = module_of(stage).split(".")[1]
+        closed = {"pretraining", "experiments", "official"} - {part} - ({"pretraining"} if part == "experiments" else set())
+        assert not (wrong := [d for d in deps_of(module_of(stage)) if d.split("/")[1] in closed]), f"{stage.name}: {wrong}"
 
 
 @EACH
@@ -195,8 +216,8 @@ def test_sections(stage):
 @EACH
 def test_sections_are_used(stage):
     "SECTIONS says neither more nor less than the module takes out of its parameters."
-    module, arguments = ran_by(stage)
-    taken = words(module) | (set(arguments[:1]) if taken_by_name(module) else set())
+    module = module_of(stage)
+    taken = words(module) | (set(model_names()) if taken_by_name(module) else set())
     unused = [s for s in sections_of(stage) if s not in taken]
     assert not unused, f"{module}: {unused} in SECTIONS, and nothing in the module takes it"
 
@@ -224,13 +245,13 @@ def test_profiles_have_the_same_sections():
 
 
 def test_only_the_edges_read_parameter_files():
-    "Constructors take values: outside of pipeline/ and the command line nothing opens params.yaml."
-    readers = []
+    "Constructors take values: outside of the stages and the command line nothing opens params.yaml."
+    edges, readers = tuple(f"{PACKAGE}.{folder}" for folder in (*STAGES_OF, "cli", "commands")), []
     for module in modules():
         docs = {id(n.body[0].value) for n in ast.walk(tree(module)) if isinstance(n, (ast.Module, ast.FunctionDef, ast.ClassDef))
                 and n.body and isinstance(n.body[0], ast.Expr)}
         named = [n for n in ast.walk(tree(module)) if isinstance(n, ast.Constant) and n.value == "params.yaml" and id(n) not in docs]
-        if named and not module.startswith(PIPELINE + ".") and module != f"{PACKAGE}.cli": readers.append(module)
+        if named and not module.startswith(edges): readers.append(module)
     assert not readers, readers
 
 

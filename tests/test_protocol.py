@@ -11,8 +11,9 @@ from qualivision.data.container import write_video
 from qualivision.evaluation.lowlevel import HAND_CRAFTED, LOW_LEVEL, clip_features, feature_table
 from qualivision.evaluation.metrics import MetricError, bootstrap, mae, paired_bootstrap, srocc
 from qualivision.evaluation.protocol import (
-    BASELINES, CEILING, Clips, Constant, GeneratorLookup, HandCrafted, plot_curves, plot_rows, plot_scatter, results_markdown, results_table,
-    run_baselines, save_figure, save_results)
+    BASELINES, CEILING, Clips, Constant, GeneratorLookup, HandCrafted, results_markdown,
+    results_table, run_baselines, save_results)
+from qualivision.evaluation.plots import plot_curves, plot_rows, plot_scatter, save_figure
 from qualivision.quality import DIMENSIONS, MOS_COLUMNS, QualiVisionError
 
 
@@ -151,10 +152,10 @@ def test_markdown_marks_what_is_proven(results):
     assert len([x for x in lines if x.startswith("| noise ceiling")]) == 2 and len([x for x in lines if x.startswith("| text only")]) == 6
     row = next(x for x in lines if x.startswith("| constant"))
     assert row.count("–") == 5
-    after = lines[lines.index(next(x for x in lines if x.startswith("| SROCC: dover minus"))):]
+    after = lines[lines.index(next(x for x in lines if x.startswith("| SROCC: DOVER++ minus"))):]
     cells = next(x for x in after if x.startswith("| generator lookup")).split("|")[2:-1]
     for cell, d in zip(cells, DIMENSIONS): assert ("**" in cell) == (table["differences"]["dover"]["generator"][d]["srocc"]["low"] > 0)
-    after = lines[lines.index(next(x for x in lines if x.startswith("| MAE: dover minus"))):]
+    after = lines[lines.index(next(x for x in lines if x.startswith("| MAE: DOVER++ minus"))):]
     cells = next(x for x in after if x.startswith("| constant")).split("|")[2:-1]
     assert all(c.strip().startswith("**-") for c in cells)                # a smaller error is better
 

@@ -14,7 +14,7 @@ from qualivision.official.views import dover_views
 from qualivision.data.container import write_video
 from qualivision.official import scorer as official
 from qualivision.official.datasets import set_metrics
-from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, score
+from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, view_scores
 from qualivision.official.heads import load_head, parts, save_head
 from qualivision.models.frozen import state_hash
 from qualivision.models.store import S_LAB
@@ -63,7 +63,7 @@ def call(videos, monkeypatch, tmp_path):
     "The command in an empty folder, with small models in the place of the large ones."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QUALIVISION_WEIGHTS", str(tmp_path/"w"))
-    for kinds in (official.KINDS, training.KINDS):
+    for kinds in (official.NETWORKS, training.KINDS):
         monkeypatch.setitem(kinds, "dover", Small)
         monkeypatch.setitem(kinds, "dover-mobile", Other)
     def run(*args):
@@ -99,7 +99,7 @@ def first_scores(model, videos, report) -> tuple[dict, list]:
     rows, _ = training.hold_out(table, .34, 0)
     assert report["splits"][0]["train"] == len(rows) == 4
     views = FreshViews([videos/f"{i}.mp4" for i in range(6)], 0)
-    with torch.no_grad(): found = score(model({v: torch.stack([views[i][v] for i in rows]) for v in VIEWS}))
+    with torch.no_grad(): found = view_scores(model({v: torch.stack([views[i][v] for i in rows]) for v in VIEWS}))
     return {v: s.numpy() for v, s in found.items()}, rows.tolist()
 
 

@@ -24,12 +24,12 @@ from qualivision.devices import DeviceError, make_accelerator, seed_all
 from qualivision.models.dover_mos import DoverPlusPlus
 from qualivision.models.text import TextEncoder
 from qualivision.models.weights import load_checkpoint
-from qualivision.training import loop as trainer
+from qualivision.training import loop
 from qualivision.training.losses import HybridLoss
-from qualivision.training.loop import (
-    TrainConfig, fit, read_pointer, start_run, steps_per_epoch, take_step, training_loss, validate,
-    warmup_cosine)
-from qualivision.training.trackers import TrainError
+from qualivision.training.loop import TrainConfig, fit, read_pointer, start_run, take_step, validate
+from qualivision.training.step import steps_per_epoch, warmup_cosine
+from qualivision.training.contrast import training_loss
+from qualivision.training.step import TrainError
 from qualivision.training.train import prepare_data
 
 ROOT = Path(__file__).parents[1]
@@ -137,7 +137,7 @@ def forked(work) -> int:
 def test_killed_inside_any_save(sets, tmp_path, monkeypatch):
     "The process dies between any two writes of its saves; what is left is always a whole one to go on from."
     config = tiny.settings(epochs=2, batch_size=12, warmup_steps=1)
-    counted = [(trainer, n) for n in ("save_checkpoint", "_fresh", "sync_to_disk", "write_whole", "switch_pointer", "write_history")]
+    counted = [(loop, n) for n in ("save_checkpoint", "_fresh", "sync_to_disk", "write_whole", "switch_pointer", "write_history")]
     counted += [(files, "sync_to_disk")]                                     # inside write_whole, before its name and after it
     want = model()
     fit(want, sets.train, sets.val, config, tmp_path/"whole", progress=False)
@@ -275,7 +275,7 @@ def test_the_best_epoch_is_one_that_was_validated(sets, tmp_path, monkeypatch):
     def given(run):
         seen.append(run.epoch + 1); weights[run.epoch + 1] = state(run.module)
         return {"val_score": scores[run.epoch]}
-    monkeypatch.setattr(trainer, "validate", given)
+    monkeypatch.setattr(loop, "validate", given)
     result = fit(model(), sets.train, sets.val, tiny.settings(epochs=7, validate_every=3), tmp_path, progress=False)
     assert seen == [3, 6, 7] and result["best"] == {"score": .3, "epoch": 3, "step": 9}
     assert_equal(load_checkpoint(result["checkpoint"])[0], weights[3])
@@ -322,11 +322,11 @@ def test_steps_that_float16_leaves_out_are_counted_and_bounded(sets, tmp_path):
     for verdicts, in_a_row in (([True, True, False], 0), ([True] * 19, 19)):
         for skipped in verdicts:
             run.accelerator = type("Fake", (), {"optimizer_step_was_skipped": skipped})()
-            trainer._count_skipped(run, group)
+            loop._count_skipped(run, group)
         assert run.skipped_in_a_row == in_a_row
     assert run.skipped == 21
     run.accelerator = type("Fake", (), {"optimizer_step_was_skipped": True})()
-    with pytest.raises(TrainError, match="20 steps in a row.*a.mp4"): trainer._count_skipped(run, group)
+    with pytest.raises(TrainError, match="20 steps in a row.*a.mp4"): loop._count_skipped(run, group)
 
 
 def test_an_absent_device_is_an_error():

@@ -18,11 +18,12 @@ from qualivision.models.vjepa2 import (
     EncoderReport, VideoEncoder, encoder_config, freeze_bottom, load_encoder)
 from qualivision.models.frozen import FeatureCache
 from qualivision.models.weights import WeightsError, load_checkpoint
-from qualivision.training import loop as trainer
+from qualivision.training import loop
 from qualivision.training.train import (
     Task, keep_features, model_config, prepare_data, sampling_of, train_model)
-from qualivision.training.trackers import TrainError
-from qualivision.training.loop import parameter_groups, start_run, take_step
+from qualivision.training.step import TrainError
+from qualivision.training.step import parameter_groups
+from qualivision.training.loop import start_run, take_step
 from weights_formula import normals, weight
 
 CONFIG = model_config("vjepa2_embedded", dict(frames=4, size=32, patch=16, hidden_size=48, layers=6, encoder_heads=4, grid=(2, 1, 1),
@@ -94,7 +95,7 @@ def tiny_text():
 
 
 def test_everything_that_may_learn_receives_a_gradient(data):
-    for options in ({}, {"pooling": "mean"}, {"pooling": "first"}, {"fusion": "concat"}, {"freeze": 1.}, {"freeze": 0.}):
+    for options in ({}, {"pooling": "mean"}, {"pooling": "first"}, {"freeze": 1.}, {"freeze": 0.}):
         torch.manual_seed(0)
         model = VJepaMos(replace(CONFIG, **options)).train()
         with torch.no_grad():
@@ -181,8 +182,8 @@ def test_stopped_in_either_phase_and_resumed(data, tmp_path):
 def test_a_trunk_that_is_done_is_not_trained_again(data, tmp_path, monkeypatch):
     "A run that is taken up in its main phase takes no step of the trunk."
     train(data, tmp_path, stop_after=8)
-    taken, real = [], trainer.take_step
-    monkeypatch.setattr(trainer, "take_step", lambda run, group: taken.append(run.step) or real(run, group))
+    taken, real = [], loop.take_step
+    monkeypatch.setattr(loop, "take_step", lambda run, group: taken.append(run.step) or real(run, group))
     train(data, tmp_path)
     assert taken == [2, 3, 4, 5]
 
@@ -294,7 +295,7 @@ def test_ablation_in_miniature(data, tmp_path, monkeypatch):
     found = ablation.main()
     assert list(found) == list(ablation.VARIANTS) and all(len(v["srocc"]["overall"]["seeds"]) == 2 for v in found.values())
     assert "difference" not in found[ablation.DEFAULT] and len({v["srocc"]["mean"]["mean"] for v in found.values()}) == 5
-    first = (tmp_path/"results"/"ablation.json").read_bytes()
+    first = (tmp_path/"results"/"experiments"/"ablation.json").read_bytes()
     monkeypatch.setattr(ablation, "run_variant", None)
     ablation.main()
-    assert (tmp_path/"results"/"ablation.json").read_bytes() == first
+    assert (tmp_path/"results"/"experiments"/"ablation.json").read_bytes() == first

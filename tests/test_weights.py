@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qualivision.files import FileError, file_sha256
-from qualivision.models import weights
+from qualivision.models import store
 from qualivision.models.store import REGISTRY, Entry, download, list_weights, pull
 from qualivision.models.weights import (
     WeightsError, compare, inspect, inspect_file, load_checkpoint, load_strict, read_file,
@@ -404,14 +404,14 @@ def test_a_page_is_never_the_first_download(server, tool, tmp_path, page):
 
 def test_two_first_downloads_at_once_record_both(tmp_path, monkeypatch):
     "Two terminals, two entries: neither hash is lost, whoever reads and writes when."
-    entries, real = [Entry(f"e{k}", f"{k}.bin", "MIT", "nothing", url="http://127.0.0.1:9/") for k in range(4)], weights._hashes
+    entries, real = [Entry(f"e{k}", f"{k}.bin", "MIT", "nothing", url="http://127.0.0.1:9/") for k in range(4)], store._hashes
     def slow(folder):
         known = real(folder)
         time.sleep(.1)
         return known
-    monkeypatch.setattr(weights, "_hashes", slow)
+    monkeypatch.setattr(store, "_hashes", slow)
     for e in entries: (tmp_path/e.file).write_text(e.name)
-    jobs = [threading.Thread(target=weights.verify, args=(tmp_path/e.file, e, tmp_path)) for e in entries]
+    jobs = [threading.Thread(target=store.verify, args=(tmp_path/e.file, e, tmp_path)) for e in entries]
     for j in jobs: j.start()
     for j in jobs: j.join()
     assert set(real(tmp_path)) == {e.name for e in entries}

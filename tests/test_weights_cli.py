@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from qualivision.cli import MODELS, app
+from qualivision.cli import app
+from qualivision.commands.machine import MODELS
 from qualivision.files import file_sha256
 from qualivision.models.store import REGISTRY, Entry
 

@@ -19,7 +19,7 @@ import pandas as pd
 
 from .draw import (
     ATTRIBUTES, CAUSES, COLOURS, COUNTS, MOTIONS, PLACES, POOLS, STYLES, SUBJECTS, Causes, Scene,
-    SimulationError, clean, encode, render)
+    SimulationError, encode, render)
 from ..quality import COLUMNS, DIMENSIONS
 
 # %% ../../nbs/data/12_simulate.ipynb #97955d66

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'EVALUATED', 'MetricError', 'checked', 'srocc', 'plcc', 'krcc', 'rmse', 'mae', 'challenge', 'logistic',
-           'fit_logistic', 'plcc_logistic', 'bootstrap', 'paired_bootstrap', 'evaluate_frames', 'or_reason',
+           'fit_logistic', 'plcc_logistic', 'bootstrap', 'paired_bootstrap', 'interval', 'evaluate_frames', 'or_reason',
            'evaluate_files', 'format_metrics']
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #b446426b
+import math
 import warnings
 from pathlib import Path
 import numpy as np
@@ -29,16 +30,20 @@ def checked(
     "Two clean columns, or `MetricError`: unequal lengths, too few, NaN or infinite, constant."
     columns = [np.asarray(x, dtype=np.float64) for x in (pred, target)]
     if columns[0].ndim != 1 or columns[0].shape != columns[1].shape:
-        raise MetricError(what, f"predictions have shape {columns[0].shape}, labels {columns[1].shape}",
+        raise MetricError(what,
+                          f"predictions have shape {columns[0].shape}, labels {columns[1].shape}",
                           "Give two columns of one length.")
-    if len(columns[0]) < least: raise MetricError(what, f"{len(columns[0])} clips are too few", f"It needs at least {least}.")
+    if len(columns[0]) < least:
+        raise MetricError(what, f"{len(columns[0])} clips are too few",
+                          f"It needs at least {least}.")
+    constant = "A correlation needs values that differ; compare a constant by MAE or RMSE."
     for name, x in zip(("predictions", "labels"), columns):
         if not np.isfinite(x).all():
-            raise MetricError(what, f"{np.sum(~np.isfinite(x))} of {len(x)} {name} are NaN or infinite",
+            raise MetricError(what,
+                              f"{np.sum(~np.isfinite(x))} of {len(x)} {name} are NaN or infinite",
                               "Leave those clips out, or score them first.")
         if varies and np.ptp(x) <= 1e-12 * np.abs(x).max():
-            raise MetricError(what, f"the {name} are constant ({x[0]:g})",
-                              "A correlation needs values that differ; compare a constant by MAE or RMSE.")
+            raise MetricError(what, f"the {name} are constant ({x[0]:g})", constant)
     return columns[0], columns[1]
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #ef0d6d9e
@@ -73,17 +78,19 @@ def challenge(pred, target) -> float:  # −1…1
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #1d323d93
 def logistic(x, high: float, low: float, centre: float, width: float) -> np.ndarray:
-    "The four-parameter logistic of ITU-T P.1401 / VQEG: from `low` to `high`, half way at `centre`."
+    "The logistic of ITU-T P.1401 / VQEG: from `low` to `high`, half way at `centre`."
     from scipy.special import expit
     return low + (high - low) * expit((np.asarray(x, dtype=np.float64) - centre) / width)
 
-def _bounds(x: np.ndarray) -> tuple:  # standardised predictions → centre (low, high), width (low, high)
+# standardised predictions → centre (low, high), width (low, high)
+def _bounds(x: np.ndarray) -> tuple:
     return (x.min() - 1, x.max() + 1), (0.05, 20.0)
 
 def _logistic_grid(x: np.ndarray, centres: int = 49, widths: int = 19) -> tuple:
     "All grid curves of standardised predictions: centres (K,), widths (K,), curves (K,N) in 0…1."
     (c0, c1), (w0, w1) = _bounds(x)
-    grid = np.meshgrid(np.linspace(c0, c1, centres + 2)[1:-1], np.geomspace(w0, w1, widths + 2)[1:-1], indexing="ij")
+    grid = np.meshgrid(np.linspace(c0, c1, centres + 2)[1:-1],
+                       np.geomspace(w0, w1, widths + 2)[1:-1], indexing="ij")
     c, w = (g.ravel() for g in grid)
     return c, w, logistic(x, 1.0, 0.0, c[:, None], w[:, None])
 
@@ -91,8 +98,10 @@ def _logistic_grid(x: np.ndarray, centres: int = 49, widths: int = 19) -> tuple:
 def fit_logistic(
     pred,    # (N,) predicted scores
     target,  # (N,) human scores
-) -> tuple:  # high, low, centre, width > 0: the arguments of `logistic`; high < low where the relation falls
-    "Least-squares logistic from predictions to human scores; `MetricError` where it does not converge."
+) -> tuple:  # high, low, centre, width > 0, as `logistic` takes them
+    """Fits the least-squares logistic from predictions to human scores.
+
+    `high` is below `low` where the relation falls. Raises MetricError where the fit fails."""
     from scipy.optimize import curve_fit
     p, t = checked(pred, target, "logistic mapping", least=5)
     x, y = (p - p.mean()) / p.std(), (t - t.mean()) / t.std()
@@ -101,23 +110,26 @@ def fit_logistic(
     r = way * np.nan_to_num(_correlations(np.ones((1, len(x))), curves, y)[0])
     best = np.argmax(r)
     if r[best] <= 1e-9:
-        raise MetricError("logistic mapping", "predictions and labels have no relation at all", "There is nothing to map; report SROCC.")
+        raise MetricError("logistic mapping", "predictions and labels have no relation at all",
+                          "There is nothing to map; report SROCC.")
     span, low = np.polyfit(way * curves[best], y, 1)
     (c0, c1), (w0, w1) = _bounds(x)
     def curve(x, span, low, centre, width): return logistic(x, low + way * span, low, centre, width)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                              # the covariance is not used
+            warnings.simplefilter("ignore")  # the covariance is not used
             (span, low, centre, width), _ = curve_fit(
-                curve, x, y, p0=(span, low, c[best], w[best]), bounds=([0, -np.inf, c0, w0], [np.inf, np.inf, c1, w1]), max_nfev=2000)
+                curve, x, y, p0=(span, low, c[best], w[best]),
+                bounds=([0, -np.inf, c0, w0], [np.inf, np.inf, c1, w1]), max_nfev=2000)
     except RuntimeError as e:
         raise MetricError("logistic mapping", f"the fit to {len(x)} clips did not converge ({e})",
                           "Look at the scatter plot; report the raw PLCC.") from e
     high = low + way * span
-    return tuple(float(v) for v in (t.mean() + t.std() * high, t.mean() + t.std() * low, p.mean() + p.std() * centre, p.std() * width))
+    return tuple(float(v) for v in (t.mean() + t.std() * high, t.mean() + t.std() * low,
+                                    p.mean() + p.std() * centre, p.std() * width))
 
 def plcc_logistic(pred, target) -> float:  # −1…1
-    "Pearson's correlation after the fitted 4-parameter logistic; negative where the fitted curve falls (ITU-T P.1401, VQEG)."
+    "Pearson's correlation after the fitted logistic; negative where the fitted curve falls."
     high, low, centre, width = fit_logistic(pred, target)
     value = plcc(logistic(pred, high, low, centre, width), target)
     return value if high >= low else -value
@@ -127,30 +139,40 @@ def _correlations(
     weights: np.ndarray,  # (R,N) how often each clip counts
     curves: np.ndarray,   # (K,N)
     y: np.ndarray,        # (N,)
-) -> np.ndarray:          # (R,K) Pearson's r of every curve with y under every row of weights; NaN where undefined
+) -> np.ndarray:          # (R,K)
+    "Pearson's r of every curve with y under every row of weights; NaN where it is undefined."
     total, my = weights.sum(1, keepdims=True), weights @ y[:, None]
     mx, mxx, mxy = weights @ curves.T, weights @ (curves ** 2).T, weights @ (curves * y).T
     vx, vy = mxx - mx ** 2 / total, weights @ (y ** 2)[:, None] - my ** 2 / total
     ok = (vx > 1e-12 * mxx.max()) & (vy > 1e-12 * total)
-    return np.divide(mxy - mx * my / total, np.sqrt(np.maximum(vx * vy, 0)), out=np.full(vx.shape, np.nan), where=ok)
+    return np.divide(mxy - mx * my / total, np.sqrt(np.maximum(vx * vy, 0)),
+                     out=np.full(vx.shape, np.nan), where=ok)
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #09ce09a3
-def _weights(groups, rows: int, n: int, seed: int) -> np.ndarray:  # (n,rows) float64: how often each clip is in each resample
-    "Resamples of whole groups, with replacement. They depend on the names of the groups, not on the order of the rows."
+def _weights(groups, rows: int, n: int, seed: int) -> np.ndarray:  # (n,rows) float64
+    "How often each clip is in each resample of whole groups, drawn with replacement."
     groups = np.arange(rows) if groups is None else np.asarray([str(g) for g in groups])
-    if len(groups) != rows: raise MetricError("bootstrap", f"{len(groups)} group names for {rows} clips", "Give one for each clip.")
+    if len(groups) != rows:
+        raise MetricError("bootstrap", f"{len(groups)} group names for {rows} clips",
+                          "Give one for each clip.")
     names, member = np.unique(groups, return_inverse=True)
     G = len(names)
-    if G < 2: raise MetricError("bootstrap", "all clips are in one group", "An interval needs at least two groups, better forty.")
+    if G < 2:
+        raise MetricError("bootstrap", "all clips are in one group",
+                          "An interval needs at least two groups, better forty.")
     drawn = np.random.default_rng(seed).multinomial(G, np.full(G, 1 / G), size=n)        # (n,G)
     return drawn[:, member].astype(np.float64)
 
-def _per_value(x: np.ndarray, weights: np.ndarray) -> tuple:  # (R,V) weight of every distinct value, rising; (N,) each clip's value
+# %% ../../nbs/evaluation/35_metrics.ipynb #84064137
+def _per_value(x: np.ndarray, weights: np.ndarray) -> tuple:  # (R,V), (N,)
+    "The weight of every distinct value, rising; and which of them each clip has."
     values, place = np.unique(x, return_inverse=True)
     order = np.argsort(place, kind="stable")
-    return np.add.reduceat(weights[:, order], np.searchsorted(place[order], np.arange(len(values))), axis=1), place
+    starts = np.searchsorted(place[order], np.arange(len(values)))
+    return np.add.reduceat(weights[:, order], starts, axis=1), place
 
-def _weighted_ranks(x: np.ndarray, weights: np.ndarray) -> np.ndarray:  # (R,N) mean rank of every clip within every resample
+def _weighted_ranks(x: np.ndarray, weights: np.ndarray) -> np.ndarray:  # (R,N)
+    "The mean rank of every clip within every resample."
     per_value, place = _per_value(x, weights)
     return (per_value.cumsum(1) - (per_value - 1) / 2)[:, place]
 
@@ -158,18 +180,20 @@ def _weighted_srocc(p, t, w):
     a, b, total = _weighted_ranks(p, w), _weighted_ranks(t, w), w.sum(1, keepdims=True)
     a, b = a - (w * a).sum(1, keepdims=True) / total, b - (w * b).sum(1, keepdims=True) / total
     va, vb = (w * a * a).sum(1), (w * b * b).sum(1)
-    return np.divide((w * a * b).sum(1), np.sqrt(va * vb), out=np.full(len(w), np.nan), where=(va > 1e-9) & (vb > 1e-9))
+    return np.divide((w * a * b).sum(1), np.sqrt(va * vb), out=np.full(len(w), np.nan),
+                     where=(va > 1e-9) & (vb > 1e-9))
 
 def _weighted_plcc(p, t, w):
     p, t = ((x - x.mean()) / x.std() for x in (p, t))
     return _correlations(w, p[None], t)[:, 0]
 
+# %% ../../nbs/evaluation/35_metrics.ipynb #b6f60790
 def _weighted_plcc_logistic(p, t, w):
     p, t = ((x - x.mean()) / x.std() for x in (p, t))
     r = _correlations(w, _logistic_grid(p)[2], t)                        # (R,K)
     way = np.where(_correlations(w, p[None], t) < 0, -1, 1)              # (R,1)
     best = np.argmax(way * np.nan_to_num(r), axis=1)
-    return r[np.arange(len(r)), best]                                    # the curves all rise: a falling relation has r < 0
+    return r[np.arange(len(r)), best]  # the curves all rise: a falling relation has r < 0
 
 def _weighted_krcc(p, t, w):
     concordance = np.zeros(len(w))
@@ -180,7 +204,8 @@ def _weighted_krcc(p, t, w):
         counts = _per_value(x, w)[0]                                     # (R,V)
         return (w.sum(1) * (w.sum(1) - 1) - (counts * (counts - 1)).sum(1)) / 2
     a, b = untied(p), untied(t)
-    return np.divide(concordance, np.sqrt(a * b), out=np.full(len(w), np.nan), where=(a > 0) & (b > 0))
+    return np.divide(concordance, np.sqrt(a * b), out=np.full(len(w), np.nan),
+                     where=(a > 0) & (b > 0))
 
 def _weighted_mae(p, t, w): return w @ np.abs(p - t) / w.sum(1)
 def _weighted_rmse(p, t, w): return np.sqrt(w @ (p - t) ** 2 / w.sum(1))
@@ -188,17 +213,22 @@ def _weighted_challenge(p, t, w): return (_weighted_srocc(p, t, w) + _weighted_p
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #024f3f07
 METRICS = {  # name → on clips, on resamples
-    "srocc": (srocc, _weighted_srocc), "plcc": (plcc, _weighted_plcc), "plcc_logistic": (plcc_logistic, _weighted_plcc_logistic),
+    "srocc": (srocc, _weighted_srocc), "plcc": (plcc, _weighted_plcc),
+    "plcc_logistic": (plcc_logistic, _weighted_plcc_logistic),
     "krcc": (krcc, _weighted_krcc), "rmse": (rmse, _weighted_rmse), "mae": (mae, _weighted_mae),
     "challenge": (challenge, _weighted_challenge)}
-EVALUATED = ("srocc", "plcc", "plcc_logistic", "krcc", "rmse", "challenge")   # what `evaluate` reports
+# what `evaluate` reports
+EVALUATED = ("srocc", "plcc", "plcc_logistic", "krcc", "rmse", "challenge")
 
-def _resampled(name: str, pred, target, weights) -> np.ndarray:  # (R,) the metric of every resample, NaN where undefined
-    if name not in METRICS: raise MetricError(name, "there is no such metric", f"Known are {', '.join(METRICS)}.")
-    METRICS[name][0](pred, target)                                       # raises where the whole set has no value
+def _resampled(name: str, pred, target, weights) -> np.ndarray:  # (R,)
+    "The metric of every resample; NaN where it is undefined."
+    if name not in METRICS:
+        raise MetricError(name, "there is no such metric", f"Known are {', '.join(METRICS)}.")
+    METRICS[name][0](pred, target)  # raises where the whole set has no value
     p, t = np.asarray(pred, dtype=np.float64), np.asarray(target, dtype=np.float64)
     step = max(1, 4_000_000 // len(p))
-    return np.concatenate([METRICS[name][1](p, t, weights[i:i + step]) for i in range(0, len(weights), step)])
+    return np.concatenate([METRICS[name][1](p, t, weights[i:i + step])
+                           for i in range(0, len(weights), step)])
 
 def _interval(values: np.ndarray, what: str) -> tuple[float, float]:
     undefined = np.isnan(values).mean()
@@ -212,12 +242,14 @@ def _interval(values: np.ndarray, what: str) -> tuple[float, float]:
 def bootstrap(
     pred,                          # (N,) predicted scores
     target,                        # (N,) human scores
-    groups=None,                   # (N,) which clips belong together (the prompt); None: every clip alone
+    groups=None,                   # (N,) the prompt of each clip; None: every clip alone
     metrics=("srocc", "plcc"),     # names of METRICS
     n: int = 1000,                 # resamples
     seed: int = 0,
 ) -> dict[str, tuple[float, float]]:  # metric → low, high
-    "Percentile 95 % intervals from resampled groups (Efron & Tibshirani 1993, ch. 13; cluster bootstrap)."
+    """Gives percentile 95 % intervals from resampled groups.
+
+    This is the cluster bootstrap (Efron & Tibshirani 1993, ch. 13). Raises MetricError."""
     weights = _weights(groups, len(pred), n, seed)
     return {m: _interval(_resampled(m, pred, target, weights), m) for m in metrics}
 
@@ -229,34 +261,54 @@ def paired_bootstrap(
     metrics=("srocc", "plcc", "mae"),
     n: int = 1000, seed: int = 0,
 ) -> dict[str, tuple[float, float, float]]:  # metric → difference a − b, low, high
-    "Is a better than b? Both are computed on the same resamples, and their difference has the interval."
+    """Is a better than b? Both metrics are computed on the same resamples; the interval is that
+    of their difference. Raises MetricError."""
     weights, result = _weights(groups, len(target), n, seed), {}
     for m in metrics:
         a, b = (_resampled(m, p, target, weights) for p in (pred_a, pred_b))             # (n,) each
-        result[m] = METRICS[m][0](pred_a, target) - METRICS[m][0](pred_b, target), *_interval(a - b, f"difference of {m}")
+        result[m] = (METRICS[m][0](pred_a, target) - METRICS[m][0](pred_b, target),
+                     *_interval(a - b, f"difference of {m}"))
     return result
+
+# %% ../../nbs/evaluation/35_metrics.ipynb #c4ff840d
+def interval(values) -> dict:    # numbers of at least two seeds → mean, low, high, seeds
+    "The mean of several trainings and its 95 % t-interval, rounded to four digits."
+    from scipy.stats import t
+    x = np.asarray(values, float)
+    mean, half = float(x.mean()), t.ppf(.975, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x))
+    return {"mean": round(mean, 4), "low": round(float(x.mean() - half), 4),
+            "high": round(float(x.mean() + half), 4), "seeds": [round(float(v), 4) for v in x]}
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #3edbb35b
 def _indexed(frame: pd.DataFrame, what: str) -> pd.DataFrame:
-    "The table by video; `MetricError` without a name column, with a missing name, with a name twice."
+    "The table by video. Raises MetricError without a name column, for a lost or a double name."
     key = next((k for k in ("video_name", "video") if k in frame), None)
-    if key is None: raise MetricError(what, "no column `video_name` or `video`", f"Its columns are {', '.join(map(str, frame.columns))}.")
-    names = pd.Series(["" if pd.isna(n) else readable(str(n)) for n in frame[key]], frame.index, dtype=object)
-    if (lost := names == "").any(): raise MetricError(what, f"{lost.sum()} rows have no {key}", "Name every video.")
+    if key is None:
+        raise MetricError(what, "no column `video_name` or `video`",
+                          f"Its columns are {', '.join(map(str, frame.columns))}.")
+    names = pd.Series(["" if pd.isna(n) else readable(str(n)) for n in frame[key]], frame.index,
+                      dtype=object)
+    if (lost := names == "").any():
+        raise MetricError(what, f"{lost.sum()} rows have no {key}", "Name every video.")
     if (twice := names.duplicated()).any():
-        raise MetricError(what, f"videos stand in it twice: {_some(names[twice])}", "Leave one row for each.")
+        raise MetricError(what, f"videos stand in it twice: {_some(names[twice])}",
+                          "Leave one row for each.")
     return frame.set_axis(names, axis=0)
 
 def _some(names, at_most: int = 5) -> str:
     names = list(dict.fromkeys(map(str, names)))
-    return ", ".join(names[:at_most]) + (f" and {len(names) - at_most} more" if len(names) > at_most else "")
+    more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
+    return ", ".join(names[:at_most]) + more
 
-def _numbers(frame: pd.DataFrame, column: str, what: str) -> np.ndarray:  # (N,) float64, NaN where a cell is empty
-    "`MetricError` without the column, or where a cell holds something else."
-    if column not in frame: raise MetricError(what, f"no column `{column}`", f"Its columns are {', '.join(map(str, frame.columns))}.")
+def _numbers(frame: pd.DataFrame, column: str, what: str) -> np.ndarray:  # (N,) float64
+    "A column, NaN where a cell is empty. Raises MetricError where a cell holds anything else."
+    if column not in frame:
+        raise MetricError(what, f"no column `{column}`",
+                          f"Its columns are {', '.join(map(str, frame.columns))}.")
     values = [number(None if pd.isna(c) else c) for c in frame[column]]
     if bad := [n for n, x in zip(frame.index, values) if x is None or np.isinf(x)]:
-        raise MetricError(what, f"`{column}` holds no number for {_some(bad)}", "Correct it, or leave the cell empty.")
+        raise MetricError(what, f"`{column}` holds no number for {_some(bad)}",
+                          "Correct it, or leave the cell empty.")
     return np.array(values, np.float64)
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #7af8cf0f
@@ -265,31 +317,50 @@ def evaluate_frames(
     label_df: pd.DataFrame,      # human scores; may be the same table
     pred: str | None = None,     # column of predictions; with `target`
     target: str | None = None,   # column of human scores; names the result
-    group: str | None = None,    # column of clips that belong together, in the labels or else the predictions; None: every row alone
+    group: str | None = None,    # column of clips that belong together; None: every row alone
     n: int = 1000, seed: int = 0,
     names: tuple[str, str] = ("predictions", "labels"),  # for messages
-) -> dict:                       # {dimension: {n, srocc, plcc, plcc_logistic, krcc, rmse, challenge, ci: {metric: [low, high]}, reasons}}
-    """Metrics with intervals for two tables. What is not defined is None, and `reasons` says why, under the metric's name or `ci` and that name.
-    `MetricError` on unmatched rows and missing columns, and where nothing is defined."""
+) -> dict:  # dimension → n, EVALUATED, ci: {metric: [low, high]}, reasons
+    """Computes metrics with intervals for two tables.
+
+    What is not defined is None, and `reasons` says why, under the metric's name or `ci` and that
+    name. The group column may stand in either table. Raises MetricError for rows without a
+    partner, for missing columns, and where nothing is defined."""
     if (pred is None) != (target is None):
-        raise MetricError("evaluate", "one of the two columns --pred and --target is missing", "Give both, or neither for the five MOS columns.")
-    p, t = _indexed(pred_df, names[0]), _indexed(label_df, names[1])
-    for what, alone in ((names[0], p.index.difference(t.index)), (names[1], t.index.difference(p.index))):
-        if len(alone):
-            raise MetricError(what, f"{len(alone)} of its videos missing in the other file: {_some(alone)}", "Both need the same videos.")
-    p = p.loc[t.index]
-    columns = [(c, c, d) for c, d in zip(MOS_COLUMNS, DIMENSIONS)] if pred is None else [(pred, target, target)]
+        raise MetricError("evaluate", "one of the two columns --pred and --target is missing",
+                          "Give both, or neither for the five MOS columns.")
+    p, t = _matched(_indexed(pred_df, names[0]), _indexed(label_df, names[1]), names)
+    columns = ([(c, c, d) for c, d in zip(MOS_COLUMNS, DIMENSIONS)] if pred is None
+               else [(pred, target, target)])
     groups = None if group is None else _groups(t if group in t else p, group, names[1])
-    result = {name: _evaluate(_numbers(p, a, names[0]), _numbers(t, b, names[1]), groups, n, seed, t.index) for a, b, name in columns}
+    result = {}
+    for a, b, name in columns:
+        scores, labels = _numbers(p, a, names[0]), _numbers(t, b, names[1])
+        result[name] = _evaluate(scores, labels, groups, n, seed, t.index)
     if all(r[m] is None for r in result.values() for m in EVALUATED):
         name, r = next(iter(result.items()))
-        raise MetricError(f"{name}, {EVALUATED[0]}", r["reasons"][EVALUATED[0]], "Not one number is defined.")
+        raise MetricError(f"{name}, {EVALUATED[0]}", r["reasons"][EVALUATED[0]],
+                          "Not one number is defined.")
     return result
 
+# %% ../../nbs/evaluation/35_metrics.ipynb #15477b00
+def _matched(p: pd.DataFrame, t: pd.DataFrame, names) -> tuple[pd.DataFrame, pd.DataFrame]:
+    "Both tables by video, the predictions in the order of the labels."
+    for what, alone in ((names[0], p.index.difference(t.index)),
+                        (names[1], t.index.difference(p.index))):
+        if len(alone):
+            raise MetricError(
+                what, f"{len(alone)} of its videos missing in the other file: {_some(alone)}",
+                "Both need the same videos.")
+    return p.loc[t.index], t
+
 def _groups(frame: pd.DataFrame, column: str, what: str) -> pd.Series:
-    if column not in frame: raise MetricError(what, f"no column `{column}` here or in the predictions", "Name one that is there.")
+    if column not in frame:
+        raise MetricError(what, f"no column `{column}` here or in the predictions",
+                          "Name one that is there.")
     if (lost := frame[column].isna() | (frame[column] == "")).any():
-        raise MetricError(what, f"`{column}` is empty for {_some(frame.index[lost])}", "Every row needs a group.")
+        raise MetricError(what, f"`{column}` is empty for {_some(frame.index[lost])}",
+                          "Every row needs a group.")
     return frame[column]
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #6be76d9d
@@ -301,12 +372,15 @@ def or_reason(reasons: dict, key: str, compute):  # what it computes
 def _evaluate(pred, target, groups, n, seed, names) -> dict:
     reasons = {}
     if (holes := np.isnan(pred) | np.isnan(target)).any():
-        reasons = dict.fromkeys(EVALUATED, f"there is no number for {_some(np.asarray(names)[holes])}")
-        return {"n": len(target), **dict.fromkeys(EVALUATED), "ci": dict.fromkeys(EVALUATED), "reasons": reasons}
+        why = f"there is no number for {_some(np.asarray(names)[holes])}"
+        return {"n": len(target), **dict.fromkeys(EVALUATED), "ci": dict.fromkeys(EVALUATED),
+                "reasons": dict.fromkeys(EVALUATED, why)}
+    def resampled(m): return list(bootstrap(pred, target, groups, [m], n, seed)[m])
     values = {m: or_reason(reasons, m, lambda m=m: METRICS[m][0](pred, target)) for m in EVALUATED}
-    defined = [m for m in EVALUATED if values[m] is not None]
-    intervals = {m: or_reason(reasons, f"ci {m}", lambda m=m: list(bootstrap(pred, target, groups, [m], n, seed)[m])) for m in defined}
-    return {"n": len(target), **values, "ci": {m: intervals.get(m) for m in EVALUATED}, "reasons": reasons}
+    intervals = {m: or_reason(reasons, f"ci {m}", lambda m=m: resampled(m))
+                 for m in EVALUATED if values[m] is not None}
+    return {"n": len(target), **values, "ci": {m: intervals.get(m) for m in EVALUATED},
+            "reasons": reasons}
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #714a0613
 def evaluate_files(
@@ -316,20 +390,23 @@ def evaluate_files(
     n: int = 1000, seed: int = 0,
     encoding: str | None = None, # of both; None: UTF-8, or UTF-16 with its mark
 ) -> dict:                       # as of `evaluate_frames`
-    "`evaluate_frames` on two files: the work of `qualivision evaluate`. Raises `MetricError`, `FileError`."
+    "Runs `evaluate_frames` on two files: `qualivision evaluate`. Raises MetricError, FileError."
     tables = (read_table(f, encoding) for f in (predictions, labels))
-    return evaluate_frames(*tables, pred, target, group, n, seed, names=(str(predictions), str(labels)))
+    return evaluate_frames(*tables, pred, target, group, n, seed,
+                           names=(str(predictions), str(labels)))
 
 def format_metrics(
     result: dict,                # as of `evaluate_frames`
 ) -> str:                        # lines of plain text: a row for each metric and dimension
-    "The result for people: values with their 95 % intervals, a dash and the reason where there is none."
+    "The result for people: values with 95 % intervals; a dash and the reason where there is none."
     width = max(9, *(len(d) for d in result))
     lines = [f"{'dimension':{width}}  {'metric':13}  {'value':>8}  95 % interval"]
     for dimension, r in result.items():
         for i, m in enumerate(EVALUATED):
             value, ci = "-" if r[m] is None else f"{r[m]:.4f}", r["ci"][m]
+            span = f"{ci[0]:.4f} to {ci[1]:.4f}" if ci else "-"
             n = f"   n = {r['n']}" if not i else ""
             why = "" if ci else f"   {r['reasons'].get(m) or r['reasons'][f'ci {m}']}"
-            lines.append(f"{dimension if not i else '':{width}}  {m:13}  {value:>8}  {f'{ci[0]:.4f} to {ci[1]:.4f}' if ci else '-'}{n}{why}")
+            name = dimension if not i else ""
+            lines.append(f"{name:{width}}  {m:13}  {value:>8}  {span}{n}{why}")
     return "\n".join(lines)

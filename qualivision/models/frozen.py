@@ -28,22 +28,25 @@ from ..quality import Caught, Tally, caught
 # %% ../../nbs/models/24_frozen.ipynb #a5acb2a9
 @dataclass(frozen=True)
 class FreezeReport:
-    "What is frozen, and what learns."
+    "The parts that are frozen, and those that learn."
     layers_frozen: int       # of the encoder
     layers: int
     frozen: int              # parameters (numbers, not tensors)
     trainable: int
 
     @property
-    def ratio(self) -> float: return self.frozen / max(self.frozen + self.trainable, 1)     # of the parameters, 0–1
+    def ratio(self) -> float:   # 0–1
+        "The frozen share of the parameters."
+        return self.frozen / max(self.frozen + self.trainable, 1)
 
     def __str__(self):
-        return (f"{self.layers_frozen} of {self.layers} layers frozen: {self.frozen:,} parameters of {self.frozen + self.trainable:,} "
-                f"({self.ratio:.1%}); {self.trainable:,} learn")
+        total = self.frozen + self.trainable
+        return (f"{self.layers_frozen} of {self.layers} layers frozen: {self.frozen:,} parameters "
+                f"of {total:,} ({self.ratio:.1%}); {self.trainable:,} learn")
 
 
 class _StaysInEval:
-    "What takes the place of a frozen module's `train`."
+    "Replaces the method `train` of a frozen module."
     def __init__(self, module): self.module = module
     def __call__(self, mode=True): return self.module
 
@@ -58,6 +61,7 @@ def freeze_module(module: nn.Module, frozen=True):
 
 # %% ../../nbs/models/24_frozen.ipynb #a4d99c17
 FEATURE_FORMAT = 2     # raise it when the files change their meaning
+LARGE = 10**9          # bytes of weights from which on an encoder has the machine to itself
 
 
 def state_hash(*modules: nn.Module) -> str:   # 64 hex digits
@@ -67,92 +71,13 @@ def state_hash(*modules: nn.Module) -> str:   # 64 hex digits
         for name, value in sorted(module.state_dict().items()):
             value = value.detach().cpu().contiguous()
             sha.update(f"{i} {name} {tuple(value.shape)} {value.dtype}".encode())
-            sha.update(value.flatten().view(torch.uint8).numpy() if value.ndim else str(value.item()).encode())
+            if value.ndim: sha.update(value.flatten().view(torch.uint8).numpy())
+            else: sha.update(str(value.item()).encode())
     return sha.hexdigest()
 
-
-class FeatureCache:
-    "What a frozen part makes of each video, on disk."
-    def __init__(self,
-                 folder,           # cache folder; encoders and samplings may share it
-                 clips,            # `ClipCache` or `DecodeEachTime`: where frames come from
-                 model):           # with `frozen_key() -> str` and `prefix(frames (1,3,T,H,W) uint8) -> dict[str, Tensor]`
-        from qualivision.files import FileHashes      # with pandas, which a score does not need
-        self.clips, self.model, self.hashes = clips, model, FileHashes(folder)
-        self.device, self.size = next(model.parameters()).device, sum(p.nbytes for p in model.parameters())
-        self.alone = self.device.type != "cpu" or self.size > LARGE                        # in this process, with all its threads
-        threads = f" {torch.get_num_threads()} threads" if self.alone and self.device.type == "cpu" else ""
-        self.key = f"{clips.sampling.key()} {model.frozen_key()} v{FEATURE_FORMAT}{threads}"
-        self.folder = Path(folder)/f"features-{hashlib.sha256(self.key.encode()).hexdigest()[:16]}"
-
-    def file(self, path, flip=False) -> Path:
-        "Where the features of this video lie, or would lie."
-        sha = self.hashes(path)
-        return self.folder/sha[:2]/f"{sha}{'-flip' * flip}.safetensors"
-
-    def get(self, path, flip=False) -> dict[str, Tensor]:
-        "The features of a video, memory-mapped, without the axis of the batch. Raises `DatasetError` where they were not built."
-        features = _open_features(self.file(path, flip))
-        from qualivision.data.dataset import DatasetError
-        if features is None: raise DatasetError(path, "its features are not in the cache, or their file is damaged", "Call `build` first.")
-        return features
-
-    def build(self, paths, flips=(False,), progress=True,
-              workers=None     # processes beside this one; None: as many as there are cores and room for; 0: none
-             ) -> int:         # how many were computed
-        "Compute and store what is missing. Raises the error of a bad video, `DatasetError` for several or a process that died, `FileError`."
-        asked = [(p, flip) for p in dict.fromkeys(map(str, paths)) for flip in flips]
-        todo = list({self.file(*job): job for job in asked if _open_features(self.file(*job)) is None}.values())
-        self.hashes.save()
-        if not todo: return 0
-        check_place(self.folder/"features")
-        tally, bad = Tally(), {}
-        with ExitStack() as stack:
-            each = self._each(min(self._helpers() if workers is None else workers, len(todo) - 1), stack)
-            bar = stack.enter_context(Meter("features", len(todo), progress))              # after the processes: it has a thread
-            with caught(todo[0][0]) as first: size = self.make(*todo[0])
-            if not first: check_room(self.folder, size * len(todo), f"the features of {len(todo)} videos")
-            for (path, _), found in zip(todo, chain([first], each(todo[1:]))):             # a bad video does not stop the others
-                tally.add(found)
-                if found: bad[path] = found.error
-                bar.step()
-        if bad: _raise(list(bad.values()))
-        return len(todo)
-
-    def make(self, path, flip=False) -> int:       # bytes
-        "Compute and store the features of one video."
-        with nullcontext() if self.alone else one_thread(), torch.no_grad():
-            features = self.model.prefix(self.clips.get(path, flip).unsqueeze(0).to(self.device))
-        features = {k: v[0].cpu().contiguous() for k, v in features.items()}
-        save_tensors(self.file(path, flip), features, sync=False)
-        return sum(v.nbytes for v in features.values())
-
-    def _helpers(self) -> int:
-        "How many processes may help: as many as there are cores and room for, and none where one core is all there is."
-        import psutil
-        room = psutil.virtual_memory().available // (2 * 10**9 + 2 * self.size)            # bytes of a process, with what it decodes
-        return n if (n := min(cores(), room)) > 1 else 0
-
-    def _each(self, count, stack):
-        "A function from jobs to their outcomes, in order."
-        if self.alone or count < 1: return lambda jobs: (_made(job, self) for job in jobs)
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")      # fork: the weights are shared
-        pool = stack.enter_context(ProcessPoolExecutor(count, context, _enter, (self,)))
-        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        pool.submit(int).result()                                                          # the processes begin here
-        def each(jobs):
-            try: yield from pool.map(_made, jobs)
-            except BrokenProcessPool as e:
-                from qualivision.data.dataset import DatasetError
-                raise DatasetError(self.folder, "a process that computed features died, most likely for want of memory",
-                                   "What is computed is kept. Close other programs, or use fewer processes (workers: 0).") from e
-        return each
-
-
-LARGE = 10**9      # bytes of weights
-
-
+# %% ../../nbs/models/24_frozen.ipynb #d68911df
 def _enter(cache):
+    "Prepares a process that helps."
     torch.set_num_threads(1)
     _made.cache = cache
 
@@ -163,16 +88,131 @@ def _made(job, cache=None) -> Caught:
     return found
 
 
+def _helped(cache, count: int, stack: ExitStack):   # function: jobs → their outcomes, in order
+    "Starts processes that compute features; the stack ends them."
+    start = "fork" if sys.platform == "linux" else "spawn"         # fork: the weights are shared
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context(start), _enter, (cache,))
+    stack.enter_context(pool)
+    stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+    pool.submit(int).result()                                       # the processes begin here
+
+    def each(jobs):
+        try: yield from pool.map(_made, jobs)
+        except BrokenProcessPool as e:
+            from qualivision.data.dataset import DatasetError
+            cause = "a process that computed features died, most likely for want of memory"
+            remedy = ("What is computed is kept. "
+                      "Close other programs, or use fewer processes (workers: 0).")
+            raise DatasetError(cache.folder, cause, remedy) from e
+    return each
+
+
 def _raise(bad: list, show=8):
-    "One error for all videos without features."
+    "Raises one error for all videos without features."
     from qualivision.data.dataset import DatasetError
     if len(bad) == 1: raise bad[0]
-    lines = [f"  {e}" for e in bad[:show]] + [f"  … and {len(bad) - show} more"] * (len(bad) > show)
-    raise DatasetError("features", f"{len(bad)} videos have none\n" + "\n".join(lines), "Replace or remove them; those of all others are stored.")
+    rows = [f"  {e}" for e in bad[:show]]
+    if len(bad) > show: rows.append(f"  … and {len(bad) - show} more")
+    raise DatasetError("features", f"{len(bad)} videos have none\n" + "\n".join(rows),
+                       "Replace or remove them; those of all others are stored.")
 
-
-def _open_features(file):
-    "The tensors of a whole file; None where there is none."
+# %% ../../nbs/models/24_frozen.ipynb #6d8071da
+def _open_features(file) -> dict[str, Tensor] | None:
+    "The tensors of a whole file, memory-mapped; None where there is none."
     try:
         with safe_open(file, framework="pt") as f: return {k: f.get_tensor(k) for k in f.keys()}
     except (FileNotFoundError, SafetensorError): return None
+
+
+class _FeatureFiles:
+    "Where the features of videos lie, and reading them."
+    def __init__(self,
+                 folder,           # cache folder; encoders and samplings may share it
+                 key: str):        # everything but the video that features depend on
+        from qualivision.files import FileHashes      # with pandas, which a score does not need
+        self.key, self.hashes = key, FileHashes(folder)
+        self.folder = Path(folder)/f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    def file(self, path, flip=False) -> Path:
+        "Where the features of this video lie, or would lie."
+        sha = self.hashes(path)
+        return self.folder/sha[:2]/f"{sha}{'-flip' * flip}.safetensors"
+
+    def get(self, path, flip=False) -> dict[str, Tensor]:
+        "The features of a video, without a batch axis. Raises `DatasetError` if there are none."
+        features = _open_features(self.file(path, flip))
+        if features is not None: return features
+        from qualivision.data.dataset import DatasetError
+        raise DatasetError(path, "its features are not in the cache, or their file is damaged",
+                           "Call `build` first.")
+
+    def missing(self, paths, flips) -> list[tuple[str, bool]]:   # (video, mirrored)
+        "The jobs that are still to do, each file once."
+        asked = [(p, flip) for p in dict.fromkeys(map(str, paths)) for flip in flips]
+        todo = {self.file(*job): job for job in asked if _open_features(self.file(*job)) is None}
+        self.hashes.save()
+        return list(todo.values())
+
+# %% ../../nbs/models/24_frozen.ipynb #c5208d7b
+def _helpers(size: int      # bytes of the weights
+            ) -> int:
+    "How many processes may help, by cores and memory; none where one core is all there is."
+    import psutil
+    each = 2 * 10**9 + 2 * size                         # bytes of a process, with what it decodes
+    count = min(cores(), psutil.virtual_memory().available // each)
+    return count if count > 1 else 0
+
+
+def _outcomes(cache, todo: list, workers: int | None, progress: bool):   # (video, outcome), …
+    "Compute and store features. Raises `FileError` after the first video if all cannot fit."
+    tally, (first, *others) = Tally(), todo
+    with ExitStack() as stack:
+        count = min(_helpers(cache.size) if workers is None else workers, len(others))
+        if cache.alone or count < 1: outcomes = (_made(job, cache) for job in others)
+        else: outcomes = _helped(cache, count, stack)(others)
+        bar = stack.enter_context(Meter("features", len(todo), progress))      # it has a thread
+        with caught(first[0]) as found: size = cache.make(*first)
+        if not found:
+            check_room(cache.folder, size * len(todo), f"the features of {len(todo)} videos")
+        for (path, _), found in zip(todo, chain([found], outcomes)):
+            tally.add(found)
+            bar.step()
+            yield path, found
+
+# %% ../../nbs/models/24_frozen.ipynb #15ebd8aa
+class FeatureCache(_FeatureFiles):
+    "The outputs of a frozen part for each video, on disk."
+    def __init__(self,
+                 folder,    # cache folder; encoders and samplings may share it
+                 clips,     # `ClipCache` or `DecodeEachTime`: where frames come from
+                 model):    # frozen_key() → str, prefix((1,3,T,H,W) uint8) → dict of tensors
+        self.clips, self.model = clips, model
+        self.device = next(model.parameters()).device
+        self.size = sum(p.nbytes for p in model.parameters())
+        on_cpu = self.device.type == "cpu"
+        self.alone = not on_cpu or self.size > LARGE        # in this process, with all threads
+        threads = f" {torch.get_num_threads()} threads" if self.alone and on_cpu else ""
+        key = f"{clips.sampling.key()} {model.frozen_key()} v{FEATURE_FORMAT}{threads}"
+        super().__init__(folder, key)
+
+    def make(self, path, flip=False) -> int:       # bytes
+        "Compute and store the features of one video."
+        with nullcontext() if self.alone else one_thread(), torch.no_grad():
+            frames = self.clips.get(path, flip).unsqueeze(0)                   # (1,3,T,H,W)
+            features = self.model.prefix(frames.to(self.device))
+        features = {k: v[0].cpu().contiguous() for k, v in features.items()}
+        save_tensors(self.file(path, flip), features, sync=False)
+        return sum(v.nbytes for v in features.values())
+
+    def build(self, paths, flips=(False,), progress=True,
+              workers=None     # processes beside this one; None: as cores and memory allow; 0: none
+             ) -> int:         # how many were computed
+        "Compute and store what is missing. Raises `DatasetError`, `FileError`, a video's error."
+        todo = self.missing(paths, flips)
+        if not todo: return 0
+        check_place(self.folder/"features")
+        bad = {}
+        for path, found in _outcomes(self, todo, workers, progress):
+            if found: bad[path] = found.error
+        if bad: _raise(list(bad.values()))
+        return len(todo)

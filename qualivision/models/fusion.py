@@ -7,22 +7,25 @@ __all__ = ['ASPECTS', 'aspect_classifier', 'fusion_layers', 'SingleTokenFusion',
 
 # %% ../../nbs/models/26_fusion.ipynb #81bb82d9
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..quality import QualiVisionError
 
 # %% ../../nbs/models/26_fusion.ipynb #7e7ef263
-ASPECTS = ("traditional", "alignment", "aesthetic", "temporal")     # the order of the quality weights (B,4)
+ASPECTS = ("traditional", "alignment", "aesthetic", "temporal")     # order of the weights (B,4)
 
 
-def aspect_classifier(text_dim, width, dropout):
-    "Prompt embedding → four logits, one per aspect."
-    return nn.Sequential(nn.Linear(text_dim, width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(width, len(ASPECTS)))
+def aspect_classifier(text_dim: int, width: int, dropout: float) -> nn.Sequential:
+    "Prompt embedding (B,text_dim) → four logits (B,4), one per aspect."
+    return nn.Sequential(nn.Linear(text_dim, width), nn.ReLU(), nn.Dropout(dropout),
+                         nn.Linear(width, len(ASPECTS)))
 
 
-def fusion_layers(width_in, width, dropout, out):
-    "Concatenated features → fused features."
-    return nn.Sequential(nn.LayerNorm(width_in), nn.Linear(width_in, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, out), nn.GELU())
+def fusion_layers(width_in: int, width: int, dropout: float, out: int) -> nn.Sequential:
+    "Concatenated features (B,width_in) → fused features (B,out)."
+    return nn.Sequential(nn.LayerNorm(width_in), nn.Linear(width_in, width), nn.GELU(),
+                         nn.Dropout(dropout), nn.Linear(width, out), nn.GELU())
 
 # %% ../../nbs/models/26_fusion.ipynb #24294ee5
 class SingleTokenFusion(nn.Module):
@@ -41,14 +44,16 @@ class SingleTokenFusion(nn.Module):
         self.text_proj = nn.Linear(text_dim, width)
         self.fusion_layer = fusion_layers(2 * width, width, dropout, out)
 
-    def attend(self, pooled: Tensor, text: Tensor) -> Tensor:            # (B,Dp), (B,Dt)
+    def attend(self, pooled: Tensor, text: Tensor) -> Tensor:             # (B,Dp), (B,Dt)
         "What the prompt finds in the video: (B,W)."
-        query, key = self.text_proj(text).unsqueeze(1), self.dover_proj(pooled).unsqueeze(1)    # (B,1,W), (B,1,W)
-        return self.cross_attention(query, key, key, need_weights=False)[0].squeeze(1)          # (B,W)
+        query = self.text_proj(text).unsqueeze(1)                         # (B,1,W)
+        key = self.dover_proj(pooled).unsqueeze(1)                        # (B,1,W)
+        return self.cross_attention(query, key, key, need_weights=False)[0].squeeze(1)    # (B,W)
 
-    def forward(self, tokens: Tensor, pooled: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:   # the tokens are not used
-        both = torch.cat([self.attend(pooled, text), self.text_proj(text)], 1)                  # (B,2W)
-        return self.fusion_layer(both), self.quality_classifier(text).softmax(1)                # (B,out), (B,4)
+    def forward(self, tokens, pooled: Tensor, text: Tensor):              # the tokens are not used
+        "Fused features (B,out) and quality weights (B,4)."
+        both = torch.cat([self.attend(pooled, text), self.text_proj(text)], 1)            # (B,2W)
+        return self.fusion_layer(both), self.quality_classifier(text).softmax(1)
 
 # %% ../../nbs/models/26_fusion.ipynb #f26a8a3a
 class QualityAwareFusion(nn.Module):
@@ -61,12 +66,14 @@ class QualityAwareFusion(nn.Module):
                  dropout=0.1,           # in training
                  out=256,               # width of the fused features
                  pooled_dim=None,       # width Dp of the pooled video features; None: Dv
-                 places=0,              # tokens N of the grid, to learn a vector for each place; 0: none
-                 prompt_dropout=0.):    # of the prompt's own features, in training: high where few prompts invite to learn them by heart
+                 places=0,              # tokens N of the grid, for a vector at each place; 0: none
+                 prompt_dropout=0.):    # of the prompt's own features: against learning by heart
         super().__init__()
         A = len(ASPECTS)
         if width % A or width % heads:
-            raise QualiVisionError(f"fusion width {width}", f"it cannot be divided among {A} aspects and {heads} heads", "Choose a common multiple.")
+            raise QualiVisionError(f"fusion width {width}",
+                                   f"it cannot be divided among {A} aspects and {heads} heads",
+                                   "Choose a common multiple.")
         self.quality_classifier = aspect_classifier(text_dim, width, dropout)
         self.text_norm, self.text_proj = nn.LayerNorm(text_dim), nn.Linear(text_dim, width)
         self.token_norm, self.dover_proj = nn.LayerNorm(video_dim), nn.Linear(video_dim, width)
@@ -80,26 +87,34 @@ class QualityAwareFusion(nn.Module):
         self.prompt_dropout = nn.Dropout(prompt_dropout)
         self.fusion_layer = fusion_layers(4 * width, width, dropout, out)
 
-    def forward(self,
-                tokens: Tensor,         # (B,N,Dv) the grid of video tokens
-                pooled: Tensor,         # (B,Dp) pooled video features
-                text: Tensor,           # (B,Dt) embedding of the prompt
-                weights=None            # (B,4) quality weights to use in place of the prompt's own
-               ) -> tuple[Tensor, Tensor]:   # fused (B,out); quality weights (B,4), 0–1, of sum 1
-        text = self.text_norm(text)                                                      # (B,Dt)
-        if weights is None: weights = self.quality_classifier(text).softmax(1)           # (B,4)
-        prompt, video = self.text_proj(text), self.pooled_proj(pooled)                   # (B,W), (B,W)
-        answer = self.answer_norm(self.attend(tokens, prompt)[0])                        # (B,4,W)
-        slots = torch.einsum("baw,aws->bas", answer, self.slots)                         # (B,4,W/4)
-        gated = (len(ASPECTS) * weights.unsqueeze(2) * slots).flatten(1)                 # (B,W)   here the weights act
-        match = answer.mean(1) * prompt                                                  # (B,W)
-        parts = [norm(part) for norm, part in zip(self.part_norms, (gated, match, prompt, video))]
-        parts[2] = self.prompt_dropout(parts[2])
-        return self.fusion_layer(torch.cat(parts, 1)), weights                           # (B,out), (B,4)
+# %% ../../nbs/models/26_fusion.ipynb #f05c7ef0
+@patch
+def forward(self: QualityAwareFusion,
+            tokens: Tensor,         # (B,N,Dv) the grid of video tokens
+            pooled: Tensor,         # (B,Dp) pooled video features
+            text: Tensor,           # (B,Dt) embedding of the prompt
+            weights=None            # (B,4) quality weights to use instead of the prompt's own
+           ) -> tuple[Tensor, Tensor]:   # fused (B,out); quality weights (B,4), 0–1, of sum 1
+    "Fused features of a video under a prompt, and the weights that gated them."
+    text = self.text_norm(text)                                               # (B,Dt)
+    if weights is None: weights = self.quality_classifier(text).softmax(1)    # (B,4)
+    prompt, video = self.text_proj(text), self.pooled_proj(pooled)            # (B,W), (B,W)
+    answer = self.answer_norm(self.attend(tokens, prompt)[0])                 # (B,4,W)
+    slots = torch.einsum("baw,aws->bas", answer, self.slots)                  # (B,4,W/4)
+    gated = (len(ASPECTS) * weights.unsqueeze(2) * slots).flatten(1)          # (B,W)  weights act
+    match = answer.mean(1) * prompt                                           # (B,W)
+    parts = [norm(part) for norm, part in zip(self.part_norms, (gated, match, prompt, video))]
+    parts[2] = self.prompt_dropout(parts[2])
+    return self.fusion_layer(torch.cat(parts, 1)), weights                    # (B,out), (B,4)
 
-    def attend(self, tokens: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor]:           # (B,N,Dv), (B,W)
-        "Each aspect's answer (B,4,W), and where it looked (B,4,N)."
-        query = prompt.unsqueeze(1) + self.aspects                                       # (B,4,W)
-        key = self.dover_proj(self.token_norm(tokens))                                   # (B,N,W)
-        if self.places is not None: key = key + self.places
-        return self.cross_attention(query, key, key)                                     # (B,4,W), (B,4,N)
+
+@patch
+def attend(self: QualityAwareFusion,
+           tokens: Tensor,          # (B,N,Dv)
+           prompt: Tensor           # (B,W) projected
+          ) -> tuple[Tensor, Tensor]:
+    "Each aspect's answer (B,4,W), and where it looked (B,4,N)."
+    query = prompt.unsqueeze(1) + self.aspects                                # (B,4,W)
+    key = self.dover_proj(self.token_norm(tokens))                            # (B,N,W)
+    if self.places is not None: key = key + self.places
+    return self.cross_attention(query, key, key)                              # (B,4,W), (B,4,N)

@@ -18,7 +18,6 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
-
 from ..files import (
     PACKAGE, Meter, check_room, file_sha256, read_text, sync_to_disk, write_whole, writing)
 from .weights import WeightsError
@@ -37,51 +36,71 @@ class Entry:
     shipped: str = ""           # a folder of this repository, restored by DVC
     bytes: int | None = None    # None: not known beforehand
     sha256: str | None = None   # None: the first download records it
-    beside: tuple = ()          # patterns of what is fetched with it, of a hub repository
+    beside: tuple = ()          # patterns of what else is fetched from a hub repository
 
     @property
     def address(self) -> str:
-        if self.shipped: return f"{self.shipped}/{self.file}, by dvc pull {self.shipped.split('/')[0]}.dvc"
+        if self.shipped:
+            top = self.shipped.split("/")[0]
+            return f"{self.shipped}/{self.file}, by dvc pull {top}.dvc"
         return self.url or f"https://huggingface.co/{self.repo}/resolve/{self.revision}/{self.file}"
 
 
 S_LAB = "S-Lab License 1.0: non-commercial use only"
 _SSV2 = "; then Something-Something v2, kinds of motion"
-_WITH = ("*.json", "*.txt", "*.safetensors")                  # configuration and tokeniser; no pickles, no ONNX copies
+_WITH = ("*.json", "*.txt", "*.safetensors")       # also the tokeniser; no pickles, no ONNX copies
 
 
-def _vjepa2(name, licence, revision, labels=""):
+def _ours(model):
+    "A body of our own pretraining, in this repository."
+    seen = "7,680 simulated clips with known causes; no opinions, no real video"
+    return Entry(f"qualivision/{model}-embedded", "model.safetensors", "MIT", seen,
+                 shipped=f"pretrained/{model}")
+
+
+def _hub(repo, licence, trained_on, revision):
+    "A repository of the hub, named as there."
+    return Entry(repo, "model.safetensors", licence, trained_on, repo, revision, beside=_WITH)
+
+
+def _vjepa2(size, licence, revision, labels=""):
     seen = "VideoMix22M, 22 million videos and pictures, without labels" + labels
-    return Entry(f"facebook/vjepa2-{name}", "model.safetensors", licence, seen, f"facebook/vjepa2-{name}", revision, beside=_WITH)
+    return _hub(f"facebook/vjepa2-{size}", licence, seen, revision)
 
+# %% ../../nbs/models/21_store.ipynb #e93e62fd
+_DOVER_DATA = "LSVQ (train), one opinion score a video"
+_DOVER_PLUS_DATA = ("LSVQ (train) and DIVIDE-MaxWell (train), which holds DIVIDE-3k: "
+                   "aesthetic, technical and overall opinions")
+_MOBILE_DATA = "data not stated; published beside DOVER, which was trained on LSVQ (train)"
+_MOBILE = "https://github.com/VQAssessment/DOVER/releases/download/v0.5.0/DOVER-Mobile.pth"
 
 REGISTRY = {e.name: e for e in (
-    *(Entry(f"qualivision/{m}-embedded", "model.safetensors", "MIT", "7,680 simulated clips with known causes; no opinions, no real video",
-            shipped=f"pretrained/{m}") for m in ("dover", "vjepa2")),
-    Entry("dover", "DOVER.pth", S_LAB, "LSVQ (train), one opinion score a video", repo="teowu/DOVER"),
-    Entry("dover++", "DOVER_plus_plus.pth", S_LAB,
-          "LSVQ (train) and DIVIDE-MaxWell (train), which holds DIVIDE-3k: aesthetic, technical and overall opinions",
-          repo="teowu/DOVER"),
-    Entry("dover-mobile", "DOVER-Mobile.pth", S_LAB, "data not stated; published beside DOVER, which was trained on LSVQ (train)",
-          url="https://github.com/VQAssessment/DOVER/releases/download/v0.5.0/DOVER-Mobile.pth"),
-    Entry("cover", "COVER.pth", "MIT", "data not stated; its published results are on YouTube-UGC",
+    _ours("dover"),
+    _ours("vjepa2"),
+    Entry("dover", "DOVER.pth", S_LAB, _DOVER_DATA, repo="teowu/DOVER"),
+    Entry("dover++", "DOVER_plus_plus.pth", S_LAB, _DOVER_PLUS_DATA, repo="teowu/DOVER"),
+    Entry("dover-mobile", "DOVER-Mobile.pth", S_LAB, _MOBILE_DATA, url=_MOBILE),
+    Entry("cover", "COVER.pth", "MIT",
+          "data not stated; its published results are on YouTube-UGC",
           url="https://github.com/vztu/COVER/raw/release/Model/COVER.pth", bytes=262_292_246,
           sha256="43a0fc777fe46e5e0513c50bf4b3dc5343fc82214e8f6e66b2bc068f0755875e"),
-    Entry("openai/clip-vit-large-patch14", "model.safetensors", "MIT", "400 million pictures and captions from the internet",
-          repo="openai/clip-vit-large-patch14", revision="32bd64288804d66eefd0ccbe215aa642df71cc41", beside=_WITH),
+    _hub("openai/clip-vit-large-patch14", "MIT",
+         "400 million pictures and captions from the internet",
+         "32bd64288804d66eefd0ccbe215aa642df71cc41"),
     _vjepa2("vitl-fpc64-256", "MIT", "b3c1679b7c34d3255ef3547f27c7b226aefab26f"),
     _vjepa2("vith-fpc64-256", "MIT", "b5eac8703e3efdc1547fbb6ddfbeb133dc0bdee5"),
     _vjepa2("vitg-fpc64-256", "Apache-2.0", "875c192b7b704b87d1e1d99345769632dd5f739a"),
     _vjepa2("vitg-fpc64-384", "Apache-2.0", "12ca91694b230e0d4b5b0078af6f4ae1d51e933d"),
     _vjepa2("vitl-fpc16-256-ssv2", "MIT", "4aa02df83918538fc21cfaf576382fa20e489a80", _SSV2),
     _vjepa2("vitg-fpc64-384-ssv2", "MIT", "9f5fd615cb6f79065a28edcf1cc3ef25010dddfa", _SSV2),
-    Entry("BAAI/bge-large-en-v1.5", "model.safetensors", "MIT", "pairs of English texts", repo="BAAI/bge-large-en-v1.5",
-          revision="d4aa6901d3a41ba39fb536a557fa166f842b0e09", beside=_WITH))}
+    _hub("BAAI/bge-large-en-v1.5", "MIT", "pairs of English texts",
+         "d4aa6901d3a41ba39fb536a557fa166f842b0e09"))}
 
 
 def is_published(name) -> bool:
-    "True if the registry has weights of that name."
+    "True if the registry has weights of that name, in any case."
     return str(name).lower() in {known.lower() for known in REGISTRY}
+
 
 def entry(name: str) -> Entry:
     "An entry of the registry by its name, in any case. Raises `WeightsError`."
@@ -93,195 +112,270 @@ def entry(name: str) -> Entry:
 
 # %% ../../nbs/models/21_store.ipynb #08bd5993
 def weights_folder() -> Path:
-    "Where weights are kept: $QUALIVISION_WEIGHTS, or qualivision/ in the user's cache."
-    return Path(os.environ.get("QUALIVISION_WEIGHTS") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qualivision")
+    "The folder for weights: $QUALIVISION_WEIGHTS, or qualivision/ in the user's cache."
+    if own := os.environ.get("QUALIVISION_WEIGHTS"): return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qualivision"
 
 
 def _hashes(folder: Path) -> dict:
+    "The recorded SHA-256 of each name."
     path = folder / "hashes.json"
     try: return json.loads(read_text(path)) if path.exists() else {}
-    except ValueError as e: raise WeightsError(path, f"this is not JSON ({e})", "Remove it; hashes are recorded anew.") from e
+    except ValueError as e:
+        raise WeightsError(path, f"this is not JSON ({e})",
+                           "Remove it; hashes are recorded anew.") from e
 
 
 @contextmanager
 def _alone(folder: Path, what: str):
-    "Of several processes one at a time. Raises `WeightsError` where nothing can be written."
+    "Lets one process at a time in. Raises `WeightsError` where nothing can be written."
     from filelock import FileLock
     lock = FileLock(folder / f"{what.replace('/', '--')}.lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as e:
-        raise WeightsError(folder, f"nothing can be written there ({e.strerror or e})", "Set $QUALIVISION_WEIGHTS to a folder of your own.") from e
+        raise WeightsError(folder, f"nothing can be written there ({e.strerror or e})",
+                           "Set $QUALIVISION_WEIGHTS to a folder of your own.") from e
     try: yield
     finally: lock.release()
 
 
 def _is_page(path) -> bool:
-    "Whether a file is what servers send in the place of weights."
+    "True for a page or a pointer, which servers send instead of weights."
     with open(path, "rb") as f: head = f.read(500).lstrip().lower()
     return head.startswith((b"<!doctype", b"<html", b"<?xml", b"version https://git-lfs"))
 
-
-def _record(path, e, folder, sha) -> str:  # the SHA-256 on record, from now on or already
+# %% ../../nbs/models/21_store.ipynb #0ef3de73
+def _record(path, e: Entry, folder, sha: str) -> str:
+    "The SHA-256 on record, from now on or already."
     if _is_page(path):
-        raise WeightsError(path, "it is a page, or a pointer to a file, and no weights", f"Remove it; what does a browser show at {e.address} ?")
+        raise WeightsError(path, "it is a page, or a pointer to a file, and no weights",
+                           f"Remove it; what does a browser show at {e.address} ?")
     with _alone(folder, "hashes.json"):
         known = _hashes(folder)                   # another process may have written it meanwhile
         if e.name in known: return known[e.name]
-        write_whole(folder / "hashes.json", json.dumps({**known, e.name: sha}, indent=1, sort_keys=True) + "\n")
+        text = json.dumps({**known, e.name: sha}, indent=1, sort_keys=True)
+        write_whole(folder / "hashes.json", text + "\n")
     return sha
 
 
 def verify(path: Path, e: Entry, folder: Path) -> str:  # SHA-256
-    "Raise `WeightsError` unless a file is what the registry, or the first download, says; record it if neither does."
-    size = path.stat().st_size
-    if e.bytes not in (None, size): raise WeightsError(path, f"it has {size:,} bytes, {e.name} has {e.bytes:,}", "Remove it and pull again.")
+    "Compare a file with the registry, or with its first download. Raises `WeightsError`."
+    size, again = path.stat().st_size, "Remove it and pull again."
+    if e.bytes not in (None, size):
+        raise WeightsError(path, f"it has {size:,} bytes, {e.name} has {e.bytes:,}", again)
     sha = file_sha256(path)
     due = e.sha256 or _hashes(folder).get(e.name) or _record(path, e, folder, sha)
-    if due != sha:
-        who = f"{e.name} has" if e.sha256 else "the first download had"
-        remedy = "Remove it and pull again." if e.sha256 else f"Ask its authors; to trust the new one, take {e.name} out of {folder / 'hashes.json'}."
-        raise WeightsError(path, f"its SHA-256 is {sha[:12]}…, {who} {due[:12]}…", remedy)
-    return sha
+    if due == sha: return sha
+    who = f"{e.name} has" if e.sha256 else "the first download had"
+    ask = f"Ask its authors; to trust the new one, take {e.name} out of {folder / 'hashes.json'}."
+    raise WeightsError(path, f"its SHA-256 is {sha[:12]}…, {who} {due[:12]}…",
+                       again if e.sha256 else ask)
 
 # %% ../../nbs/models/21_store.ipynb #b4416f51
+@dataclass
+class _Part:
+    "A file on its way, and how much of it is here."
+    url: str
+    to: Path                   # the file gets this name when it is whole
+    bytes: int | None          # how many there must be, if known
+    resumable: bool            # the hash will be checked: go on even where there is no ETag
+    progress: bool             # a bar on stderr
+
+    @property
+    def path(self) -> Path: return self.to.with_name(self.to.name + ".part")
+
+    @property
+    def tag(self) -> Path: return self.to.with_name(self.to.name + ".etag")
+
+    @property
+    def here(self) -> int: return self.path.stat().st_size if self.path.exists() else 0
+
+    def request(self, have: int) -> urllib.request.Request:
+        "The question for the file, or for its rest."
+        headers = {"User-Agent": "qualivision", "Accept-Encoding": "identity"}
+        if have: headers["Range"] = f"bytes={have}-"
+        if have and self.tag.exists(): headers["If-Range"] = self.tag.read_text()
+        return urllib.request.Request(self.url, headers=headers)
+
+    def total(self, answer, have: int) -> int:
+        "The size of the whole file. Raises `WeightsError` if it is unknown or not what is due."
+        length = answer.headers.get("Content-Length")
+        total = have + int(length) if length else self.bytes
+        if total is None:
+            raise WeightsError(self.url, "the server does not say how large it is",
+                               "Download it by other means.")
+        if self.bytes not in (None, total):
+            cause = f"the server has a file of {total:,} bytes, {self.bytes:,} are due"
+            raise WeightsError(self.url, cause, "It was exchanged, or this is an error page.")
+        return total
+
+# %% ../../nbs/models/21_store.ipynb #25e057cb
+def _fetch(part: _Part, timeout: float) -> int:  # how many bytes the file has
+    "One connection: the rest of the file, appended to what there is, as far as it comes."
+    have = part.here if part.tag.exists() or part.resumable else 0
+    if part.bytes is not None and have == part.bytes: return have
+    with urllib.request.urlopen(part.request(have), timeout=timeout) as answer:
+        if answer.status != 206: have = 0         # the whole file: it changed, or no ranges here
+        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            part.path.unlink()
+            cause = "the server sent another part than the one that was asked for"
+            raise WeightsError(part.url, cause, "Pull again; it starts anew.")
+        total = part.total(answer, have)
+        what = f"the bytes of {part.path.stem} that are to come"
+        check_room(part.path.parent, total - have, what)
+        with writing(part.path):
+            if not have: part.tag.unlink(missing_ok=True)
+            if etag := answer.headers.get("ETag"): part.tag.write_text(etag)
+            file = part.path.open("ab" if have else "wb")
+        bar = Meter(f"{part.path.stem}, MB", round(total / 1e6), part.progress, round(have / 1e6))
+        with file, bar as meter:
+            while block := answer.read(1 << 20):
+                with writing(part.path): have += file.write(block)      # a full disk is no cut line
+                meter.step(round(have / 1e6) - meter.done)
+    return total
+
+# %% ../../nbs/models/21_store.ipynb #a5d75d2c
+def _broken(part: _Part, e: Exception, last: bool):
+    "Raises `WeightsError` if another attempt is of no use, or there is none."
+    code = getattr(e, "code", None)                     # of HTTP
+    if code in (401, 403, 404, 410):
+        raise WeightsError(part.url, f"the server answers {code}: the file is not there",
+                           "Look for it on its authors' page.") from e
+    have = part.here
+    if code == 416: part.path.unlink(missing_ok=True)   # nothing comes after it: not of this file
+    if last:
+        raise WeightsError(part.url, f"the connection broke after {have:,} bytes ({e})",
+                           "Pull again; it goes on from there.") from e
+
+
 def download(url: str,
              to: Path,                   # the file gets this name when it is whole
              bytes: int | None = None,   # how many there must be
-             resumable: bool = False,    # the hash will be checked: go on with a part even where the server gives no ETag
+             resumable: bool = False,    # the hash will be checked: go on even without an ETag
              progress: bool = True,      # a bar on stderr
              attempts: int = 3,          # a connection that breaks is taken up again
              timeout: float = 20         # seconds without a byte
             ) -> Path:
-    "Fetch a file over HTTP(S); what has arrived of it is kept when the connection breaks. Raises `WeightsError`."
+    "Fetch a file over HTTP(S); a broken download keeps what came. Raises `WeightsError`."
+    part = _Part(url, to, bytes, resumable, progress)
     with writing(to): to.parent.mkdir(parents=True, exist_ok=True)
-    part, tag = to.with_name(to.name + ".part"), to.with_name(to.name + ".etag")
-    for left in range(attempts, 0, -1):
-        try: total = _fetch(url, part, tag, bytes, resumable, progress, timeout)
-        except (OSError, HTTPException) as e:        # refused, reset, timed out, broken off
-            have = part.stat().st_size if part.exists() else 0
-            if getattr(e, "code", None) in (401, 403, 404, 410):
-                raise WeightsError(url, f"the server answers {e.code}: the file is not there", "Look for it on its authors' page.") from e
-            if getattr(e, "code", None) == 416: part.unlink(missing_ok=True)     # nothing comes after what we have: it is no part of this file
-            if left == 1: raise WeightsError(url, f"the connection broke after {have:,} bytes ({e})", "Pull again; it goes on from there.") from e
+    for attempt in range(1, attempts + 1):
+        try: total = _fetch(part, timeout)
+        except (OSError, HTTPException) as e:           # refused, reset, timed out, broken off
+            _broken(part, e, attempt == attempts)
             continue
-        if part.stat().st_size == total: break
-    else: raise WeightsError(url, f"{part.stat().st_size:,} of {total:,} bytes came", "Pull again; it goes on from there.")
+        if part.here == total: break
+    else:
+        raise WeightsError(url, f"{part.here:,} of {total:,} bytes came",
+                           "Pull again; it goes on from there.")
     with writing(to):
-        sync_to_disk(part)
-        os.replace(part, to)
-        tag.unlink(missing_ok=True)
+        sync_to_disk(part.path)
+        os.replace(part.path, to)
+        part.tag.unlink(missing_ok=True)
     return to
-
-
-def _fetch(url, part, tag, bytes, resumable, progress, timeout) -> int:  # how many bytes the file has
-    "One connection: the rest of the file, appended to what there is, as far as it comes."
-    have = part.stat().st_size if part.exists() and (tag.exists() or resumable) else 0
-    if bytes is not None and have == bytes: return bytes
-    headers = {"User-Agent": "qualivision", "Accept-Encoding": "identity"}
-    if have: headers["Range"] = f"bytes={have}-"
-    if have and tag.exists(): headers["If-Range"] = tag.read_text()
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=timeout) as answer:
-        if answer.status != 206: have = 0             # the whole file: the server cannot go on, or it is another file now
-        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            part.unlink()
-            raise WeightsError(url, "the server sent another part than the one that was asked for", "Pull again; it starts anew.")
-        length = answer.headers.get("Content-Length")
-        total = have + int(length) if length else bytes
-        if total is None: raise WeightsError(url, "the server does not say how large it is", "Download it by other means.")
-        if bytes not in (None, total):
-            raise WeightsError(url, f"the server has a file of {total:,} bytes, {bytes:,} are due", "It was exchanged, or this is an error page.")
-        check_room(part.parent, total - have, f"the bytes of {part.stem} that are to come")
-        with writing(part):
-            if not have: tag.unlink(missing_ok=True)
-            if etag := answer.headers.get("ETag"): tag.write_text(etag)
-            file = part.open("ab" if have else "wb")
-        with file, Meter(f"{part.stem}, MB", round(total / 1e6), progress, round(have / 1e6)) as meter:
-            while block := answer.read(1 << 20):
-                with writing(part): have += file.write(block)       # what the disk refuses is no broken connection
-                meter.step(round(have / 1e6) - meter.done)
-    return total
 
 # %% ../../nbs/models/21_store.ipynb #3c8a48bd
 def find(e: Entry, folder: Path, complete: bool = False   # with all that belongs beside it
         ) -> Path | None:
     "The file of an entry, if it is on this machine."
-    if e.shipped: return path if (path := PACKAGE.parent / e.shipped / e.file).exists() else None
-    if e.url: return path if (path := folder / e.file).exists() else None
+    if e.shipped or e.url:
+        path = (PACKAGE.parent / e.shipped if e.shipped else folder) / e.file
+        return path if path.exists() else None
     from huggingface_hub import snapshot_download, try_to_load_from_cache
     from huggingface_hub.errors import LocalEntryNotFoundError
     path = try_to_load_from_cache(e.repo, e.file, revision=e.revision)
-    try: complete and snapshot_download(e.repo, revision=e.revision, allow_patterns=[e.file, *e.beside], local_files_only=True)
+    try:
+        if complete:
+            snapshot_download(e.repo, revision=e.revision, local_files_only=True,
+                              allow_patterns=[e.file, *e.beside])
     except LocalEntryNotFoundError: return None
     return Path(path) if isinstance(path, str) else None
 
 
-def pull(name: str,                   # of the registry
-         folder=None,                 # default: `weights_folder()`
-         offline: bool = False,       # do not even try; also $HF_HUB_OFFLINE
-         progress: bool = True        # a bar on stderr
-        ) -> Path:                    # the file of weights; of a hub repository its configuration lies beside it
-    "Weights from the registry: found, or fetched; checked in either case. Raises `WeightsError`."
-    from huggingface_hub import constants
-    e, folder = entry(name), Path(folder or weights_folder())
-    path = find(e, folder, complete=True)
-    if e.shipped:                                           # the model.json beside it vouches for it, see chapter 32
-        if path is None: raise WeightsError(e.name, f"{e.shipped} is not in {PACKAGE.parent}", "Restore it there: dvc pull pretrained.dvc.")
-        return path
-    if path is not None:
-        verify(path, e, folder)
-        return path
-    with _alone(folder, e.name):                            # of two processes the second waits and then finds it
-        path = find(e, folder, complete=True)
-        if path is None:
-            if offline or constants.HF_HUB_OFFLINE or not _answers(e.url or constants.ENDPOINT):
-                hub = f", or run `hf download {e.repo} --revision {e.revision}` there and copy the cache"
-                put = f", or save {e.url} as {folder / e.file}" if e.url else hub
-                raise WeightsError(e.name, "it is not on this machine and there is no way to its server", f"Pull it where there is a network{put}.")
-            if e.repo: path = _from_hub(e, progress)
-            else: path = download(e.url, folder / e.file, e.bytes, e.sha256 is not None, progress)
-            try: verify(path, e, folder)
-            except WeightsError:
-                if e.url and (e.bytes or e.sha256 or _is_page(path)): path.unlink()   # not what it should be: do not take it for that next time
-                raise
-        else: verify(path, e, folder)
+def _from_hub(e: Entry, progress: bool) -> Path:
+    "Fetch from the Hugging Face hub into its cache; interrupted downloads go on."
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+    errors = HfHubHTTPError.__mro__        # among them that of the library that the hub's uses
+    network = next(c for c in errors if c.__name__ == "HTTPError")
+    (enable_progress_bars if progress else disable_progress_bars)()
+    wanted = dict(revision=e.revision, allow_patterns=[e.file, *e.beside])
+    try: path = Path(snapshot_download(e.repo, **wanted)) / e.file
+    except (network, OSError, RuntimeError) as error:
+        cause = f"the download failed ({str(error).splitlines()[0][:150]})"
+        raise WeightsError(e.address, cause, "Pull again; it goes on from there.") from error
+    if not path.exists():
+        raise WeightsError(e.address, f"there is no {e.file}", "Look for it on its authors' page.")
+    blob = path.resolve().name                    # a large file's name in the cache is its SHA-256
+    if re.fullmatch("[0-9a-f]{64}", blob) and file_sha256(path) != blob:
+        path.resolve().unlink()
+        raise WeightsError(e.address, "its SHA-256 is not what the hub says", "Pull again.")
     return path
 
+# %% ../../nbs/models/21_store.ipynb #f7cb2b15
+def _checked(path: Path, e: Entry, folder: Path) -> Path:
+    "A fetched file, verified; a wrong one is removed, so that it is not found next time."
+    try: verify(path, e, folder)
+    except WeightsError:
+        if e.url and (e.bytes or e.sha256 or _is_page(path)): path.unlink()
+        raise
+    return path
 
+# %% ../../nbs/models/21_store.ipynb #9c2057d2
 def _answers(url, seconds=5.) -> bool:
-    "Whether a server answers one request."
-    request = urllib.request.Request("{0.scheme}://{0.netloc}/".format(urlsplit(url)), method="HEAD", headers={"User-Agent": "qualivision"})
+    "True if a server answers one request."
+    root = "{0.scheme}://{0.netloc}/".format(urlsplit(url))
+    request = urllib.request.Request(root, method="HEAD", headers={"User-Agent": "qualivision"})
     try: urllib.request.urlopen(request, timeout=seconds).close()
     except urllib.error.HTTPError: return True              # it answered, if only to complain
     except (OSError, HTTPException): return False
     return True
 
 
-def _from_hub(e, progress) -> Path:
-    "Fetch from the Hugging Face hub into its cache; interrupted downloads go on."
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
-    network = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")      # of the library that the hub's uses, whichever it is
-    (enable_progress_bars if progress else disable_progress_bars)()
-    try: path = Path(snapshot_download(e.repo, revision=e.revision, allow_patterns=[e.file, *e.beside])) / e.file
-    except (network, OSError, RuntimeError) as error:
-        raise WeightsError(e.address, f"the download failed ({str(error).splitlines()[0][:150]})", "Pull again; it goes on from there.") from error
-    if not path.exists(): raise WeightsError(e.address, f"there is no {e.file}", "Look for it on its authors' page.")
-    blob = path.resolve().name                              # where the file is large, its name in the cache is its SHA-256
-    if re.fullmatch("[0-9a-f]{64}", blob) and file_sha256(path) != blob:
-        path.resolve().unlink()
-        raise WeightsError(e.address, "its SHA-256 is not what the hub says", "Pull again.")
+def _obtain(e: Entry, folder: Path, offline: bool, progress: bool) -> Path:
+    "Fetch an entry that is not here. Raises `WeightsError`, at once where there is no network."
+    from huggingface_hub import constants
+    if offline or constants.HF_HUB_OFFLINE or not _answers(e.url or constants.ENDPOINT):
+        hub = f", or run `hf download {e.repo} --revision {e.revision}` there and copy the cache"
+        put = f", or save {e.url} as {folder / e.file}" if e.url else hub
+        raise WeightsError(e.name, "it is not on this machine and there is no way to its server",
+                           f"Pull it where there is a network{put}.")
+    if e.repo: return _from_hub(e, progress)
+    return download(e.url, folder / e.file, e.bytes, e.sha256 is not None, progress)
+
+
+def pull(name: str,                   # of the registry
+         folder=None,                 # default: `weights_folder()`
+         offline: bool = False,       # do not even try; also $HF_HUB_OFFLINE
+         progress: bool = True        # a bar on stderr
+        ) -> Path:                    # the weights; a hub repository's configuration lies beside
+    "Weights from the registry: found, or fetched; checked in either case. Raises `WeightsError`."
+    e, folder = entry(name), Path(folder or weights_folder())
+    path = find(e, folder, complete=True)
+    if e.shipped:                             # the model.json beside it vouches for it
+        if path: return path
+        raise WeightsError(e.name, f"{e.shipped} is not in {PACKAGE.parent}",
+                           "Restore it there: dvc pull pretrained.dvc.")
+    if path is None:
+        with _alone(folder, e.name):          # of two processes the second waits and then finds it
+            path = find(e, folder, complete=True)
+            if path is None: return _checked(_obtain(e, folder, offline, progress), e, folder)
+    verify(path, e, folder)
     return path
 
 # %% ../../nbs/models/21_store.ipynb #a4d71e02
 def list_weights(folder=None) -> list[dict]:
-    "The registry, and what of it is on this machine: name, file, address, bytes, sha256, licence, trained_on, path."
+    "The registry with what is on this machine: name, file, address, bytes, …, path (or None)."
     folder = Path(folder or weights_folder())
     known, out = _hashes(folder), []
     for e in REGISTRY.values():
         path = find(e, folder)
-        out.append({"name": e.name, "file": e.file, "address": e.address, "bytes": e.bytes or (path.stat().st_size if path else None),
-                    "sha256": e.sha256 or known.get(e.name), "licence": e.licence, "trained_on": e.trained_on, "path": str(path) if path else None})
+        out.append({"name": e.name, "file": e.file, "address": e.address,
+                    "bytes": e.bytes or (path.stat().st_size if path else None),
+                    "sha256": e.sha256 or known.get(e.name),
+                    "licence": e.licence, "trained_on": e.trained_on,
+                    "path": str(path) if path else None})
     return out

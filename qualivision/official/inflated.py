@@ -13,43 +13,54 @@ from ..models.convnext3d import Block, make_norm
 
 # %% ../../nbs/official/71_inflated.ipynb #4a3f1ca7
 INFLATED = {"tiny": dict(),
-            "v2-femto": dict(dims=(48, 96, 192, 384), depths=(2, 2, 6, 2), scale=None, grn="TH", classes=1000)}
+            "v2-femto": dict(dims=(48, 96, 192, 384), depths=(2, 2, 6, 2), scale=None, grn="TH",
+                             classes=1000)}
 
 
 class Stage(nn.Sequential):
-    "Blocks of one width; `checkpointing`: in training, compute the inside of each twice instead of storing it."
+    "Blocks of one width; `checkpointing`: in training, compute the inside of each twice."
     checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:                               # (B,C,T,H,W)
-        for block in self: x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+        twice = self.checkpointing and self.training
+        for block in self: x = checkpoint(block, x, use_reentrant=False) if twice else block(x)
         return x
 
 
+def _between(dims):
+    "The stem, and what lies between the stages: a norm and a convolution that halves H and W."
+    yield nn.Sequential(nn.Conv3d(3, dims[0], (2, 4, 4), (2, 4, 4)), make_norm("layer", dims[0]))
+    for a, b in zip(dims, dims[1:]):
+        yield nn.Sequential(make_norm("layer", a), nn.Conv3d(a, b, (1, 2, 2), (1, 2, 2)))
+
+# %% ../../nbs/official/71_inflated.ipynb #1b4049de
 class InflatedConvNeXt3D(nn.Module):
-    "The ConvNeXt-3D of official DOVER (Wu et al., 2023): clip → the feature map of each stage, at half the frames."
+    "The ConvNeXt-3D of DOVER (Wu et al., 2023): clip → a map per stage, at half the frames."
     def __init__(self,
                  dims=(96, 192, 384, 768),       # channels of each stage
                  depths=(3, 3, 9, 3),            # blocks of each stage
-                 times=(1, 3, 1),                # time taps of the depthwise kernels, repeated within a stage
+                 times=(1, 3, 1),                # time taps of kernels, repeated within a stage
                  scale=1e-6,                     # start of the layer scale; None: no layer scale
                  grn=None,                       # see Block
-                 classes=0,                      # width of a classifier that is part of the weights and not of the computation
-                 drop_path=0.,                   # of the last block; grows linearly from 0 at the first
-                 checkpointing=False):           # in training, compute the inside of each block twice instead of storing it
+                 classes=0,                      # of a classifier in the files, never used
+                 drop_path=0.,                   # of the last block; grows linearly from 0
+                 checkpointing=False):           # in training, compute the inside of blocks twice
         super().__init__()
         rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
-        between = [nn.Sequential(nn.Conv3d(3, dims[0], (2, 4, 4), (2, 4, 4)), make_norm("layer", dims[0]))]
-        between += [nn.Sequential(make_norm("layer", a), nn.Conv3d(a, b, (1, 2, 2), (1, 2, 2))) for a, b in zip(dims, dims[1:])]
-        self.downsample_layers = nn.ModuleList(between)
-        self.stages = nn.ModuleList(
-            Stage(*(Block(dim, (times[i % len(times)], 7, 7), scale=scale, drop_path=rates.pop(0), grn=grn, named=True) for i in range(depth)))
-            for dim, depth in zip(dims, depths, strict=True))
+
+        def stage(dim, depth):
+            kernels = [(times[i % len(times)], 7, 7) for i in range(depth)]
+            options = dict(scale=scale, grn=grn, named=True)
+            return Stage(*(Block(dim, k, drop_path=rates.pop(0), **options) for k in kernels))
+
+        self.downsample_layers = nn.ModuleList(_between(dims))
+        self.stages = nn.ModuleList(stage(*sizes) for sizes in zip(dims, depths, strict=True))
         self.norm = make_norm("layer", dims[-1])
         if classes: self.head = nn.Linear(dims[-1], classes)
-        for stage in self.stages: stage.checkpointing = checkpointing
+        for part in self.stages: part.checkpointing = checkpointing
 
-    def forward(self, x: Tensor) -> list[Tensor]:                        # (B,3,T,H,W)
-        "One map per stage: (B,dims[i],T/2,H/4/2ⁱ,W/4/2ⁱ); the last one, after the final norm, is the feature map."
+    def forward(self, x: Tensor) -> list[Tensor]:   # (B,3,T,H,W) → (B,dims[i],T/2,H/4/2ⁱ,W/4/2ⁱ)
+        "One map per stage; the last one, after the final norm, is the feature map."
         maps = []
         for between, stage in zip(self.downsample_layers, self.stages):
             x = stage(between(x))

@@ -27,8 +27,10 @@ from ..data.draw import (
 from ..data.simulate import SEED, SPLITS, phrase, plan, generator_for
 
 # %% ../../nbs/pretraining/60_lessons.ipynb #4330e701
-CAUSE_NAMES = tuple(c for group in CAUSES.values() for c in group)      # the ten severities of a lesson, in this order
-VALUES = {a: tuple(pool) for a, pool in POOLS.items()}                  # attribute → its values, in the order of their numbers
+# the ten severities of a lesson, in this order
+CAUSE_NAMES = tuple(c for group in CAUSES.values() for c in group)
+# attribute → its values, in the order of their numbers
+VALUES = {a: tuple(pool) for a, pool in POOLS.items()}
 SIDES_OF_SCENES = ("learn", "judge")
 
 @dataclass(frozen=True)
@@ -46,17 +48,18 @@ def reserved() -> Reserved:
 def side_of(scene: Scene) -> str:   # "learn" | "judge"
     "On which side of pretraining a scene is: one in twenty is kept for judging."
     number = 0
-    for a, values in VALUES.items(): number = number * len(values) + values.index(getattr(scene, a))
+    for a, values in VALUES.items():
+        number = number * len(values) + values.index(getattr(scene, a))
     return "judge" if number * 2654435761 % 2**32 % 20 == 7 else "learn"
 
 # %% ../../nbs/pretraining/60_lessons.ipynb #2e51edf0
 @dataclass(frozen=True)
 class Lesson:
-    "One simulated clip, planned, and what is true of it. `frames()` draws it."
+    "One simulated clip, planned, with its causes and prompts. `frames()` draws it."
     index: int
     seed: int
     causes: Causes               # severities, and the scene
-    prompts: tuple               # the first describes the clip; each of the others is wrong in one attribute
+    prompts: tuple               # the first fits; the others err in one attribute each
     said: tuple                  # the scene that each prompt describes
 
     @property
@@ -64,12 +67,16 @@ class Lesson:
         return np.array([self.causes.severity[c] for c in CAUSE_NAMES], np.float32)
 
     @property
-    def attributes(self) -> np.ndarray:   # (1+others,6) int64: what each prompt says, in the order of VALUES; first what is true
-        return np.array([[values.index(getattr(s, a)) for a, values in VALUES.items()] for s in self.said])
+    def attributes(self) -> np.ndarray:   # (1+others,6) int64, in the order of VALUES
+        "The values that each prompt names; the first row is true."
+        return np.array([[values.index(getattr(s, a)) for a, values in VALUES.items()]
+                         for s in self.said])
 
     def frames(self) -> np.ndarray:       # (48,144,144,3) uint8
-        return render(self.causes, generator_for(self.seed, f"pair {self.index // 2}", "", "pixels"))
+        rng = generator_for(self.seed, f"pair {self.index // 2}", "", "pixels")
+        return render(self.causes, rng)
 
+# %% ../../nbs/pretraining/60_lessons.ipynb #d8ce16c2
 def draw_severity(rng: np.random.Generator) -> dict[str, float]:
     "Ten severities in [0,1]; a dimension in ten has none."
     out = {}
@@ -79,15 +86,28 @@ def draw_severity(rng: np.random.Generator) -> dict[str, float]:
         out |= {c: badness * float(s) for c, s in zip(causes, share / share.max())}
     return out
 
+def _until(draw, good):
+    for _ in range(10_000):
+        if good(found := draw()): return found
+    raise SimulationError("lesson", "nothing is left to draw from", "Reserve less.")
+
+def _sentence(scene, rng, taken):
+    def good(text): return text.lower() not in taken.prompts and 6 <= len(text.split()) <= 20
+    return _until(lambda: phrase(scene, rng), good)
+
+# %% ../../nbs/pretraining/60_lessons.ipynb #0cbc2e9d
 def lesson(seed: int,                       # of the stream; not the one of the embedded data set
            index: int,                      # from 0
            side: str = "learn",             # "learn" | "judge"
            others: int = 3,                 # prompts that do not fit
            taken: Reserved | None = None,   # what must not come; None: `reserved`
           ) -> Lesson:
-    "The lesson at a place in the stream: a pure function of its arguments. Raises SimulationError."
-    if side not in SIDES_OF_SCENES: raise SimulationError(side, "no such side", f"Choose from {', '.join(SIDES_OF_SCENES)}.")
-    if seed == SEED: raise SimulationError(f"seed {seed}", "it is that of the embedded data set", "Take another one for pretraining.")
+    "Plans the lesson at a place: a pure function of its arguments. Raises SimulationError."
+    if side not in SIDES_OF_SCENES:
+        raise SimulationError(side, "no such side", f"Choose from {', '.join(SIDES_OF_SCENES)}.")
+    if seed == SEED:
+        raise SimulationError(f"seed {seed}", "it is that of the embedded data set",
+                              "Take another one for pretraining.")
     taken = reserved() if taken is None else taken
     rng = generator_for(seed, f"pair {index // 2}", side, "scene")
     scene = _until(lambda: Scene(**{a: v[int(rng.integers(len(v)))] for a, v in VALUES.items()}),
@@ -99,16 +119,9 @@ def lesson(seed: int,                       # of the stream; not the one of the 
             a = ATTRIBUTES[int(rng.choice(len(ATTRIBUTES), p=(.3, .3, .2, .2)))]
             return replace(scene, **{a: VALUES[a][int(rng.integers(len(VALUES[a])))]})
         other = _until(change, lambda s: s != scene and s not in taken.scenes)
-        prompts.append(_sentence(other, rng, taken)), said.append(other)
+        prompts.append(_sentence(other, rng, taken))
+        said.append(other)
     return Lesson(index, seed, Causes(draw_severity(rng), scene), tuple(prompts), tuple(said))
-
-def _until(draw, good):
-    for _ in range(10_000):
-        if good(found := draw()): return found
-    raise SimulationError("lesson", "nothing is left to draw from", "Reserve less.")
-
-def _sentence(scene, rng, taken):
-    return _until(lambda: phrase(scene, rng), lambda text: text.lower() not in taken.prompts and 6 <= len(text.split()) <= 20)
 
 # %% ../../nbs/pretraining/60_lessons.ipynb #509b492e
 def show(one: Lesson, sampling: Sampling) -> Tensor:   # (3,T,S,S) uint8
@@ -122,7 +135,7 @@ class Lessons:
     "A number of lessons, shown."
     frames: Tensor        # (N,3,T,S,S) uint8
     severity: Tensor      # (N,10) float32, 0–1
-    attributes: Tensor    # (N,1+others,6) int64: what each prompt says; the first is true
+    attributes: Tensor    # (N,1+others,6) int64: values that each prompt names; the first is true
     prompts: list         # N × (1 + others)
 
 def _make(index, seed, side, others, taken, sampling):
@@ -130,30 +143,39 @@ def _make(index, seed, side, others, taken, sampling):
     return show(x, sampling).numpy(), x.severity, x.attributes, x.prompts
 
 def _alone():
-    "A worker: one thread, and it ends when the process that started it has ended, however that happened."
+    "Makes this process a worker: one thread; it ends when the process that started it has ended."
     torch.set_num_threads(1)
-    def watch(): parent_process().join(); os._exit(1)
+    def watch():
+        parent_process().join()
+        os._exit(1)
     threading.Thread(target=watch, daemon=True).start()
 
+# %% ../../nbs/pretraining/60_lessons.ipynb #df7ff5f6
 class LessonStream:
-    "Draws lessons in processes of its own; what comes does not depend on how many these are. Close it, or use it in a `with`."
+    """Draws lessons, also in several processes; what comes does not depend on how many.
+
+    Close it, or use it in a `with`."""
     def __init__(self, seed: int,
                  sampling: Sampling,             # how a file becomes a clip
                  side: str = "learn",            # "learn" | "judge"
                  others: int = 3,                # prompts that do not fit, for each clip
                  workers: int = 0,               # processes; 0: this one
                  taken: Reserved | None = None): # what must not come; None: `reserved`
-        self.make = partial(_make, seed=seed, side=side, others=others, taken=taken or reserved(), sampling=sampling)
+        self.make = partial(_make, seed=seed, side=side, others=others, taken=taken or reserved(),
+                            sampling=sampling)
         self.pool = ProcessPoolExecutor(workers, get_context("spawn"), _alone) if workers else None
 
     def get(self, start: int, count: int) -> Lessons:
         "The lessons from a place on."
-        found = list((self.pool.map if self.pool else map)(self.make, range(start, start + count), **({"chunksize": 8} if self.pool else {})))
+        places = range(start, start + count)
+        found = list(self.pool.map(self.make, places, chunksize=8) if self.pool
+                     else map(self.make, places))
         frames, severity, attributes, prompts = zip(*found)
-        return Lessons(*(torch.from_numpy(np.stack(x)) for x in (frames, severity, attributes)), list(prompts))
+        return Lessons(*(torch.from_numpy(np.stack(x)) for x in (frames, severity, attributes)),
+                       list(prompts))
 
-    def windows(self, size: int, count: int, start: int = 0) -> Iterator[Lessons]:   # the windows start … count − 1, `size` lessons each
-        "Windows of the stream, one after the other."
+    def windows(self, size: int, count: int, start: int = 0) -> Iterator[Lessons]:
+        "The windows start … count − 1 of the stream, `size` lessons each, one after the other."
         for k in range(start, count): yield self.get(k * size, size)
 
     def close(self):

@@ -1,0 +1,83 @@
+"A third five-MOS model is one file and one entry: the rest of the package asks the registry."
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from third_model import ENTRY, ColourConfig, ColourMos
+
+from qualivision.data.sampling import Sampling
+from qualivision.inference.score import Scorer, ScoreError
+from qualivision.models.dover_mos import EMBEDDED, DoverPlusPlus
+from qualivision.models.registry import CONFIGS, MODELS, entry_of, register, unregister
+from qualivision.models.vjepa_mos import VJEPA_EMBEDDED, VJepaMos
+from qualivision.models.weights import save_checkpoint
+from qualivision.quality import DIMENSIONS, QualiVisionError
+
+
+@pytest.fixture
+def third():
+    yield register(ENTRY)
+    unregister(ENTRY.name)
+
+
+def test_two_models_are_known_by_all_their_names():
+    assert list(MODELS) == ["dover", "vjepa2"] and list(CONFIGS) == ["published", "embedded", "vjepa2_published", "vjepa2_embedded"]
+    with torch.device("meta"): models = DoverPlusPlus(EMBEDDED), VJepaMos(VJEPA_EMBEDDED)
+    for entry, model, config in zip(MODELS.values(), models, (EMBEDDED, VJEPA_EMBEDDED)):
+        assert all(entry_of(x) is entry for x in (entry.name, entry.checkpoint, model, type(model), config, type(config)))
+        assert entry.model.CONFIG is entry.config and entry.configs[entry.default] == config
+    for unknown in ("x", 3, torch.nn.Linear(1, 1)):
+        with pytest.raises(QualiVisionError, match="There are: dover, vjepa2"): entry_of(unknown)
+
+
+@pytest.mark.parametrize("change, cause", [
+    (dict(name="dover"), "there is a model of this name"), (dict(checkpoint="dover++"), "carry the name"),
+    (dict(configs={"embedded": ColourConfig()}), "is taken"), (dict(default="large"), "no configuration large"),
+    (dict(marks="x"), "two signs"), (dict(starts=("hope",)), "starts"), (dict(model=torch.nn.Linear), "no FiveMos")])
+def test_an_entry_that_is_wrong_is_refused(change, cause):
+    before = list(MODELS), list(CONFIGS)
+    with pytest.raises(QualiVisionError, match=cause): register(replace(ENTRY, **change))
+    assert (list(MODELS), list(CONFIGS)) == before
+
+
+def test_a_third_model_scores(third, tmp_path):
+    "From a checkpoint folder, by the name that it carries; without its entry the checkpoint is refused."
+    torch.manual_seed(0)
+    model, config = third.build(ColourConfig()).model, ColourConfig()
+    save_checkpoint(tmp_path/"c", model, dict(model=third.checkpoint, config=asdict(config), sampling=asdict(Sampling(config.frames, config.size)),
+                                              text_encoder="minilm", trained_on="nothing", licence="MIT"))
+    tiny.clip(tmp_path/"a.mp4", (200, 30, 30))
+    scorer = Scorer.from_checkpoint(tmp_path/"c", "cpu")
+    one = scorer.score(tmp_path/"a.mp4", "a red boat")
+    with torch.no_grad(): mos = model.eval()(scorer.sampling(tmp_path/"a.mp4")[None], scorer.encoder.encode(["a red boat"]))["mos"][0]
+    assert one.model == "mean-colours" and torch.allclose(torch.tensor([getattr(one, d) for d in DIMENSIONS]), mos, atol=1e-5)
+    assert isinstance(scorer.model, ColourMos) and entry_of(scorer.model) is third
+    unregister(third.name)
+    with pytest.raises(ScoreError, match="dover\\+\\+ and vjepa2"): Scorer.from_checkpoint(tmp_path/"c", "cpu")
+    register(third)
+
+
+def test_a_third_model_goes_the_whole_road(third, tmp_path, monkeypatch):
+    "Training, evaluation, comparison, report and score, by parameters alone."
+    from qualivision.pipeline import compare, evaluate, params, prepare, report, train
+    try: params.known_model(third.name)
+    except params.ParamsError: pytest.skip("the stages of the pipeline still hold their own list of models")
+    monkeypatch.chdir(tmp_path)
+    tiny.data_set(tmp_path/"data", train=8, val=4, test=6, labelled_test=True)
+    values = yaml.safe_load((Path(__file__).parents[1]/"params.yaml").read_text())
+    section = dict(model=dict(config="colours_tiny", width=8), pretrained=None, train=dict(
+        epochs=2, batch_size=8, accumulation=1, warmup_steps=1, aux_weight=0., precision="fp32", tracker="none", device="cpu", augment=False))
+    values["embedded"] |= {third.name: section, "prepare": {"workers": 0}, "evaluate": {"device": "cpu", "resamples": 50, "seed": 0}}
+    for model in ("dover", "vjepa2"): values["embedded"][model]["model"] |= {"frames": 4, "size": 32}
+    (tmp_path/"params.yaml").write_text(yaml.safe_dump(values))
+    prepare.main()
+    train.main(third.name, progress=False)
+    evaluate.main(third.name)
+    results = compare.main(models=(third.name,))
+    report.main()
+    assert third.name in results and third.title in (tmp_path/"results"/"README.md").read_text()
+    record = Scorer.from_checkpoint(tmp_path/"checkpoints"/third.name, "cpu").score(tmp_path/"data"/"test"/"videos"/"A_024.mp4", "a red boat")
+    assert record.model == third.checkpoint and all(1 <= getattr(record, d) <= 5 for d in DIMENSIONS)
