@@ -192,7 +192,7 @@ def test_a_folder_that_cannot_be_written(video, tmp_path, monkeypatch):
     with pytest.raises(FileError, match="times.csv.*nothing can be written in"): write_maps(Never(), video, tmp_path/"file"/"out")
     (tmp_path/"taken"/"divergence.mp4").mkdir(parents=True)
     with pytest.raises(FileError, match="divergence.mp4: it is a folder"): write_maps(Never(), video, tmp_path/"taken")
-    for what, number in ((("os.replace",), errno.EROFS), (("qualivision.data.container.write_video",), errno.ENOSPC)):
+    for what, number in ((("os.replace",), errno.EROFS), (("qualivision.official.maps.write_video",), errno.ENOSPC)):
         with monkeypatch.context() as patch:
             def no(*args, number=number, **kwargs): raise OSError(number, os.strerror(number), str(args[0]))
             patch.setattr(*what, no)
