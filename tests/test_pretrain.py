@@ -333,7 +333,7 @@ def test_training_starts_from_the_body(made, tmp_path, monkeypatch):
 def test_a_body_is_known_by_its_name(made, tmp_path, monkeypatch):
     e = Entry("qualivision/tool", "model.safetensors", "MIT", "a test", shipped="pretrained/tool")
     monkeypatch.setitem(REGISTRY, e.name, e)
-    monkeypatch.setattr("qualivision.files.PACKAGE", tmp_path/"qualivision")
+    monkeypatch.setattr("qualivision.models.store.PACKAGE", tmp_path/"qualivision")
     with pytest.raises(WeightsError, match="dvc pull pretrained.dvc"): start("qualivision/tool", tmp_path, monkeypatch)
     shutil.copytree(made, tmp_path/"pretrained"/"tool")
     result, state = start("qualivision/tool", tmp_path, monkeypatch)
