@@ -15,6 +15,7 @@ from qualivision.data.container import write_video
 from qualivision.official import scorer as official
 from qualivision.official.datasets import set_metrics
 from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, view_scores
+from qualivision.official.fused import SET_WEIGHTS
 from qualivision.official.heads import load_head, parts, save_head
 from qualivision.models.frozen import state_hash
 from qualivision.models.store import S_LAB
@@ -396,7 +397,7 @@ def test_the_published_correlations(name):
     mean, covariance, n, overall, technical, aesthetic = PUBLISHED[name]
     x = np.random.default_rng(0).normal(size=(n, 3))
     x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x.T, ddof=0))).T @ np.linalg.cholesky(covariance).T + mean
-    r = set_metrics({"technical": x[:, 0], "aesthetic": x[:, 1]}, {"overall": x[:, 2]}, training.SET_WEIGHTS[name])
+    r = set_metrics({"technical": x[:, 0], "aesthetic": x[:, 1]}, {"overall": x[:, 2]}, SET_WEIGHTS[name])
     assert [round(v, 4) for v in (r["plcc"], *(r["branches"][b]["plcc"] for b in VIEWS))] == [overall, technical, aesthetic]
     assert round(set_metrics({"technical": x[:, 0], "aesthetic": x[:, 1]}, {"overall": x[:, 2]}, .9)["plcc"], 4) != overall
 

@@ -127,7 +127,7 @@ def fit_dover(out: Path, model: str, head_only: bool, preset: str | None,
     from qualivision.official.ratings import preset_settings
     asked = {k: v for k, v in settings.items() if v is not None}
     config = TransferConfig(**{**preset_settings(preset, head_only), **asked})
-    report = transfer(out=out, model=model, head_only=head_only, preset=preset, config=config,
+    report = transfer(out=out, model=model, head_only=head_only, preset=preset, settings=config,
                       **given)
     if report["left_out"]: say(f"{report['left_out']} rows left out: their videos were not scored")
     lines = [f"{out}", wrapped(said(report["splits"][0]))]
