@@ -15,7 +15,8 @@ import pytest
 from test_tools import Length
 
 from qualivision.evaluation.ranks import RankError, build_set
-from qualivision.official.fused import fused_score
+from qualivision.official.fused import SET_SCRIPT, fused_score
+from qualivision.official.scorer import OfficialScorer
 from qualivision.files import FileError
 from qualivision.data.collection import BulkError, find_videos, read_manifest
 from qualivision.inference.bulk import score_set
@@ -271,6 +272,7 @@ def test_links_are_followed_and_what_is_passed_over_is_counted(tmp_path):
 
 class Both(Length):
     name, columns = "dover", ("technical", "aesthetic", "fused")
+    form, table = "official", OfficialScorer.table
     def rate(self, path, prompt):
         n = path.stat().st_size / 50
         return dict(technical=-n, aesthetic=n, fused=fused_score(-n, n))
@@ -285,7 +287,7 @@ def test_ranks_from_every_form_of_a_result(tmp_path, form, name):
     videos = folder(tmp_path)
     shutil.copy(videos/"01.mp4", os.fsencode(videos) + b"/\xff.mp4")
     score_set(videos, tmp_path/name, Both(), form=form)
-    made, lost = build_set(tmp_path/name, "mine", "dover")
+    made, lost = build_set(tmp_path/name, "mine", "dover", scripts=(SET_SCRIPT,))
     assert lost == 1 and list(made.branches) == ["technical", "aesthetic", "fused"]
     raw = sorted(-(k + 1) / 50 for k in (0, 1, 1, 2, 4, 5, 6, 7))
     assert made.branches["technical"].quantiles == pytest.approx(raw, abs=2e-6), "raw scores, whatever the form"

@@ -247,7 +247,7 @@ def test_train_that_cannot_start(here, tmp_path, monkeypatch):
     assert status == 1 and "train.learning_rate" in strict(out)["error"] and err.strip() == strict(out)["error"]
     assert [p.name for p in tmp_path.iterdir()] == ["params.yaml"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qualivision.pipeline.params.keep_memory", lambda: None)       # it would change this process
+    monkeypatch.setattr("qualivision.pipeline.train.keep_memory", lambda: None)       # it would change this process
     for i, (message, text) in enumerate({"no such file": None, "no profile paper": params(here/"set"), "-1 is not above 0": params(here/"set", lr=-1),
                                          "nowhere": params(here/"nowhere")}.items()):
         if text is not None: Path(f"{i}.yaml").write_text(text)

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from qualivision.official.cover import COVER, CLIPImage, ImageAttention, clip_from_transformers, overall
-from qualivision.official.dover import ViewError, score
+from qualivision.official.dover import ViewError, view_scores
 from qualivision.models.weights import WeightsError, load_strict
 from weights_formula import MAP, agrees, fill, outputs_of, view, views_of, weights_sha256
 
@@ -51,7 +51,7 @@ def test_every_stage_gives_the_official_numbers(official_numbers, official_keys)
         agrees(image["visual"], official_numbers, f"{case}/act/clip_image_embedding")
         agrees(semantics.pop()[0], official_numbers, f"{case}/act/semantic_feature")
         for name, where in parts.items(): agrees(got[where], official_numbers, f"{case}/act/{name}")
-        scores = score(maps)
+        scores = view_scores(maps)
         for v in model.views:
             expected = official_numbers[f"{case}/{v}/score_map"]
             assert maps[v].shape == expected.shape and np.abs(maps[v].numpy() - expected).max() < MAP
@@ -144,7 +144,7 @@ def test_batch_and_picture():
     for name in COVER.views:
         assert torch.allclose(maps[name][1:], alone[name], atol=1e-5) and torch.equal(picture[name], twice[name])
     assert {name: m.shape[2:] for name, m in maps.items()} == {"semantic": (2, 7, 7), "technical": (2, 2, 2), "aesthetic": (2, 2, 2)}
-    assert maps["semantic"].flatten(3).std(-1).max() < 1e-6 and overall(score(maps)).shape == (2,)
+    assert maps["semantic"].flatten(3).std(-1).max() < 1e-6 and overall(view_scores(maps)).shape == (2,)
 
 
 @pytest.mark.parametrize("change,word", [({"semantic": None}, "without its semantic"), ({"technical": view(0, (1, 3, 5, 64, 64))}, "one clip"),

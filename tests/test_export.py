@@ -15,7 +15,7 @@ from qualivision.files import FileError
 from qualivision.official.export import ExportError, Graph, OnnxModel, export_onnx, free_lengths, sources
 from qualivision.official.inflated import InflatedConvNeXt3D
 from qualivision.official.cover import COVER, CLIPImage
-from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, score
+from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, view_scores
 from qualivision.official.swin3d import Swin3D
 from weights_formula import MAP, fill, view, views_of
 
@@ -38,7 +38,7 @@ def agree(model, exported, views):
     with torch.no_grad(): here = model(views)
     there = exported(views)
     for name in here:
-        assert there[name].shape == here[name].shape and (score(there)[name] - score(here)[name]).abs().max() < CLOSE
+        assert there[name].shape == here[name].shape and (view_scores(there)[name] - view_scores(here)[name]).abs().max() < CLOSE
         assert (there[name] - here[name]).abs().max() < 1e-4 and here[name].std() > 1e-4, "and the map is not flat"
 
 
@@ -124,8 +124,8 @@ def test_cover_with_its_image_encoder(folder):
     made = export_onnx(model, folder/"cover.onnx", **ABOUT, shapes=shapes)
     assert made["difference"] < CLOSE and made["inputs"]["semantic"] == ["any", 3, 2, 32, 32]
     for clips in (1, 2):
-        with torch.no_grad(): here = score(model(views := {v: view(i, (clips, 3, *shapes[v])) for i, v in enumerate(model.views)}))
-        there = score(OnnxModel(made["file"])(views))
+        with torch.no_grad(): here = view_scores(model(views := {v: view(i, (clips, 3, *shapes[v])) for i, v in enumerate(model.views)}))
+        there = view_scores(OnnxModel(made["file"])(views))
         for v in here: assert (here[v] - there[v]).abs().max() < CLOSE
     import onnx
     names = {t.name for t in onnx.load(made["file"]).graph.initializer}

@@ -293,8 +293,8 @@ def test_training_in_a_folder_that_cannot_be_written(call, here, tmp_path, monke
     "Neither decoded nor embedded: the first thing that train does is look."
     (tmp_path/"params.yaml").write_text((ROOT/"params.yaml").read_text().replace("root: data", f"root: {here/'set'}"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("qualivision.pipeline.params.keep_memory", lambda: None)
-    monkeypatch.setattr("qualivision.training.train.train_model", lambda *a, **k: pytest.fail("it began to train"))
+    monkeypatch.setattr("qualivision.pipeline.train.keep_memory", lambda: None)
+    monkeypatch.setattr("qualivision.pipeline.train.train_model", lambda *a, **k: pytest.fail("it began to train"))
     real = os.access
     monkeypatch.setattr(os, "access", lambda p, mode, **k: real(p, mode, **k) and not (mode & os.W_OK and Path(p) == tmp_path))
     status, said, err = call("train", "--json")

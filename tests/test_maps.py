@@ -16,8 +16,10 @@ from qualivision.cli import app
 from qualivision.official.views import DOVER_VIEWS, dover_views, view_indices
 from qualivision.data.video import frame_times, probe, read_frames
 from qualivision.data.container import write_video
-from qualivision.official.maps import (MapError, ScoreMaps, at_frame, cell_boxes, divergence, draw_moments, draw_times, gmad_pairs, overlay,
-                                         patch_boxes, region_table, score_maps, shrink, standardised, time_table, unseen, write_maps)
+from qualivision.official.gmad import PairError, gmad_pairs
+from qualivision.official.maps import (
+    MapError, ScoreMaps, at_frame, cell_boxes, divergence, draw_moments, draw_times, overlay, patch_boxes, region_table, score_maps,
+    shrink, standardised, time_table, unseen, write_maps)
 from qualivision.evaluation.ranks import read_sets
 from qualivision.files import FileError
 from qualivision.official.dover import DOVERMobile
@@ -172,7 +174,7 @@ def test_two_frames_at_one_time(video, tmp_path, monkeypatch):
     "What some broken files say: the second one comes a moment later, and the film can be written."
     times = frame_times(video)
     times[41], times[-1] = times[40], times[-2]
-    monkeypatch.setattr("qualivision.data.video.frame_times", lambda path: times)
+    monkeypatch.setattr("qualivision.official.maps.frame_times", lambda path: times)
     made = write_maps(Brightness(), video, tmp_path/"out")
     assert 0 < np.diff(frame_times(made["files"]["divergence.mp4"])).min() < 1e-3
 
@@ -252,8 +254,8 @@ def test_what_cannot_be_paired():
     table = pd.DataFrame({"video": list("abcd"), "p": [0., 1, 2, 3], "q": [1., 2, 1, 2], "flat": 1., "nan": [1, np.nan, 2, 3]})
     for args, said in (((table, "p", "r"), "no such column"), ((table, "p", "p"), "itself"), ((table, "p", "flat", 2), "all scores are equal"),
                        ((table, "p", "nan", 2), "1 of 4"), ((table, "p", "q", 3), "3 pairs of 4"), ((table, "p", "q", 0), "at least one")):
-        with pytest.raises(MapError, match=said): gmad_pairs(*args)
-    with pytest.raises(MapError, match="tolerance"): gmad_pairs(table.assign(q=[0, 10, 20, 31]), "p", "q", 2)
+        with pytest.raises(PairError, match=said): gmad_pairs(*args)
+    with pytest.raises(PairError, match="tolerance"): gmad_pairs(table.assign(q=[0, 10, 20, 31]), "p", "q", 2)
 
 
 def test_gmad_command(tmp_path):

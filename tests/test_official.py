@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from qualivision.data.container import NotAVideo
-from qualivision.official.scorer import CLIP, OfficialError, OfficialScorer, load_model
+from qualivision.official.cover import IMAGE_ENCODER
+from qualivision.official.scorer import OfficialError, OfficialScorer, load_model
 from qualivision.official.inflated import INFLATED, InflatedConvNeXt3D
 from qualivision.models.convnext3d import Block, GlobalResponseNorm
 from qualivision.official.cover import COVER, CLIPImage
-from qualivision.official.dover import DOVER, DOVERMobile, ViewError, complexity, fused_logit, score
+from qualivision.official.dover import DOVER, DOVERMobile, ViewError, complexity, fused_logit, view_scores
 from qualivision.official.swin3d import Swin3D, SwinBlock, WindowAttention, fit_window, window_cells
 from qualivision.models.store import REGISTRY, entry
 from qualivision.models.weights import WeightsError, load_strict
@@ -60,7 +61,7 @@ def test_every_stage_gives_the_official_numbers(name, case, filled, official_num
     for stage in stages:
         view_name, part = stage.split("_backbone.")
         agrees(got[stage], official_numbers, f"{case}/{view_name}/stage/{part}")
-    scores = score(maps)
+    scores = view_scores(maps)
     for v in model.views:
         agrees(got[f"{v}_backbone.norm"], official_numbers, f"{case}/{v}/feature")
         expected = official_numbers[f"{case}/{v}/score_map"]
@@ -150,7 +151,7 @@ def test_each_official_layout_loads_as_pulled_and_as_given(name, wrap, filled, p
     "As they are published: bare, `state_dict` entry, and that with numbers of numpy beside it."
     if name == "cover":
         model = fill(COVER(CLIPImage(width=64, layers=1, heads=1, patch=32, size=64)))
-        save_file(model.clip.state_dict(), pulled(CLIP))
+        save_file(model.clip.state_dict(), pulled(IMAGE_ENCODER))
     else: model = filled({"dover-mobile": "dover_mobile"}.get(name, "dover"))
     torch.save(wrap(model.state_dict()), pulled(name))
     if name == "cover":                                                          # the one whose hash is known

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from chapters import ROOT
-from qualivision.official.fused import SET_WEIGHTS, fuse_set, fused_score, zscore
+from qualivision.official.fused import SET_SCRIPT, SET_WEIGHTS, fuse_set, fused_score, zscore
 from qualivision.evaluation.ranks import (
     Distribution, RankError, build_set, read_sets, relative_ranks, why_no_ranks, write_sets)
 
@@ -86,7 +86,7 @@ def test_sets_of_one_s_own(tmp_path, style):
     rows = [f"v{i}.mp4,{a:.9f},{t:.9f},{f:.9f}" for i, (t, a, f) in enumerate(seen if style == "dover" else raw)]
     (tmp_path/"a.csv").write_text("\n".join([HEADERS[style], *rows[:25]]))
     (tmp_path/"b.csv").write_text("\n".join([HEADERS[style], *rows[25:]]))
-    mine, lost = build_set([tmp_path/"a.csv", tmp_path/"b.csv"], "mine", "dover-mobile")
+    mine, lost = build_set([tmp_path/"a.csv", tmp_path/"b.csv"], "mine", "dover-mobile", scripts=(SET_SCRIPT,))
     assert lost == 0 and mine.branches["technical"].n == 40 and list(mine.branches) == ["technical", "aesthetic", "fused"]
     assert read_sets(write_sets(tmp_path/"sets"/"mine.json", [mine, *read_sets()])) == [mine, *read_sets()]
     sets = read_sets(tmp_path/"sets"/"mine.json")
@@ -115,7 +115,7 @@ def test_sets_of_other_models_and_formats(tmp_path):
     ("video,technical,error\na,,bad\nb,,bad", "two different scores")])
 def test_score_files_that_make_no_set(tmp_path, text, said):
     (tmp_path/"a.csv").write_text(text)
-    with pytest.raises(RankError, match=said): build_set(tmp_path/"a.csv", "x", "dover")
+    with pytest.raises(RankError, match=said): build_set(tmp_path/"a.csv", "x", "dover", scripts=(SET_SCRIPT,))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"sets": {"x": {}}}', '{"sets": {"x": {"model": "m", "branches": {"t": {"n": 3}}}}}'])

@@ -33,7 +33,7 @@ from qualivision.files import FileError
 from qualivision.official import scorer as official
 from qualivision.data.collection import BulkError, find_videos, read_manifest
 from qualivision.inference.bulk import score_set
-from qualivision.official.datasets import DataError, infer_set, pull_set, set_metrics, unpack
+from qualivision.official.datasets import DataError, infer_set, pull_set, set_metrics, unpack_archive
 from qualivision.official.inflated import INFLATED, InflatedConvNeXt3D
 from qualivision.official.cover import COVER, CLIPImage
 from qualivision.official.dover import Branches, DOVERMobile, QualityHead
@@ -84,7 +84,7 @@ def call(here, monkeypatch, tmp_path):
     monkeypatch.chdir(here)
     monkeypatch.setenv("QUALIVISION_WEIGHTS", str(tmp_path/"w"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path/"hub"))
-    for name, kind in {"dover": Small, "dover-mobile": Small, "cover": SmallCover}.items(): monkeypatch.setitem(official.KINDS, name, kind)
+    for name, kind in {"dover": Small, "dover-mobile": Small, "cover": SmallCover}.items(): monkeypatch.setitem(official.NETWORKS, name, kind)
     def run(*args):
         r = CliRunner().invoke(app, [*map(str, args)])
         assert r.exception is None or isinstance(r.exception, SystemExit), r.exception
@@ -146,7 +146,7 @@ def test_mobile_has_no_ranks_until_one_builds_them(call, here, tmp_path):
 
 def test_the_real_mobile_network(call, tmp_path, monkeypatch):
     "Official layout of a weight file, the network in its own size; another model's file is refused with a report."
-    monkeypatch.setitem(official.KINDS, "dover-mobile", DOVERMobile)
+    monkeypatch.setitem(official.NETWORKS, "dover-mobile", DOVERMobile)
     torch.manual_seed(0)
     torch.save({"state_dict": DOVERMobile().state_dict(), "validation_results": [0.5]}, tmp_path/"m.pth")
     status, (r,), _ = call("dover", "1.mp4", "--mobile", "--weights", tmp_path/"m.pth", "--json")
@@ -156,7 +156,7 @@ def test_the_real_mobile_network(call, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("args,pull", [("dover", "dover"), ("dover --mobile", "dover-mobile"), ("cover", "cover"),
-                                       ("cover --weights cover.pth", official.CLIP)])
+                                       ("cover --weights cover.pth", official.IMAGE_ENCODER)])
 def test_without_weights_the_answer_is_the_command(call, args, pull):
     command, *rest = args.split()
     status, rows, err = call(command, "1.mp4", "2.mp4", *rest, "--json")
@@ -172,11 +172,11 @@ def test_cover_and_pictures(call, here, tmp_path, monkeypatch):
     torch.save({"state_dict": clip.state_dict()}, tmp_path/"c.pth")
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(tmp_path/"a.png")
     write_video(tmp_path/"4k.mp4", np.full((3, 2160, 3840, 3), 90, np.uint8))
-    monkeypatch.setitem(official.KINDS, "cover", COVER)
+    monkeypatch.setitem(official.NETWORKS, "cover", COVER)
     status, (r,), _ = call("cover", tmp_path/"a.png", "--weights", tmp_path/"c.pth", "--clip", "clip.pth", "--json")
     assert status == 0 and r["error"] is None and r["overall"] == pytest.approx(r["semantic"] + r["technical"] + r["aesthetic"])
     assert r["ranks"] is None and r["weights"]["licence"] == "MIT"
-    monkeypatch.setitem(official.KINDS, "cover", SmallCover)
+    monkeypatch.setitem(official.NETWORKS, "cover", SmallCover)
     (tmp_path/"b.png").write_bytes(b"no picture")
     status, rows, _ = call("cover", tmp_path/"4k.mp4", tmp_path/"b.png", "--weights", "cover.pth", "--clip", "clip.pth", "--json")
     assert status == 1 and rows[0]["error"] is None and "b.png" in rows[1]["error"]
@@ -293,7 +293,7 @@ def test_pseudo_labels(call, tmp_path):
 
 class Length:
     "Scores a file by its length; stands in for a network."
-    name, columns, settings = "length", ("overall",), {"seed": 0}
+    name, columns, settings, table = "length", ("overall",), {"seed": 0}, official.OfficialScorer.table
     def __init__(self, pause=0.): self.done, self.pause = [], pause
     def prepare(self, path): return Path(path)
     def rate(self, path, prompt):
@@ -574,13 +574,13 @@ EVIL = {"up": [("../evil", b"x")], "absolute": [("/evil", b"x")], "windows": [("
 @pytest.mark.parametrize("case", EVIL)
 def test_hostile_archives(case, tmp_path):
     (tmp_path/"a.tar.gz").write_bytes(archive(*EVIL[case]))
-    with pytest.raises(DataError, match="Do not use"): unpack(tmp_path/"a.tar.gz", tmp_path/"in"/"here")
+    with pytest.raises(DataError, match="Do not use"): unpack_archive(tmp_path/"a.tar.gz", tmp_path/"in"/"here")
     with zipfile.ZipFile(tmp_path/"a.zip", "w") as z:
         for name, what in EVIL[case]:
             m = zipfile.ZipInfo(name)
             if isinstance(what, str): m.external_attr = 0o120777 << 16
             z.writestr(m, what)
-    with pytest.raises(DataError, match="Do not use"): unpack(tmp_path/"a.zip", tmp_path/"in"/"here")
+    with pytest.raises(DataError, match="Do not use"): unpack_archive(tmp_path/"a.zip", tmp_path/"in"/"here")
     assert not list(tmp_path.rglob("*evil*"))
 
 
@@ -588,12 +588,12 @@ def test_links_that_were_there_and_damaged_archives(tmp_path):
     (tmp_path/"in").mkdir(); (tmp_path/"out").mkdir()
     (tmp_path/"in"/"l").symlink_to(tmp_path/"out")
     (tmp_path/"a.tar").write_bytes(archive(("l/evil", b"x"), kind="w"))
-    with pytest.raises(DataError, match="through a link"): unpack(tmp_path/"a.tar", tmp_path/"in")
+    with pytest.raises(DataError, match="through a link"): unpack_archive(tmp_path/"a.tar", tmp_path/"in")
     assert not list((tmp_path/"out").iterdir())
     whole = archive(("a.mp4", os.urandom(9000)))
     for name, body in {"cut.tar.gz": whole[:5000], "text.zip": b"no zip", "text.tar.gz": b"no tar"}.items():
         (tmp_path/name).write_bytes(body)
-        with pytest.raises(DataError, match="cannot be unpacked"): unpack(tmp_path/name, tmp_path/"d")
+        with pytest.raises(DataError, match="cannot be unpacked"): unpack_archive(tmp_path/name, tmp_path/"d")
     assert not list((tmp_path/"d").glob("*.mp4"))
 
 

@@ -14,7 +14,7 @@ from qualivision.official.views import dover_views
 from qualivision.data.container import write_video
 from qualivision.official import scorer as official
 from qualivision.official.datasets import set_metrics
-from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, score
+from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, view_scores
 from qualivision.official.fused import SET_WEIGHTS
 from qualivision.official.heads import load_head, parts, save_head
 from qualivision.models.frozen import state_hash
@@ -64,7 +64,7 @@ def call(videos, monkeypatch, tmp_path):
     "The command in an empty folder, with small models in the place of the large ones."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QUALIVISION_WEIGHTS", str(tmp_path/"w"))
-    for kinds in (official.KINDS, training.KINDS):
+    for kinds in (official.NETWORKS, training.KINDS):
         monkeypatch.setitem(kinds, "dover", Small)
         monkeypatch.setitem(kinds, "dover-mobile", Other)
     def run(*args):
@@ -100,7 +100,7 @@ def first_scores(model, videos, report) -> tuple[dict, list]:
     rows, _ = training.hold_out(table, .34, 0)
     assert report["splits"][0]["train"] == len(rows) == 4
     views = FreshViews([videos/f"{i}.mp4" for i in range(6)], 0)
-    with torch.no_grad(): found = score(model({v: torch.stack([views[i][v] for i in rows]) for v in VIEWS}))
+    with torch.no_grad(): found = view_scores(model({v: torch.stack([views[i][v] for i in rows]) for v in VIEWS}))
     return {v: s.numpy() for v, s in found.items()}, rows.tolist()
 
 
@@ -369,7 +369,7 @@ class Given:
 def test_a_set_worked_out_on_paper(call, videos, monkeypatch):
     """Standardised, the scores are ±1; with a weight of 0.75 the fused ones are −1, −0.5, 0.5, 1. Opinions 2, 1, 3, 5: one pair of six is in the
     wrong order, the squared differences of ranks add up to 2, the covariance is 1, the variances are 0.625 and 2.1875."""
-    monkeypatch.setattr(cli, "_scorer", lambda *a: Given())
+    monkeypatch.setattr("qualivision.commands.official.set_scorer", lambda *a, **k: Given())
     file = labels("0.mp4,-1,-1,2\n1.mp4,-1,-1,1\n2.mp4,-1,-1,3\n3.mp4,-1,-1,5\n", "l.txt")
     args = "infer-datasets", file, "--videos", videos, "--weight", .75
     status, (r,), err = call(*args, "--json")

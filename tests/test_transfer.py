@@ -16,7 +16,7 @@ from qualivision.official.known_sets import known_set
 from qualivision.data.container import write_video
 from qualivision.official.inflated import INFLATED, InflatedConvNeXt3D
 from qualivision.models.convnext3d import ConvNeXt3D
-from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, score
+from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, view_scores
 from qualivision.models.dover_mos import EMBEDDED, PUBLISHED, DoverConfig, DoverPlusPlus
 from qualivision.models.dover_start import (
     BRANCH, backbone_from_dover, inherited_licence, official_names, start_from_dover)
@@ -159,7 +159,7 @@ def test_one_label_teaches_both_branches():
             self.add({v: QualityHead(4, 4, 0.) for v in VIEWS}, **{v: InflatedConvNeXt3D(**small) for v in VIEWS})
     torch.manual_seed(0)
     model = Both()
-    scores = score(model({v: torch.randn(4, 3, 4, 32, 32) for v in VIEWS}))
+    scores = view_scores(model({v: torch.randn(4, 3, 4, 32, 32) for v in VIEWS}))
     labels = {"overall": torch.tensor([1., 2, 3, 4]), "aesthetic": torch.tensor([2., float("nan"), 1, 5])}
     limited_view_loss(scores, {"overall": labels["overall"]}).backward(retain_graph=True)
     for part in ("technical_backbone", "technical_head", "aesthetic_backbone", "aesthetic_head"):
@@ -257,7 +257,7 @@ def test_command(videos, tmp_path, monkeypatch):
     before = state_hash(*parts(model, "_backbone").children())
     fits, about = load_head(model, tmp_path/"a.safetensors")                                  # strictly, onto the weights that it came from
     assert fits.coverage == 1 and before == about["backbones"] and (tmp_path/"a.safetensors").stat().st_size < 110_000
-    with torch.no_grad(): scores = {v: s.mean().item() for v, s in score(model(split_views(DoverSampling()(videos/"0.mp4")))).items()}
+    with torch.no_grad(): scores = {v: s.mean().item() for v, s in view_scores(model(split_views(DoverSampling()(videos/"0.mp4")))).items()}
     store = FeatureCache(tmp_path/"cache", DecodeEachTime(DoverSampling()), FrozenBackbones(model))
     cached = cached_scores(model, store, [videos/"0.mp4"], "cpu")                             # the command's own features
     assert all(abs(cached[v][0] - scores[v]) < 1e-3 for v in scores) and 0 < predicted_mos(scores, about["fusion"]) < 6

@@ -278,7 +278,7 @@ def gmad(
         as_json: Json = False):
     """Pairs of videos that are equal for one scorer and far apart for the other: look at them to
     see who is right."""
-    from qualivision.official.maps import gmad_file
+    from qualivision.official.gmad import gmad_file
     if out: check_place(out)
     found, lost = gmad_file(scores, first, second, pairs, tolerance, other, encoding)
     if lost: say(f"{lost} rows left out: their videos were not scored{' by both' if other else ''}")

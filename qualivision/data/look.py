@@ -32,8 +32,8 @@ class VideoInfo:
     codec: str       # h264, hevc, vp9, av1, …
     pix_fmt: str     # FFmpeg's name, such as yuv420p
     bit_depth: int   # bits per component
-    reader: str      # "decord" or "pyav", "pillow" for WebP: what reader="auto" takes
-    why: str         # the reason for that choice
+    reader: str      # "decord" if decord reads it exactly too, else "pyav"; "pillow" for WebP
+    why: str         # why decord is not exact
 
 # %% ../../nbs/data/08_look.ipynb #577a7680
 @dataclass(frozen=True)

@@ -327,15 +327,6 @@ def probe(path: str | os.PathLike  # a video file
     return replace(look.info, frames=len(times))
 
 # %% ../../nbs/data/09_video.ipynb #d310d8b2
-def _by_decord_if_whole(path: Path, look: Look, indices) -> np.ndarray | None:
-    "decord's frames, if a strict decode finds the file whole; None: PyAV has to read it."
-    times, lost, _ = _count(path, look)
-    if lost != 0 or len(times) != look.info.frames: return None
-    try: return _by_decord(path, indices, frames=look.info.frames)
-    except CorruptVideo as e:                       # and yet the strict decode found the file whole
-        warnings.warn(VideoWarning(path, f"{e.cause}; PyAV read it instead"), stacklevel=3)
-        return None
-
 def read_frames(path: str | os.PathLike,  # a video file
                 indices,                  # frame numbers, 0 is the first shown; or a function:
                                           # number of frames -> frame numbers
@@ -360,9 +351,7 @@ def read_frames(path: str | os.PathLike,  # a video file
             cause = f"decord may return other frames: {look.info.why}"
             warnings.warn(VideoWarning(path, cause), stacklevel=2)
         return _by_decord(path, indices, each, gpu=reader == "decord-gpu")
-    safe = reader == "auto" and look.info.reader == "decord" and not each
-    frames = _by_decord_if_whole(path, look, indices) if safe else None
-    return _by_pyav(path, look, indices, damaged, each) if frames is None else frames
+    return _by_pyav(path, look, indices, damaged, each)
 
 # %% ../../nbs/data/09_video.ipynb #bd5f324c
 def _seconds(look: Look,

@@ -8,6 +8,7 @@ __all__ = ['GROUP', 'fit_window', 'to_windows', 'from_windows', 'window_regions'
 
 # %% ../../nbs/official/72_swin3d.ipynb #18170827
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -30,42 +31,48 @@ def to_windows(x: Tensor,       # (B,T,H,W,C), sides that are multiples of the w
               ) -> Tensor:      # (B,windows along T,windows over H×W,t·h·w,C)
     "Cut a map into windows."
     (B, T, H, W, C), (t, h, w) = x.shape, window
-    x = x.reshape(B, T // t, t, H // h, h, W // w, w, C).permute(0, 1, 3, 5, 2, 4, 6, 7)          # B,T/t,H/h,W/w,t,h,w,C
+    x = x.reshape(B, T // t, t, H // h, h, W // w, w,
+                  C).permute(0, 1, 3, 5, 2, 4, 6, 7)  # B,T/t,H/h,W/w,t,h,w,C
     return x.reshape(B, T // t, (H // h) * (W // w), t * h * w, C)
 
 
 def from_windows(x: Tensor, size: tuple, window: tuple) -> Tensor:
     "The map (B,T,H,W,C) of this size that `to_windows` cut up."
     (T, H, W), (t, h, w) = size, window
-    x = x.reshape(x.shape[0], T // t, H // h, W // w, t, h, w, x.shape[-1]).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    x = x.reshape(x.shape[0], T // t, H // h, W // w, t, h, w,
+                  x.shape[-1]).permute(0, 1, 4, 2, 5, 3, 6, 7)
     return x.reshape(x.shape[0], T, H, W, x.shape[-1])
 
 # %% ../../nbs/official/72_swin3d.ipynb #5b123cbb
 def window_regions(size: tuple, window: tuple, shift: tuple, device=None) -> Tensor:
-    "(windows along T,windows over H×W,N): a number per token, equal for tokens that were together before the map was rolled."
+    """A number per token, equal for tokens that were together before the map was rolled:
+    (windows along T,windows over H×W,N)."""
     label = torch.zeros(1, device=device)
     for n, w, s in zip(size, window, shift):
         i = torch.arange(n, device=device)
         part = (i >= n - w).float() + (i >= n - s).float() if s else torch.zeros(n, device=device)
-        label = label[..., None] * 3 + part                                                       # (1,T), (1,T,H), (1,T,H,W)
+        label = label[..., None] * 3 + part                              # (1,T), (1,T,H), (1,T,H,W)
     return to_windows(label[..., None], window)[0, ..., 0]
 
 
 def window_cells(size: tuple, window: tuple, shift: tuple, device=None) -> Tensor:
-    "(windows over H×W,h·w,2): row and column of the fragment that each token of a window lies in; the same for all times."
+    """Row and column of the fragment that each token of a window lies in, the same for all times:
+    (windows over H×W,h·w,2)."""
     axes = []
     for n, w, s in zip(size[1:], window[1:], shift[1:]):
-        cell = F.interpolate(torch.arange(float(w), device=device)[None, None], size=n, mode="nearest")[0, 0]      # w cells over n tokens
+        numbers = torch.arange(float(w), device=device)[None, None]
+        cell = F.interpolate(numbers, size=n, mode="nearest")[0, 0]          # w cells over n tokens
         axes.append(cell.roll(-s))
-    cells = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)                                 # (H,W,2)
+    cells = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)        # (H,W,2)
     return to_windows(cells[None, None], (1, *window[1:]))[0, 0]
 
 # %% ../../nbs/official/72_swin3d.ipynb #770c63d7
 def relative_index(window: tuple) -> Tensor:
-    "(N,N) int64: for each pair of tokens of a window, the row of the table for the offset between them."
+    "For each pair of tokens of a window, the row of the table for their offset: (N,N) int64."
     t, h, w = window
-    at = torch.stack(torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)          # (3,N)
-    offset = (at[:, :, None] - at[:, None]) + torch.tensor([t - 1, h - 1, w - 1]).view(3, 1, 1)                             # (3,N,N), from 0
+    axes = torch.meshgrid(torch.arange(t), torch.arange(h), torch.arange(w), indexing="ij")
+    at, first = torch.stack(axes).flatten(1), torch.tensor([t - 1, h - 1, w - 1])  # (3,N), (3,)
+    offset = at[:, :, None] - at[:, None] + first.view(3, 1, 1)                    # (3,N,N), from 0
     return (offset[0] * (2 * h - 1) + offset[1]) * (2 * w - 1) + offset[2]
 
 # %% ../../nbs/official/72_swin3d.ipynb #d146524a
@@ -73,22 +80,26 @@ GROUP = 2 ** 22      # numbers in the bias of the windows that are computed at a
 
 
 class WindowAttention(nn.Module):
-    "Attention inside each window, with a position bias that is gated by fragments (Wu et al., FAST-VQA, 2022)."
+    "Attention inside each window, its position bias gated by fragments (FAST-VQA, 2022)."
     def __init__(self,
                  dim: int,          # width C
                  heads: int,        # C is a multiple of it
                  window: tuple,     # largest window t,h,w
                  gated: bool):      # a second table for pairs within a fragment?
-        if dim % heads: raise QualiVisionError(f"{heads} heads of a width of {dim}", "they share it unevenly", "Choose a divisor of the width.")
+        if dim % heads:
+            raise QualiVisionError(f"{heads} heads of a width of {dim}", "they share it unevenly",
+                                   "Choose a divisor of the width.")
         super().__init__()
         t, h, w = window
-        def table(): return nn.Parameter(nn.init.trunc_normal_(torch.empty((2 * t - 1) * (2 * h - 1) * (2 * w - 1), heads), std=.02))
+        offsets = (2 * t - 1) * (2 * h - 1) * (2 * w - 1)
+        def table():
+            return nn.Parameter(nn.init.trunc_normal_(torch.empty(offsets, heads), std=.02))
         self.relative_position_bias_table = table()
         self.register_parameter("fragment_position_bias_table", table() if gated else None)
         self.register_buffer("relative_position_index", relative_index(window))
         self.qkv, self.proj, self.heads = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), heads
 
-    def look_up(self, table: Tensor, N: int) -> Tensor:                                           # (heads,N,N)
+    def look_up(self, table: Tensor, N: int) -> Tensor:             # (heads,N,N)
         return table[self.relative_position_index[:N, :N].flatten()].view(N, N, -1).permute(2, 0, 1)
 
     def bias(self, cells: Tensor, N: int) -> Tensor:
@@ -96,26 +107,30 @@ class WindowAttention(nn.Module):
         relative = self.look_up(self.relative_position_bias_table, N)
         if self.fragment_position_bias_table is None: return relative[None]
         fragment, times = self.look_up(self.fragment_position_bias_table, N), N // cells.shape[1]
-        d = (cells[:, :, None] - cells[:, None]).abs().sum(-1)                                    # (windows,h·w,h·w)
-        d = d.repeat(1, times, times)[:, None].to(relative.dtype)                                 # (windows,1,N,N)
+        d = (cells[:, :, None] - cells[:, None]).abs().sum(-1)      # (windows,h·w,h·w)
+        d = d.repeat(1, times, times)[:, None].to(relative.dtype)   # (windows,1,N,N)
         return d * relative + (1 - d) * fragment
 
-    def forward(self,
-                x: Tensor,                # (B,nT,nS,N,C): windows along time, windows over height × width, tokens
-                cells: Tensor,            # (nS,h·w,2) from window_cells
-                regions=None              # (nT,nS,N) from window_regions, where the windows are moved
-               ) -> Tensor:               # (B,nT,nS,N,C)
-        B, nT, nS, N, C = x.shape
-        q, k, v = self.qkv(x).view(B, nT, nS, N, 3, self.heads, -1).permute(4, 0, 1, 2, 5, 3, 6)  # each (B,nT,nS,heads,N,C/heads)
-        q, done, many = q * (C // self.heads) ** -.5, [], max(1, GROUP // (self.heads * N * N))
-        for s in (slice(i, i + many) for i in range(0, nS, many)):
-            bias = self.bias(cells[s], N)                                                         # (some,heads,N,N)
-            if regions is not None:
-                apart = regions[:, s, :, None] != regions[:, s, None]                             # (nT,some,N,N)
-                bias = bias + apart[:, :, None] * -100.
-            attention = (q[:, :, s] @ k[:, :, s].transpose(-1, -2) + bias).softmax(-1)            # (B,nT,some,heads,N,N)
-            done.append(attention @ v[:, :, s])
-        return self.proj(torch.cat(done, 2).transpose(3, 4).reshape(B, nT, nS, N, C))
+# %% ../../nbs/official/72_swin3d.ipynb #595473c9
+@patch
+def forward(self: WindowAttention,
+            x: Tensor,           # (B,nT,nS,N,C): windows along T, windows over H×W, tokens
+            cells: Tensor,       # (nS,h·w,2) from window_cells
+            regions=None         # (nT,nS,N) from window_regions, where the windows are moved
+           ) -> Tensor:          # (B,nT,nS,N,C)
+    "Attention of the tokens of each window to each other."
+    B, nT, nS, N, C = x.shape
+    qkv = self.qkv(x).view(B, nT, nS, N, 3, self.heads, -1)
+    q, k, v = qkv.permute(4, 0, 1, 2, 5, 3, 6)                           # (B,nT,nS,heads,N,C/heads)
+    q, done, many = q * (C // self.heads) ** -.5, [], max(1, GROUP // (self.heads * N * N))
+    for s in (slice(i, i + many) for i in range(0, nS, many)):
+        bias = self.bias(cells[s], N)                                    # (some,heads,N,N)
+        if regions is not None:
+            apart = regions[:, s, :, None] != regions[:, s, None]        # (nT,some,N,N)
+            bias = bias + apart[:, :, None] * -100.
+        attention = q[:, :, s] @ k[:, :, s].transpose(-1, -2) + bias     # (B,nT,some,heads,N,N)
+        done.append(attention.softmax(-1) @ v[:, :, s])
+    return self.proj(torch.cat(done, 2).transpose(3, 4).reshape(B, nT, nS, N, C))
 
 # %% ../../nbs/official/72_swin3d.ipynb #547a4d61
 class MLP(nn.Module):
@@ -130,15 +145,15 @@ class MLP(nn.Module):
 class SwinBlock(nn.Module):
     "Window attention and MLP, both with a residual (Liu et al., Video Swin Transformer, 2022)."
     def __init__(self, dim: int, heads: int, window: tuple,
-                 shifted: bool,      # are its windows moved by half?
-                 gated: bool,        # see WindowAttention
-                 drop_path=0.):      # share of clips for which a correction is left out, in training
+                 shifted: bool,     # are its windows moved by half?
+                 gated: bool,       # see WindowAttention
+                 drop_path=0.):     # share of clips for which a correction is left out, in training
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(dim), WindowAttention(dim, heads, window, gated)
         self.norm2, self.mlp = nn.LayerNorm(dim), MLP(dim)
         self.window, self.shifted, self.drop_path = tuple(window), shifted, drop_path
 
-    def attend(self, x: Tensor) -> Tensor:                                                        # (B,T,H,W,C)
+    def attend(self, x: Tensor) -> Tensor:                                             # (B,T,H,W,C)
         size = T, H, W = x.shape[1:4]
         window, shift = fit_window(size, self.window, self.shifted)
         t, h, w = padded = tuple(-(-n // k) * k for n, k in zip(size, window))
@@ -156,7 +171,7 @@ class SwinBlock(nn.Module):
         keep = 1 - self.drop_path
         return y * y.new_empty(len(y), 1, 1, 1, 1).bernoulli_(keep).div_(keep)
 
-    def forward(self, x: Tensor) -> Tensor:                                                       # (B,T,H,W,C)
+    def forward(self, x: Tensor) -> Tensor:                                            # (B,T,H,W,C)
         x = x + self.drop(self.attend(self.norm1(x)))
         return x + self.drop(self.mlp(self.norm2(x)))
 
@@ -167,57 +182,69 @@ class PatchMerging(nn.Module):
         super().__init__()
         self.reduction, self.norm = nn.Linear(4 * dim, 2 * dim, bias=False), nn.LayerNorm(4 * dim)
 
-    def forward(self, x: Tensor) -> Tensor:                                                       # (B,T,H,W,C)
+    def forward(self, x: Tensor) -> Tensor:                                       # (B,T,H,W,C)
         x = F.pad(x, (0, 0, 0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        x = torch.cat([x[:, :, r::2, c::2] for c in (0, 1) for r in (0, 1)], -1)                  # (B,T,H/2,W/2,4C)
-        return self.reduction(self.norm(x))                                                       # (B,T,H/2,W/2,2C)
+        x = torch.cat([x[:, :, r::2, c::2] for c in (0, 1) for r in (0, 1)], -1)  # (B,T,H/2,W/2,4C)
+        return self.reduction(self.norm(x))                                       # (B,T,H/2,W/2,2C)
 
 
 class SwinStage(nn.Module):
-    "Blocks of one width, every second one with moved windows; then, but for the last stage, patch merging."
-    def __init__(self, dim: int, depth: int, heads: int, window: tuple, gated: bool, merge: bool, drop_path=(), checkpointing=False):
+    "Blocks of one width, every second one with moved windows; then, but for the last, merging."
+    def __init__(self, dim: int, depth: int, heads: int, window: tuple, gated: bool,
+                 merge: bool,              # does it end in patch merging?
+                 drop_path=(),             # of each block
+                 checkpointing=False):     # in training, compute the inside of each block twice
         super().__init__()
-        self.blocks = nn.ModuleList(SwinBlock(dim, heads, window, i % 2 == 1, gated, drop_path[i] if drop_path else 0.) for i in range(depth))
+        rates = drop_path or [0.] * depth
+        self.blocks = nn.ModuleList(SwinBlock(dim, heads, window, i % 2 == 1, gated, rate)
+                                    for i, rate in enumerate(rates))
         if merge: self.downsample = PatchMerging(dim)
         self.merge, self.checkpointing = merge, checkpointing
 
-    def forward(self, x: Tensor) -> Tensor:                                                       # (B,C,T,H,W)
-        x = x.permute(0, 2, 3, 4, 1)                                                              # (B,T,H,W,C)
-        for block in self.blocks: x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
-        return (self.downsample(x) if self.merge else x).permute(0, 4, 1, 2, 3)                   # (B,C or 2C,T,…)
+    def forward(self, x: Tensor) -> Tensor:                                        # (B,C,T,H,W)
+        x = x.permute(0, 2, 3, 4, 1)                                               # (B,T,H,W,C)
+        for block in self.blocks:
+            twice = self.checkpointing and self.training
+            x = checkpoint(block, x, use_reentrant=False) if twice else block(x)
+        x = self.downsample(x) if self.merge else x
+        return x.permute(0, 4, 1, 2, 3)                                            # (B,C or 2C,T,…)
 
 # %% ../../nbs/official/72_swin3d.ipynb #fe680a25
 class PatchEmbed(nn.Module):
     "Patches of a clip as tokens; what is no whole patch is filled up with zeros."
     def __init__(self, dim: int, patch: tuple):
         super().__init__()
-        self.proj, self.norm, self.patch = nn.Conv3d(3, dim, patch, patch), ChannelNorm(dim), tuple(patch)
+        self.proj, self.norm = nn.Conv3d(3, dim, patch, patch), ChannelNorm(dim)
+        self.patch = tuple(patch)
 
-    def forward(self, x: Tensor) -> Tensor:                                                       # (B,3,T,H,W)
+    def forward(self, x: Tensor) -> Tensor:                                    # (B,3,T,H,W)
         t, h, w = (-n % p for n, p in zip(x.shape[2:], self.patch))
-        return self.norm(self.proj(F.pad(x, (0, w, 0, h, 0, t))))                                 # (B,dim,T/2,H/4,W/4)
+        return self.norm(self.proj(F.pad(x, (0, w, 0, h, 0, t))))              # (B,dim,T/2,H/4,W/4)
 
 
 class Swin3D(nn.Module):
     "The Swin-3D tiny of official DOVER's technical branch: clip → the feature map of each stage."
     def __init__(self,
-                 dim=96,                               # channels of the first stage; each further one has twice as many
-                 depths=(2, 2, 6, 2),                  # blocks of each stage
-                 heads=(3, 6, 12, 24),                 # of each stage
-                 window=(8, 7, 7),                     # largest window, in tokens
-                 gated=(True, True, True, False),      # stages whose bias is gated by fragments
-                 drop_path=0.,                         # of the last block; grows linearly from 0 at the first
-                 checkpointing=False):                 # in training, compute the inside of each block twice instead of storing it
+                 dim=96,                            # channels of stage 1; doubles with each stage
+                 depths=(2, 2, 6, 2),               # blocks of each stage
+                 heads=(3, 6, 12, 24),              # of each stage
+                 window=(8, 7, 7),                  # largest window, in tokens
+                 gated=(True, True, True, False),   # stages whose bias is gated by fragments
+                 drop_path=0.,                      # of the last block; grows linearly from 0
+                 checkpointing=False):              # compute blocks twice in training, store less
         super().__init__()
-        rates, last = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))], len(depths) - 1
+        blocks, last = sum(depths), len(depths) - 1
+        rates = [drop_path * i / max(blocks - 1, 1) for i in range(blocks)]
         self.patch_embed = PatchEmbed(dim, (2, 4, 4))
         self.layers = nn.ModuleList(
-            SwinStage(dim * 2 ** i, depth, h, window, g, i < last, rates[sum(depths[:i]):sum(depths[:i + 1])], checkpointing)
+            SwinStage(dim * 2 ** i, depth, h, window, g, i < last,
+                      rates[sum(depths[:i]):sum(depths[:i + 1])], checkpointing)
             for i, (depth, h, g) in enumerate(zip(depths, heads, gated, strict=True)))
         self.norm = ChannelNorm(dim * 2 ** last)
 
-    def forward(self, x: Tensor) -> list[Tensor]:                                                 # (B,3,T,H,W)
-        "One map per stage, after its merging: (B,192,T/2,H/8,W/8) … (B,768,T/2,H/32,W/32); the last, after the norm, is the feature map."
+    def forward(self, x: Tensor) -> list[Tensor]:                              # (B,3,T,H,W)
+        """One map per stage, after its merging: (B,192,T/2,H/8,W/8) … (B,768,T/2,H/32,W/32).
+        The last, after the norm, is the feature map."""
         x, maps = self.patch_embed(x), []
         for layer in self.layers:
             x = layer(x)

@@ -29,7 +29,7 @@ from ..models.dover_start import inherited_licence, weights_file
 from ..models.frozen import FeatureCache, state_hash
 from ..models.store import REGISTRY
 from ..models.weights import load_strict, read_state, save_checkpoint
-from .dover import DOVER, FUSION_WEIGHT, DOVERMobile, score
+from .dover import DOVER, FUSION_WEIGHT, DOVERMobile, view_scores
 from .heads import parts, save_head
 from .known_sets import known_set
 from .ratings import hold_out, read_ratings
@@ -83,7 +83,7 @@ def head_scores(model: nn.Module, features: dict[str, Tensor]      # view: (B,cl
                ) -> dict[str, Tensor]:                             # view: (B,)
     "Scores from features, each the mean of its map over all clips of a video."
     heads = parts(model, "_head")
-    def one(v, x): return score({v: heads[f"{v}_head"](x.flatten(0, 1))})[v]
+    def one(v, x): return view_scores({v: heads[f"{v}_head"](x.flatten(0, 1))})[v]
     return {v: one(v, x).view(len(x), -1).mean(1) for v, x in features.items()}
 
 # %% ../../nbs/official/83_transfer.ipynb #a40d5652
@@ -294,7 +294,7 @@ def whole_scores(model: nn.Module, paths, seed: int) -> dict[str, np.ndarray]:
     model.eval()
     for path in paths:
         views = split_views(DoverSampling(seed)(path))
-        rows.append(score(model({v: x.to(device) for v, x in views.items()})))
+        rows.append(view_scores(model({v: x.to(device) for v, x in views.items()})))
     return {v: np.array([r[v].mean().item() for r in rows]) for v in rows[0]}
 
 
@@ -315,7 +315,7 @@ def train_all(model: nn.Module, table: pd.DataFrame, settings: TransferConfig, w
         views = batches(epoch)
         model.train()
         with autocast(device.type, precision):
-            return score(model({v: x.to(device) for v, x in views.items()}))
+            return view_scores(model({v: x.to(device) for v, x in views.items()}))
 
     fitting = Fitting(model, groups, scores_of, _labels(table), train, device, state, key)
     history = fit_branches(fitting, s, progress)

@@ -31,24 +31,27 @@ def segment_indices(frames: int,      # N, how many the video has
                     interval: int,    # I, from one of those to the next
                     random: np.random.RandomState   # one vector is drawn, if there is room
                    ) -> np.ndarray:   # (F·S,) int64, from 0 to N−1
-    "The frames that DOVER and COVER look at."
+    "The frames that DOVER and COVER look at. Raises `SamplingError`."
     if min(frames, segments, length, interval) < 1:
-        raise SamplingError(f"{segments}×{length} of {frames} frames", "all of these must be at least 1", "Give a video with frames.")
-    each = frames // segments                                                     # L
+        raise SamplingError(f"{segments}×{length} of {frames} frames",
+                            "all of these must be at least 1", "Give a video with frames.")
+    each = frames // segments                                                             # L
     room = each - length * interval
-    start = np.arange(segments) * each + (random.randint(0, room, segments) if room > 0 else 0)     # (F,)
+    drawn = random.randint(0, room, segments) if room > 0 else 0
+    start = np.arange(segments) * each + drawn                                            # (F,)
     return (start[:, None] + np.arange(length) * interval).reshape(-1) % frames
 
 # %% ../../nbs/official/70_views.ipynb #b303b9f0
 def fragment_offsets(height: int, width: int,      # H, W, pixels
                      groups: int,                  # G, runs of frames that share their offsets
-                     generator: torch.Generator,   # on the CPU: all rows are drawn first, then all columns
+                     generator: torch.Generator,   # on the CPU: draws all rows, then all columns
                      cells: int = 7, cell: int = 32
-                    ) -> tuple[Tensor, Tensor]:    # rows, columns: (7,7,G) int64, pixels from the corner of the cell
+                    ) -> tuple[Tensor, Tensor]:    # rows, columns: (7,7,G) int64, pixels in a cell
     "Where in its cell each patch begins; 0 where the cell is not larger than the patch."
     def draw(side):
-        room = side // cells - cell
-        return torch.randint(room, (cells, cells, groups), generator=generator) if room > 0 else torch.zeros(cells, cells, groups, dtype=torch.int64)
+        room, shape = side // cells - cell, (cells, cells, groups)
+        if room <= 0: return torch.zeros(*shape, dtype=torch.int64)
+        return torch.randint(room, shape, generator=generator)
     return draw(height), draw(width)
 
 # %% ../../nbs/official/70_views.ipynb #5e2e1140
@@ -64,29 +67,34 @@ def enlarged(height: int, width: int,  # pixels
 def enlarge(frame: np.ndarray,     # (H,W,3) uint8
             size: int = 224        # what the shorter side has to have
            ) -> np.ndarray:        # (H',W',3) uint8
-    "A frame smaller than `size`, enlarged: bilinear, truncated to whole numbers, as the official code does. Others come back unchanged."
+    """A frame smaller than `size`, enlarged: bilinear, truncated to whole numbers, as the official
+    code does. Others come back unchanged."""
     if min(frame.shape[:2]) >= size: return frame
     scale = 1 / min(frame.shape[0] / size, frame.shape[1] / size)
-    x = F.interpolate(_pixels(frame) / 255, scale_factor=scale, mode="bilinear") * 255        # (1,3,H',W')
+    x = F.interpolate(_pixels(frame) / 255, scale_factor=scale, mode="bilinear")
+    x = x * 255                                                                        # (1,3,H',W')
     return x[0].to(torch.uint8).permute(1, 2, 0).numpy()
 
 
 def _pixels(frame: np.ndarray) -> Tensor:      # (1,3,H,W) uint8
     return torch.from_numpy(np.require(frame, requirements=["C", "W"]))[None].permute(0, 3, 1, 2)
 
-
+# %% ../../nbs/official/70_views.ipynb #f0c3d938
 def fragment_corners(height: int, width: int,              # H, W of the frames as they are, pixels
-                     groups: int,                          # G, runs of frames that share their offsets
+                     groups: int,                          # G, runs of frames that share offsets
                      generator: torch.Generator,           # of `fragment_offsets`
                      cells: int = 7, cell: int = 32,       # 7·32 = 224 pixels a side
-                     grid_before_enlarging: bool = False   # the official code's grid for small frames: the top left part alone
-                    ) -> np.ndarray:                       # (G,7,7,2) int64: top and left, in the frame that `enlarge` gives
-    "Where the patches lie. Raises `SamplingError`."
+                     grid_before_enlarging: bool = False   # the official grid for small frames
+                    ) -> np.ndarray:                       # (G,7,7,2) int64: top and left
+    "Where the patches lie in the frame that `enlarge` gives. Raises `SamplingError`."
     grid = (height, width) if grid_before_enlarging else enlarged(height, width, cells * cell)
     if min(grid) < cell:
-        raise SamplingError(f"{width}×{height} pixels", f"no grid of {cell}-pixel patches fits", "Use grid_before_enlarging=False.")
-    rows, columns = (o.permute(2, 0, 1) for o in fragment_offsets(*grid, groups, generator, cells, cell))      # (G,7,7)
-    top, left = (torch.arange(cells).mul(side // cells).clamp(max=side - cell) for side in grid)              # of the cells
+        raise SamplingError(f"{width}×{height} pixels", f"no grid of {cell}-pixel patches fits",
+                            "Use grid_before_enlarging=False.")
+    offsets = fragment_offsets(*grid, groups, generator, cells, cell)
+    rows, columns = (o.permute(2, 0, 1) for o in offsets)                                # (G,7,7)
+    def edges(side): return torch.arange(cells).mul(side // cells).clamp(max=side - cell)
+    top, left = map(edges, grid)                                                # (7,), of the cells
     return torch.stack([top[:, None] + rows, left + columns], -1).numpy()
 
 
@@ -96,17 +104,19 @@ def fragment_view(frame: np.ndarray,    # (H,W,3) uint8
                  ) -> Tensor:           # (3,224,224) uint8
     "Patches of the frame at its own resolution, side by side (FAST-VQA, section 3.1)."
     frame, step = enlarge(frame, len(corners) * cell), np.arange(cell)
-    rows, columns = (corners[..., i, None] + step for i in (0, 1))                            # (7,7,32)
-    patches = frame[rows[..., None], columns[..., None, :]]                                   # (7,7,32,32,3)
-    return torch.from_numpy(patches.transpose(4, 0, 2, 1, 3).reshape(3, len(corners) * cell, -1))
+    rows, columns = (corners[..., i, None] + step for i in (0, 1))                   # (7,7,32)
+    patches = frame[rows[..., None], columns[..., None, :]]                          # (7,7,32,32,3)
+    side = len(corners) * cell
+    return torch.from_numpy(patches.transpose(4, 0, 2, 1, 3).reshape(3, side, -1))
 
 # %% ../../nbs/official/70_views.ipynb #d958f290
 def resized_view(frame: np.ndarray,      # (H,W,3) uint8
                  size: int = 224,        # S, pixels a side
-                 antialias: bool = True  # as torchvision does since 0.17; False: as the versions of DOVER's time
+                 antialias: bool = True  # as torchvision since 0.17; False: as in DOVER's time
                 ) -> Tensor:             # (3,S,S) uint8
     "All of the frame as a square, bilinear, rounded."
-    x = F.interpolate(_pixels(frame).float(), size=(size, size), mode="bilinear", align_corners=False, antialias=antialias)
+    x = F.interpolate(_pixels(frame).float(), size=(size, size), mode="bilinear",
+                      align_corners=False, antialias=antialias)
     return x[0].round_().to(torch.uint8).contiguous()
 
 # %% ../../nbs/official/70_views.ipynb #de5ef64f
@@ -126,27 +136,36 @@ class View:
 
     def normalise(self, x: Tensor  # (T,3,H,W) uint8
                  ) -> Tensor:      # (clips,3,T/clips,H,W) float32
-        "What the branch computes with."
-        x = (x.permute(0, 2, 3, 1).float() - torch.tensor(self.mean)) / torch.tensor(self.std)      # (T,H,W,3)
+        "The numbers that the branch computes with."
+        x = x.permute(0, 2, 3, 1).float()
+        x = (x - torch.tensor(self.mean)) / torch.tensor(self.std)                     # (T,H,W,3)
         return x.unflatten(0, (self.clips, -1)).permute(0, 4, 1, 2, 3).contiguous()
 
 
-DOVER_VIEWS = (View("technical", segments=3, length=32, clips=3, fragments=True), View("aesthetic", segments=32))
-COVER_VIEWS = (View("semantic", segments=20, size=512, mean=(122.77, 116.75, 104.09), std=(68.50, 66.63, 70.32)),
-               View("technical", segments=20, length=2, fragments=True, aligned=40), View("aesthetic", segments=20, length=2))
+DOVER_VIEWS = (
+    View("technical", segments=3, length=32, clips=3, fragments=True),
+    View("aesthetic", segments=32))
+COVER_VIEWS = (
+    View("semantic", segments=20, size=512,
+         mean=(122.77, 116.75, 104.09), std=(68.50, 66.63, 70.32)),
+    View("technical", segments=20, length=2, fragments=True, aligned=40),
+    View("aesthetic", segments=20, length=2))
 
 
 def view_indices(views, frames: int, seed: int = 0) -> dict[str, np.ndarray]:
-    "Frame numbers of each view, in the order of the draws: that of `views`."
-    if not 0 <= seed < 2 ** 32: raise SamplingError(f"seed {seed}", "it does not fit into 32 bits", "Use 0 to 4294967295.")
+    "Frame numbers of each view, drawn in the order of `views`. Raises `SamplingError`."
+    if not 0 <= seed < 2 ** 32:
+        raise SamplingError(f"seed {seed}", "it does not fit into 32 bits", "Use 0 to 4294967295.")
     random = np.random.RandomState(seed)
-    return {v.name: segment_indices(frames, v.segments, v.length, v.interval, random) for v in views}
+    return {v.name: segment_indices(frames, v.segments, v.length, v.interval, random)
+            for v in views}
 
 # %% ../../nbs/official/70_views.ipynb #5a36c448
 class _Cutter:
     "Cuts the views out of frames that come one by one, in whatever order."
     def __init__(self, views, seed: int, antialias: bool, grid_before_enlarging: bool):
-        self.views, self.seed, self.antialias, self.before = views, seed, antialias, grid_before_enlarging
+        self.views, self.seed = views, seed
+        self.antialias, self.before = antialias, grid_before_enlarging
 
     def begin(self, taken: dict[str, np.ndarray]  # of `view_indices`
              ) -> list[int]:                      # the frames that are needed, each once
@@ -159,7 +178,13 @@ class _Cutter:
         generator = torch.Generator().manual_seed(self.seed)
         for v in self.views:
             groups = math.ceil(len(self.taken[v.name]) / v.aligned)
-            if v.fragments: self.corners[v.name] = fragment_corners(height, width, groups, generator, grid_before_enlarging=self.before)
+            if v.fragments:
+                self.corners[v.name] = fragment_corners(height, width, groups, generator,
+                                                        grid_before_enlarging=self.before)
+
+    def _show(self, v, frame: np.ndarray, run: int) -> Tensor:      # (3,S,S) uint8
+        if v.fragments: return fragment_view(frame, self.corners[v.name][run])
+        return resized_view(frame, v.size, self.antialias)
 
     def cut(self, frame: np.ndarray,   # (H,W,3) uint8
             at: int                    # its position in `needed`
@@ -169,48 +194,55 @@ class _Cutter:
         made = {}
         for v in self.views:
             places = np.flatnonzero(self.taken[v.name] == self.needed[at]).tolist()
-            runs = sorted({k // v.aligned if v.fragments else 0 for k in places})
-            for run in runs:
-                x = fragment_view(frame, self.corners[v.name][run]) if v.fragments else resized_view(frame, v.size, self.antialias)
-                made |= {(v.name, k): x for k in places if not v.fragments or k // v.aligned == run}
+            run_of = {k: k // v.aligned if v.fragments else 0 for k in places}
+            for run in sorted(set(run_of.values())):
+                x = self._show(v, frame, run)
+                made |= {(v.name, k): x for k in places if run_of[k] == run}
         return made
 
     def join(self, parts: list[dict]) -> dict[str, Tensor]:    # name: (T,3,S,S) uint8
         "The views, from what all frames gave."
         made = {key: x for part in parts for key, x in part.items()}
-        return {v.name: torch.stack([made[v.name, k] for k in range(len(self.taken[v.name]))]) for v in self.views}
+        return {v.name: torch.stack([made[v.name, k] for k in range(len(self.taken[v.name]))])
+                for v in self.views}
 
-
-def _views(source, views, seed, antialias, grid_before_enlarging, reader, raw, still=False):
+# %% ../../nbs/official/70_views.ipynb #2ea36428
+def _views(source, views, cutter: _Cutter, reader, raw, still=False):
     "The views of a file, or of frames; `still`: of one picture, which each view shows once."
-    cutter = _Cutter(views, seed, antialias, grid_before_enlarging)
-    def begin(n): return cutter.begin(dict.fromkeys((v.name for v in views), np.zeros(1, np.int64)) if still else view_indices(views, n, seed))
-    if isinstance(source, np.ndarray):
-        if source.ndim != 4 or source.shape[-1] != 3 or source.dtype != np.uint8 or 0 in source.shape:
-            raise SamplingError("frames", f"they are {source.dtype} in shape {source.shape}", "Give (N,H,W,3) uint8.")
-        parts = [cutter.cut(source[k], at) for at, k in enumerate(begin(len(source)))]
-    else: parts = read_frames(source, begin, reader, each=cutter.cut)
-    return {v.name: x if raw else v.normalise(x) for v, x in zip(views, cutter.join(parts).values())}
+    def begin(n):
+        if still: return cutter.begin({v.name: np.zeros(1, np.int64) for v in views})
+        return cutter.begin(view_indices(views, n, cutter.seed))
+    if not isinstance(source, np.ndarray):
+        parts = read_frames(source, begin, reader, each=cutter.cut)
+    elif source.ndim != 4 or source.shape[-1] != 3 or source.dtype != np.uint8 or 0 in source.shape:
+        raise SamplingError("frames", f"they are {source.dtype} in shape {source.shape}",
+                            "Give (N,H,W,3) uint8.")
+    else: parts = [cutter.cut(source[k], at) for at, k in enumerate(begin(len(source)))]
+    made = cutter.join(parts)
+    return {v.name: made[v.name] if raw else v.normalise(made[v.name]) for v in views}
 
 
-def dover_views(source: str | os.PathLike | np.ndarray,   # a video file, or all of its frames (N,H,W,3) uint8
+def dover_views(source: str | os.PathLike | np.ndarray,   # a file, or all frames (N,H,W,3) uint8
                 seed: int = 0,                            # 0–4294967295
                 antialias: bool = True,                   # of `resized_view`
                 grid_before_enlarging: bool = False,      # of `fragment_corners`
                 reader: str = "auto",                     # of `read_frames`
                 raw: bool = False                         # uint8 (T,3,S,S), before normalisation
-               ) -> dict[str, Tensor]:                    # technical (3,3,32,224,224), aesthetic (1,3,32,224,224), float32
-    "What DOVER and DOVER-Mobile look at. Raises `SamplingError` and the `VideoError`s of `read_frames`."
-    return _views(source, DOVER_VIEWS, seed, antialias, grid_before_enlarging, reader, raw)
+               ) -> dict[str, Tensor]:                    # float32
+    """What DOVER and DOVER-Mobile look at: technical (3,3,32,224,224), aesthetic (1,3,32,224,224).
+    Raises `SamplingError` and the `VideoError`s of `read_frames`."""
+    cutter = _Cutter(DOVER_VIEWS, seed, antialias, grid_before_enlarging)
+    return _views(source, DOVER_VIEWS, cutter, reader, raw)
 
 # %% ../../nbs/official/70_views.ipynb #82e69dc2
-_KINDS = ("PNG", "JPEG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM")           # Pillow's names; some builds lack some
+_FORMATS = ("PNG", "JPEG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM")
 
 
 def _opened(path):            # -> PIL Image
     from PIL import Image
     Image.init()
-    return Image.open(path, formats=[k for k in _KINDS if k in Image.OPEN])
+    known = [k for k in _FORMATS if k in Image.OPEN]               # some builds of Pillow lack some
+    return Image.open(path, formats=known)
 
 
 def _damaged() -> tuple:      # what Pillow raises on damaged files
@@ -219,52 +251,73 @@ def _damaged() -> tuple:      # what Pillow raises on damaged files
 
 
 def is_picture(path: str | os.PathLike) -> bool:
-    "Whether a file is a still picture, by its content. Raises `SamplingError` for one with pages."
+    "True for a still picture, by its content. Raises `SamplingError` for one with pages."
     from PIL import UnidentifiedImageError
     if not Path(path).is_file() or is_animation(path): return False
     try:
         with _opened(path) as picture: kind, count = picture.format, getattr(picture, "n_frames", 1)
     except UnidentifiedImageError: return False
-    except _damaged(): return True                                     # `read_picture` will say what is wrong with it
-    if kind == "TIFF" and count > 1: raise SamplingError(path, f"it holds {count} pages", "Save the page that is meant as a picture of its own.")
+    except _damaged(): return True                             # `read_picture` will name the fault
+    if kind == "TIFF" and count > 1:
+        raise SamplingError(path, f"it holds {count} pages",
+                            "Save the page that is meant as a picture of its own.")
     return count == 1 or kind == "MPO"
 
-
+# %% ../../nbs/official/70_views.ipynb #21b2625c
 def _from_inks(path, picture):     # -> PIL Image, RGB
     from PIL import ImageCms
     profile = picture.info.get("icc_profile")
-    if not profile: raise SamplingError(path, "its colours are inks (CMYK), and no profile says what they look like", "Save it as RGB.")
-    try: return ImageCms.profileToProfile(picture, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except ImageCms.PyCMSError as e: raise SamplingError(path, f"its profile of colours cannot be used ({e})", "Save it as RGB.") from e
+    if not profile:
+        cause = "its colours are inks (CMYK), and no profile says what they look like"
+        raise SamplingError(path, cause, "Save it as RGB.")
+    try:
+        here, there = io.BytesIO(profile), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(picture, here, there, outputMode="RGB")
+    except ImageCms.PyCMSError as e:
+        raise SamplingError(path, f"its profile of colours cannot be used ({e})",
+                            "Save it as RGB.") from e
+
+
+def _as_shown(path, picture) -> np.ndarray:    # (H,W,3) uint8
+    from PIL import ImageOps
+    upright = ImageOps.exif_transpose(picture)
+    if picture.mode == "CMYK": upright = _from_inks(path, upright)
+    white_is_0 = getattr(picture, "tag_v2", {}).get(262) == 0                       # in some TIFFs
+    if picture.mode.startswith("I;16") and not picture.has_transparency_data and not white_is_0:
+        grey = (np.asarray(upright) >> 8).astype(np.uint8)                          # 16 bits
+        return np.repeat(grey[..., None], 3, -1)
+    if picture.mode[0] in "IF":
+        raise SamplingError(path, f"its pixels are not 8-bit ({picture.mode})",
+                            "Save it with 8 bits.")
+    if upright.has_transparency_data: return over_background(np.array(upright.convert("RGBA")))
+    return np.array(upright.convert("RGB"))
 
 
 def read_picture(path: str | os.PathLike   # of any kind that `is_picture` knows
                 ) -> np.ndarray:           # (1,H,W,3) uint8
     "A still picture as one frame, as a viewer shows it. Raises `SamplingError`."
-    from PIL import ImageOps
-    if not Path(path).is_file(): raise SamplingError(path, "there is no such file", "Check the path.")
+    if not Path(path).is_file():
+        raise SamplingError(path, "there is no such file", "Check the path.")
     try:
-        with _opened(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            if picture.mode == "CMYK": upright = _from_inks(path, upright)
-            plain = not picture.has_transparency_data and getattr(picture, "tag_v2", {}).get(262) != 0     # in some TIFFs 0 is white
-            if picture.mode.startswith("I;16") and plain:                                                  # grey with 16 bits
-                return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[None, ..., None], 3, -1)
-            if picture.mode[0] in "IF": raise SamplingError(path, f"its pixels are not 8-bit ({picture.mode})", "Save it with 8 bits.")
-            if upright.has_transparency_data: return over_background(np.array(upright.convert("RGBA")))[None]
-            return np.array(upright.convert("RGB"))[None]
-    except _damaged() as e: raise SamplingError(path, f"it cannot be read as a picture ({e})", "Copy or download it again.") from e
+        with _opened(path) as picture: return _as_shown(path, picture)[None]
+    except _damaged() as e:
+        raise SamplingError(path, f"it cannot be read as a picture ({e})",
+                            "Copy or download it again.") from e
 
-
-def cover_views(source: str | os.PathLike | np.ndarray,   # a video or picture file, or all frames (N,H,W,3) uint8
+# %% ../../nbs/official/70_views.ipynb #7df23869
+def cover_views(source: str | os.PathLike | np.ndarray,   # a file, or all frames (N,H,W,3) uint8
                 seed: int = 0,                            # 0–4294967295
                 antialias: bool = True,                   # of `resized_view`
                 grid_before_enlarging: bool = False,      # of `fragment_corners`
                 reader: str = "auto",                     # of `read_frames`
                 raw: bool = False                         # uint8 (T,3,S,S), before normalisation
-               ) -> dict[str, Tensor]:                    # semantic (1,3,20,512,512), technical and aesthetic (1,3,40,224,224), float32
-    "What COVER looks at; of a picture with T = 1. Raises `SamplingError` and the `VideoError`s of `read_frames`."
+               ) -> dict[str, Tensor]:                    # float32
+    """What COVER looks at: semantic (1,3,20,512,512), technical and aesthetic (1,3,40,224,224);
+    of a picture with T = 1. Raises `SamplingError` and the `VideoError`s of `read_frames`."""
     still = not isinstance(source, np.ndarray) and is_picture(source)
     if still: source = read_picture(source)
-    try: return _views(source, COVER_VIEWS, seed, antialias, grid_before_enlarging, reader, raw, still)
-    except NotAVideo as e: raise SamplingError(source, e.cause, "Give a video, or a picture as PNG, JPEG, WebP or TIFF.") from e
+    cutter = _Cutter(COVER_VIEWS, seed, antialias, grid_before_enlarging)
+    try: return _views(source, COVER_VIEWS, cutter, reader, raw, still)
+    except NotAVideo as e:
+        raise SamplingError(source, e.cause,
+                            "Give a video, or a picture as PNG, JPEG, WebP or TIFF.") from e

@@ -73,7 +73,8 @@ class Lesson:
                          for s in self.said])
 
     def frames(self) -> np.ndarray:       # (48,144,144,3) uint8
-        return render(self.causes, generator_for(self.seed, f"pair {self.index // 2}", "", "pixels"))
+        rng = generator_for(self.seed, f"pair {self.index // 2}", "", "pixels")
+        return render(self.causes, rng)
 
 # %% ../../nbs/pretraining/60_lessons.ipynb #d8ce16c2
 def draw_severity(rng: np.random.Generator) -> dict[str, float]:
