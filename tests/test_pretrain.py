@@ -24,11 +24,10 @@ from qualivision.pretraining.lessons import CAUSE_NAMES, Reserved, lesson, reser
 from qualivision.data.container import write_video
 from qualivision.files import file_sha256
 from qualivision.models.bodies import body_names, config_for, load_body, start_from_body, unpack
-from qualivision.models import weights
 from qualivision.models.dover_mos import DoverPlusPlus
 from qualivision.models.vjepa_mos import VJepaMos
 from qualivision.models.text import TextEncoder
-from qualivision.models.store import REGISTRY, Entry
+from qualivision.models.store import REGISTRY, Entry, list_weights
 from qualivision.models.weights import WeightsError, read_state
 from qualivision.training import train
 from qualivision.pretraining.masked import MaskedPrediction, PretrainConfig, PretrainError
@@ -339,7 +338,7 @@ def test_a_body_is_known_by_its_name(made, tmp_path, monkeypatch):
     result, state = start("qualivision/tool", tmp_path, monkeypatch)
     about = json.loads((tmp_path/"out"/"model.json").read_text())
     assert result["finished"] and about["pretrained"] == "qualivision/tool" and about["body"] and about["licence"] == "MIT"
-    assert {r["name"]: r["path"] for r in weights.list_weights()}["qualivision/tool"] == str(tmp_path/"pretrained"/"tool"/"model.safetensors")
+    assert {r["name"]: r["path"] for r in list_weights()}["qualivision/tool"] == str(tmp_path/"pretrained"/"tool"/"model.safetensors")
 
 
 def test_a_body_of_other_prompts_embeddings_is_refused(made, tmp_path, monkeypatch):

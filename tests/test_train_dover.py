@@ -369,7 +369,7 @@ class Given:
 def test_a_set_worked_out_on_paper(call, videos, monkeypatch):
     """Standardised, the scores are ±1; with a weight of 0.75 the fused ones are −1, −0.5, 0.5, 1. Opinions 2, 1, 3, 5: one pair of six is in the
     wrong order, the squared differences of ranks add up to 2, the covariance is 1, the variances are 0.625 and 2.1875."""
-    monkeypatch.setattr(cli, "_scorer", lambda *a: Given())
+    monkeypatch.setattr("qualivision.commands.official.set_scorer", lambda *a, **k: Given())
     file = labels("0.mp4,-1,-1,2\n1.mp4,-1,-1,1\n2.mp4,-1,-1,3\n3.mp4,-1,-1,5\n", "l.txt")
     args = "infer-datasets", file, "--videos", videos, "--weight", .75
     status, (r,), err = call(*args, "--json")
