@@ -68,7 +68,7 @@ def test_a_third_model_goes_the_whole_road(third, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.data_set(tmp_path/"data", train=8, val=4, test=6, labelled_test=True)
     values = yaml.safe_load((Path(__file__).parents[1]/"params.yaml").read_text())
-    section = dict(model=dict(config="colours_tiny", width=8), pretrained=None, train=dict(
+    section = dict(model=dict(config="colours_tiny", width=8, frames=4, size=32), pretrained=None, train=dict(
         epochs=2, batch_size=8, accumulation=1, warmup_steps=1, aux_weight=0., precision="fp32", tracker="none", device="cpu", augment=False))
     values["embedded"] |= {third.name: section, "prepare": {"workers": 0}, "evaluate": {"device": "cpu", "resamples": 50, "seed": 0}}
     for model in ("dover", "vjepa2"): values["embedded"][model]["model"] |= {"frames": 4, "size": 32}
