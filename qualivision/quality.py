@@ -146,7 +146,8 @@ def caught(what: object,     # the item: a file, a row
         found.error = _sentence(e.what, e.__cause__) if _no_memory(e.__cause__) else e
         # the traceback would keep the frames of a video in memory
         e.__traceback__ = e.__cause__ = e.__context__ = None
-    except Exception as e:  # noqa: BLE001  (the one place)
+    except Exception as e:  # noqa: BLE001  a fault of one item must not end the batch: it becomes
+        # the item's error, with its traceback, which `Tally` prints; this is the only such place
         place = traceback.extract_tb(e.__traceback__)[-1]
         found.error, found.trace = _sentence(what, e), traceback.format_exc()
         file = place.filename.rsplit("/", 1)[-1]

@@ -1,16 +1,15 @@
 "A third five-MOS model, whole, in one file: it sees nothing but the mean colour of a clip."
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from qualivision.models.five_mos import FiveMos, MosPredictor, config_of, match_logits, on_scale, repeated
+from qualivision.models.five_mos import FiveMos, ModelConfig, MosPredictor, match_logits, on_scale, repeated
 from qualivision.models.registry import ModelEntry, Start
 
 
 @dataclass(frozen=True)
-class ColourConfig:
+class ColourConfig(ModelConfig):
     "Every size of it."
     frames: int = 4
     size: int = 32
@@ -18,10 +17,6 @@ class ColourConfig:
     text_dim: int = 384
     causes: tuple = ()
     attributes: tuple = ()
-    REMOVED: ClassVar[dict] = {}
-
-    @classmethod
-    def of(cls, values: dict): return config_of(cls, values)
 
 
 class ColourMos(FiveMos):

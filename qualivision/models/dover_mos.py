@@ -9,7 +9,6 @@ __all__ = ['DOVER_REMOVED', 'PUBLISHED', 'EMBEDDED', 'DoverConfig', 'extra_head'
 # %% ../../nbs/models/29_dover_mos.ipynb #bd92cafe
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from fastcore.basics import patch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from .convnext3d import ConvNeXt3D, Layers
 from .five_mos import (
-    AESTHETIC, TRADITIONAL, CauseHeads, FiveMos, MosPredictor, clip_by_clip, config_of,
+    AESTHETIC, TRADITIONAL, CauseHeads, FiveMos, MosPredictor, ModelConfig, clip_by_clip,
     match_logits, numbered, on_scale, repeated, working_dtype)
 from .frozen import freeze_module, state_hash
 from .fusion import QualityAwareFusion
@@ -34,7 +33,7 @@ DOVER_REMOVED = {"normalise": True, "difference": False, "highpass": False, "for
 
 # %% ../../nbs/models/29_dover_mos.ipynb #09fa4c73
 @dataclass(frozen=True)
-class DoverConfig:
+class DoverConfig(ModelConfig):
     "Every size and choice of a DOVER++ five-MOS model."
     frames: int = 64                     # T
     size: int = 640                      # H and W, pixels
@@ -70,12 +69,7 @@ class DoverConfig:
     dropout: float = 0.1                 # in the fusion and the two extra heads
     prompt_dropout: float = 0.           # of the prompt's own features in the fusion
     head_dropout: float = 0.15           # in the MOS head
-    REMOVED: ClassVar[dict] = DOVER_REMOVED
-
-    @classmethod
-    def of(cls, values: dict):           # from JSON or YAML: lists become tuples
-        "A configuration from a dict. Raises `QualiVisionError` for names unknown or gone."
-        return config_of(cls, values)
+    REMOVED = DOVER_REMOVED
 
 # %% ../../nbs/models/29_dover_mos.ipynb #911a47ad
 PUBLISHED = DoverConfig(statistics=("mean", "spatial", "temporal", "change"))

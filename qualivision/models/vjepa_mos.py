@@ -9,7 +9,6 @@ __all__ = ['TUBELET', 'VJEPA_REMOVED', 'VJEPA_EMBEDDED', 'VJepaConfig', 'settled
 # %% ../../nbs/models/30_vjepa_mos.ipynb #648f9b0a
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 import torch
 from fastcore.basics import patch
@@ -18,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..devices import DTYPES, precision_name, resolve_precision
 from .five_mos import (
-    AESTHETIC, TRADITIONAL, CauseHeads, FiveMos, MosPredictor, clip_by_clip, config_of,
+    AESTHETIC, TRADITIONAL, CauseHeads, FiveMos, MosPredictor, ModelConfig, clip_by_clip,
     match_logits, on_scale, repeated)
 from .frozen import FreezeReport, freeze_module, state_hash
 from .fusion import QualityAwareFusion
@@ -35,7 +34,7 @@ VJEPA_REMOVED = {"tubelet": TUBELET, "attention": "sdpa", "patch_init": "random"
 
 # %% ../../nbs/models/30_vjepa_mos.ipynb #bb589453
 @dataclass(frozen=True)
-class VJepaConfig:
+class VJepaConfig(ModelConfig):
     "Every size and choice of a V-JEPA 2 five-MOS model."
     frames: int = 64                     # T
     size: int = 384                      # H and W, pixels
@@ -69,12 +68,7 @@ class VJepaConfig:
     dropout: float = 0.1                 # in the fusion
     prompt_dropout: float = 0.           # of the prompt's own features in the fusion
     head_dropout: float = 0.1            # in the MOS head
-    REMOVED: ClassVar[dict] = VJEPA_REMOVED
-
-    @classmethod
-    def of(cls, values: dict):           # from JSON or YAML: lists become tuples
-        "A configuration from a dict. Raises `QualiVisionError` for names unknown or gone."
-        return config_of(cls, values)
+    REMOVED = VJEPA_REMOVED
 
 # %% ../../nbs/models/30_vjepa_mos.ipynb #97e363b6
 VJEPA_EMBEDDED = VJepaConfig(
