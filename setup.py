@@ -22,7 +22,8 @@ setup(
     license_files=["LICENSE"],
     url=cfg["git_url"],
     packages=find_packages(include=["qualivision", "qualivision.*"]),
-    package_data={"qualivision.evaluation": ["*.json"]},
+    package_data={"qualivision.evaluation": ["*.json"],
+                  "qualivision.models": ["*.json", "*.safetensors", "frames/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={

@@ -52,6 +52,8 @@ class ScoreRecord:
     error: str | None = None            # why there are no scores
     reasons: dict[str, str] = field(default_factory=dict)   # dimension without a score -> why
     warnings: tuple[str, ...] = ()      # notes for a reader, such as a prompt that was cut
+    # dimension → data, raters, clips, srocc, interval; None: no opinions; empty: see trained_on
+    learned_on: dict[str, dict | None] = field(default_factory=dict)
 
     def __post_init__(self): _check_record(self)
 

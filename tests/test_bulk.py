@@ -272,7 +272,7 @@ def test_links_are_followed_and_what_is_passed_over_is_counted(tmp_path):
 
 class Both(Length):
     name, columns = "dover", ("technical", "aesthetic", "fused")
-    form, table = "official", OfficialScorer.table
+    form, pictures, tables = "official", False, OfficialScorer.tables
     def rate(self, path, prompt):
         n = path.stat().st_size / 50
         return dict(technical=-n, aesthetic=n, fused=fused_score(-n, n))
@@ -304,7 +304,7 @@ def test_the_official_form_has_official_numbers(tmp_path):
         assert fused == pytest.approx(100 * fused_score(-n, n), abs=1e-5)
     other = Both()
     other.form = "corrected"
-    with pytest.raises(BulkError, match="official constants"): score_set(tmp_path/"set", tmp_path/"p.csv", other, form="dover")
+    with pytest.raises(BulkError, match="no such scores with these settings"): score_set(tmp_path/"set", tmp_path/"p.csv", other, form="dover")
 
 
 def test_half_a_row_is_no_failed_video(tmp_path):

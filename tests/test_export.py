@@ -1,6 +1,5 @@
 "ONNX: the same scores at other batches and lengths, files that carry no paths, the command, and what is refused."
 import json
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +10,12 @@ import torch
 from typer.testing import CliRunner
 
 from qualivision.cli import app
-from qualivision.files import FileError
+from qualivision.files import FileError, file_sha256
 from qualivision.official.export import ExportError, Graph, OnnxModel, export_onnx, free_lengths, sources
-from qualivision.official.inflated import InflatedConvNeXt3D
+from qualivision.official.inflated import INFLATED, InflatedConvNeXt3D
 from qualivision.official.cover import COVER, CLIPImage
 from qualivision.official.dover import DOVER, Branches, DOVERMobile, QualityHead, view_scores
+from qualivision.official.scorer import NETWORKS
 from qualivision.official.swin3d import Swin3D
 from weights_formula import MAP, fill, view, views_of
 
@@ -25,13 +25,13 @@ TOWER = dict(width=64, layers=1, heads=1, patch=16, size=32)
 
 
 class Small(Branches):
-    "DOVER's form, three blocks: windows that stand and that are moved, both kinds of bias, patch merging."
+    "DOVER's form, the whole frames as in DOVER-Mobile: windows that stand and that are moved, both kinds of bias, patch merging."
     views = ("technical", "aesthetic")
 
     def __init__(self):
         super().__init__()
         self.add({v: QualityHead(16, 8) for v in self.views}, technical=Swin3D(8, (2, 1), (2, 2), gated=(True, False)),
-                 aesthetic=InflatedConvNeXt3D((8, 16), (1, 1)))
+                 aesthetic=InflatedConvNeXt3D(**{**INFLATED["v2-femto"], "dims": (8, 16), "depths": (1, 1), "classes": 0}))
 
 
 def agree(model, exported, views):
@@ -50,6 +50,17 @@ def folder(tmp_path_factory): return tmp_path_factory.mktemp("onnx")
 def small(folder):
     model, shapes = fill(Small()), {"technical": (32, 72, 64), "aesthetic": (8, 64, 64)}
     return model, shapes, export_onnx(model, folder/"small.onnx", **ABOUT, shapes=shapes)
+
+
+def recorded(small, monkeypatch):
+    "In place of recording, which takes long: the graph of the fixture's file, without its metadata."
+    import onnx
+    made, about = small[2], {}
+    def save(path, external_data):
+        graph = onnx.load(made["file"])
+        onnx.helper.set_model_props(graph, about)
+        onnx.save(graph, path)
+    monkeypatch.setattr("qualivision.official.export._record", lambda *_: SimpleNamespace(save=save, model=SimpleNamespace(metadata_props=about)))
 
 
 def test_batches_and_lengths(small):
@@ -92,9 +103,8 @@ def test_same_bytes_and_nothing_of_this_machine(small, folder):
 def test_a_file_that_differs_is_not_left(small, folder, monkeypatch):
     model, shapes, _ = small
     (folder/"old.onnx").write_bytes(b"old")
-    call, written = OnnxModel.__call__, SimpleNamespace(model=SimpleNamespace(metadata_props={}))
-    written.save = lambda path, external_data: shutil.copy(small[2]["file"], path)
-    monkeypatch.setattr("qualivision.official.export._record", lambda *_: written)                 # it was recorded once
+    call = OnnxModel.__call__
+    recorded(small, monkeypatch)
     monkeypatch.setattr(OnnxModel, "__call__", lambda self, views: {v: m.flip(-1) for v, m in call(self, views).items()})
     with pytest.raises(ExportError, match="differ"): export_onnx(model, folder/"old.onnx", **ABOUT, shapes=shapes)     # equal scores, other cells
     assert (folder/"old.onnx").read_bytes() == b"old" and not list(folder.glob(".*"))
@@ -130,6 +140,23 @@ def test_cover_with_its_image_encoder(folder):
     import onnx
     names = {t.name for t in onnx.load(made["file"]).graph.initializer}
     assert any("visual.class_embedding" in n for n in names) and any("smtc_gate_tech" in n for n in names)
+
+
+def test_command_writes(small, folder, monkeypatch):
+    "All but the recording; with Small for DOVER-Mobile, and weights from a file of the official form."
+    model, shapes, made = small
+    torch.save(model.state_dict(), folder/"small.pth")
+    recorded(small, monkeypatch)
+    monkeypatch.setitem(NETWORKS, "dover-mobile", Small)
+    monkeypatch.setattr("qualivision.official.export.view_shapes", lambda _: shapes)
+    r = CliRunner().invoke(app, ["export", "--model", "dover-mobile", "--weights", str(folder/"small.pth"),
+                                 "--out", str(folder/"command.onnx"), "--json"])
+    assert r.exit_code == 0, r.output
+    about = json.loads(r.stdout)
+    assert about["difference"] < CLOSE and about["inputs"] == made["inputs"] and "non-commercial" in about["licence"]
+    exported = OnnxModel(folder/"command.onnx")
+    assert exported.about["licence"] == about["licence"] and exported.about["sha256"] == file_sha256(folder/"small.pth")
+    assert exported.about["source"].startswith("small.pth, a file of the user's; dover-mobile is published at https://github.com/VQAssessment")
 
 
 @pytest.mark.slow

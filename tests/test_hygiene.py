@@ -115,11 +115,38 @@ def test_notebooks_hold_no_errors():
     assert not stopped, stopped
 
 
+def prose() -> dict[Path, str]:
+    "The Markdown of each chapter, and of the files at the top."
+    found = {p: p.read_text(encoding="utf-8") for p in ROOT.glob("*.md")}
+    for path in sorted((ROOT/"nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" in path.parts: continue
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        found[path] = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    return found
+
+
+def wrong_link(path: Path, shown: str, target: str) -> str:
+    "What is wrong with a link to a file: it is not there, or it is another chapter than the words say."
+    file = path.parent/target.split("#")[0]
+    if not file.exists(): return f"{path.name}: [{shown}]({target}) is not there"
+    said, number = re.search(r"chapter (\d+)", shown, re.I), re.match(r"(\d+)_", file.name)
+    return f"{path.name}: [{shown}] leads to {file.name}" if said and number and int(said[1]) != int(number[1]) else ""
+
+
+def test_links_lead_where_they_say():
+    here = ROOT/"nbs"/"data"/"10_sampling.ipynb"
+    assert wrong_link(here, "chapter 10", "10_video.ipynb") and wrong_link(here, "Chapter 10", "09_video.ipynb")
+    assert not wrong_link(here, "Chapter 9", "../data/09_video.ipynb#decord")
+    links = [(path, *link) for path, text in prose().items() for link in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", text)]
+    wrong = [w for path, shown, to in links if not re.match(r"\w+:|#", to) and (w := wrong_link(path, shown, to))]
+    assert len(links) > 200 and not wrong, wrong
+
+
 # ---- the size of things ---------------------------------------------------------------------------------------------
 
 class Cell(NamedTuple):
     "One code cell of a chapter."
-    at: str                 # data/10_video.ipynb, cell 5c70a17e
+    at: str                 # data/09_video.ipynb, cell 5c70a17e
     source: str
 
     @property

@@ -127,11 +127,11 @@ def test_different_clips_stay_different():
     "FACTS: 18 blocks without a residual, normalised over the clip as a whole."
     def apart(**form):
         torch.manual_seed(0)
-        net = ConvNeXt3D(3, (8, 16, 24, 32), (3, 3, 9, 3), kernel=(3, 3, 3), layers=Layers(**form))
+        net = ConvNeXt3D((8, 16, 24, 32), (3, 3, 9, 3), kernel=(3, 3, 3), layers=Layers(**form))
         x = torch.randn(2, 3, 4, 64, 64)
         with torch.no_grad(): a, b = net(x)[-1]
         return ((a - b).norm() / a.norm()).item()
-    assert apart(form="documented", norm="group") < 0.02 and apart(scale=0.5) > 0.5
+    assert apart(residual=False, norm="group") < 0.02 and apart(scale=0.5) > 0.5
 
 
 def test_a_frame_does_not_change_the_others():
@@ -141,9 +141,9 @@ def test_a_frame_does_not_change_the_others():
     y[:, :, 4] = 0
     def moved(**form):
         torch.manual_seed(0)
-        net = ConvNeXt3D(3, (8, 8), (1, 1), kernel=(1, 3, 3), layers=Layers(**form))
+        net = ConvNeXt3D((8, 8), (1, 1), kernel=(1, 3, 3), layers=Layers(**form))
         with torch.no_grad(): return (net(x)[-1] - net(y)[-1])[:, :, :4].abs().max()
-    assert moved(scale=0.5) == 0 < moved(form="documented", norm="group")
+    assert moved(scale=0.5) == 0 < moved(residual=False, norm="group")
 
 
 def test_documented_forms_train():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qualivision.inference.score import Scorer
-from qualivision.models.bodies import load_body, start_from_body
+from qualivision.models.bodies import start_from_body
 from qualivision.models.dover_mos import EMBEDDED, DoverConfig
-from qualivision.models.registry import MODELS
+from qualivision.models.registry import MODELS, load_body
 from qualivision.models.vjepa_mos import VJepaConfig, VJepaMos
 from qualivision.quality import QualiVisionError
 

@@ -17,7 +17,7 @@ from qualivision.official.views import (
     COVER_VIEWS, DOVER_VIEWS, View, cover_views, dover_views, fragment_corners, fragment_offsets,
     fragment_view, is_picture, read_picture, segment_indices, view_indices)
 from qualivision.data.sampling import (
-    Sampling, SamplingError, processor_view, resize_square, uniform_indices, uniform_view)
+    Sampling, SamplingError, processor_view, resize_square, uniform_indices)
 from qualivision.data.container import EmptyVideo, VideoError, write_video
 from qualivision.data.video import probe, read_frames
 from qualivision.quality import QualiVisionError
@@ -35,11 +35,11 @@ def zoo(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["h264.mp4", "open.mp4", "hevc.mkv", "trim_start.mp4", "loop.gif"])
 def test_a_view_shows_the_frames_of_the_file(zoo, name):
-    view = uniform_view(zoo / name, 64, 96)
+    view = Sampling(64, 96)(zoo / name)
     assert view.shape == (3, 64, 96, 96) and view.dtype == torch.uint8 and view.is_contiguous()
     shown = np.array(ZOO[name].shown)
     assert numbers(view.permute(1, 2, 3, 0).numpy()) == shown[uniform_indices(probe(zoo / name).frames)].tolist()
-    assert torch.equal(view, Sampling(64, 96)(zoo / name)) and torch.equal(view, uniform_view(zoo / name, 64, 96, reader="pyav"))
+    assert torch.equal(view, Sampling(64, 96)(zoo / name, "pyav"))
 
 
 def test_the_indices_are_the_documented_ones():
@@ -51,7 +51,7 @@ def test_the_indices_are_the_documented_ones():
 
 def test_errors_of_the_reader_come_through(tmp_path):
     (tmp_path / "a.mp4").touch()
-    with pytest.raises(EmptyVideo): uniform_view(tmp_path / "a.mp4")
+    with pytest.raises(EmptyVideo): Sampling()(tmp_path / "a.mp4")
     with pytest.raises(SamplingError): Sampling(0, 640)
 
 
@@ -68,8 +68,8 @@ def test_memory_maps_and_turned_arrays_are_taken_as_they_are(tmp_path):
 VIEW = """
 import sys, hashlib, torch
 torch.set_num_threads(int(sys.argv[2]))
-from qualivision.data.sampling import uniform_view
-print(hashlib.sha256(uniform_view(sys.argv[1], 16, 75).numpy().tobytes()).hexdigest())
+from qualivision.data.sampling import Sampling
+print(hashlib.sha256(Sampling(16, 75)(sys.argv[1]).numpy().tobytes()).hexdigest())
 """
 
 

@@ -14,7 +14,7 @@ import torch
 from qualivision.data.clips import ClipCache, VideoQualityDataset, collate
 from qualivision.data.dataset import DatasetError, load_labels
 from qualivision.data.sampling import Sampling
-from qualivision.data.container import write_video
+from qualivision.data.container import VideoError, write_video
 from qualivision.files import FileError
 from qualivision.inference.score import ScoreError, Scorer, predict
 from qualivision.models.text import TextError
@@ -187,8 +187,8 @@ def test_where_nothing_can_be_written_is_known_before_the_first_video(scorer, ro
         with pytest.raises(FileError, match=cause): predict(root, "test", scorer, out)
 
 
-def test_an_address_is_no_missing_file(scorer):
-    with pytest.raises(ScoreError, match="https://example.com/a.mp4: it is an address"): scorer.score("https://example.com/a.mp4", "a boat")
+def test_an_address_is_told_to_be_one(scorer):
+    with pytest.raises(VideoError, match="https://example.com/a.mp4: it is an address.*Download"): scorer.score("https://example.com/a.mp4", "a boat")
 
 
 def test_a_trained_checkpoint_scores(root, tmp_path):

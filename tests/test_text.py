@@ -191,7 +191,7 @@ def test_absent_and_unreachable_is_known_at_once(empty_hub):
 
 def test_offline_by_setting(empty_hub, monkeypatch):
     monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(text.urllib.request, "urlopen", lambda *a, **k: pytest.fail("asked the network"))
+    monkeypatch.setattr("urllib.request.urlopen", lambda *a, **k: pytest.fail("asked the network"))
     with pytest.raises(TextError, match="cannot be reached"): TextEncoder(BGE_LARGE)
 
 
@@ -204,7 +204,7 @@ def test_reachable_but_not_there(empty_hub, monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setattr(hub, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.ENDPOINT, raising=False)
-        assert text.hub_answers()
+        assert text.server_answers(hub.ENDPOINT)
         with pytest.raises(TextError, match="download failed"): TextEncoder("nobody/nothing")
         server.shutdown()
 
@@ -245,7 +245,7 @@ def test_names_and_widths():
 
 
 def test_importing_the_chapter_is_light(root):
-    code = ("import sys, qualivision.models.text, qualivision.models.five_mos; "
+    code = ("import sys, qualivision.models.registry; "
             "print([m for m in ('sentence_transformers', 'transformers') if m in sys.modules])")
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout.strip() == "[]"
     assert Path(text.__file__).is_relative_to(root)

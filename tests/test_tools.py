@@ -293,7 +293,7 @@ def test_pseudo_labels(call, tmp_path):
 
 class Length:
     "Scores a file by its length; stands in for a network."
-    name, columns, settings, table = "length", ("overall",), {"seed": 0}, official.OfficialScorer.table
+    name, columns, settings = "length", ("overall",), {"seed": 0}
     def __init__(self, pause=0.): self.done, self.pause = [], pause
     def prepare(self, path): return Path(path)
     def rate(self, path, prompt):

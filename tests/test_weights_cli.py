@@ -9,9 +9,10 @@ from torch import nn
 from typer.testing import CliRunner
 
 from qualivision.cli import app
-from qualivision.commands.machine import MODELS
+from qualivision.commands.app import OFFICIAL
 from qualivision.files import file_sha256
 from qualivision.models.store import REGISTRY, Entry
+from qualivision.official.scorer import NETWORKS
 
 
 @pytest.fixture
@@ -87,4 +88,4 @@ def test_inspect(call, tmp_path):
 
 
 def test_every_short_name_is_a_model():
-    assert set(MODELS) <= set(REGISTRY)
+    assert list(OFFICIAL) == list(NETWORKS) and set(NETWORKS) <= set(REGISTRY)

@@ -149,7 +149,7 @@ FLIP = [-65536, 0, 0, 0, 65536, 0, W << 16, 0, 1 << 30]   # mirrored left to rig
 class Clip:
     "How a clip is made, what is in it, and what decord does with it."
     make: Callable              # path -> file
-    safe: bool = False          # decord is exact on it, and reader="auto" takes it
+    safe: bool = False          # decord is exact on it
     wrong: bool = False         # decord alone returns other frames, or another number of them, without an error
     shown: tuple = tuple(range(N))   # the numbers of the frames that a player shows
     mirror: bool = False        # a player turns left and right round

@@ -145,7 +145,7 @@ def option(text: str, part: str | None = None) -> Any:
     return typer.Option(help=text, rich_help_panel=part)
 
 # %% ../../nbs/commands/90_app.ipynb #6b91471a
-CHECKPOINT = Path("checkpoints/dover")
+CHECKPOINT = Path("qualivision/frames")     # of the package
 Json = Annotated[bool, typer.Option("--json", help="JSON alone on stdout.")]
 Checkpoint = Annotated[Path, option("Folder of the weights.")]
 Device = Annotated[Literal["auto", "cpu", "cuda", "mps"],
@@ -169,13 +169,9 @@ Seed = Annotated[int, typer.Option(help="Seed of frames and fragments: the same 
                                         "scores.", min=0, max=2 ** 32 - 1)]
 Readers = Annotated[int, typer.Option("--workers", help="Threads that read ahead.", min=1)]
 
-def _form(form: str) -> str:
-    if form not in ("official", "corrected"):
-        raise typer.BadParameter(f"{form} is not official or corrected", param_hint="--fused")
-    return form
-
-Fused = Annotated[str, typer.Option(help="official: its constants are exchanged between the "
-                                         "branches; corrected: they are not.", callback=_form)]
+Fused = Annotated[Literal["official", "corrected"],
+                  option("official: its constants are exchanged between the branches; corrected: "
+                         "they are not.")]
 
 # %% ../../nbs/commands/90_app.ipynb #469dd301
 OPINIONS, LEARNING = "Opinions and videos", "Training"

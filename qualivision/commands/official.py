@@ -241,9 +241,8 @@ def maps(
                          option("dover, dover++ or dover-mobile.")] = "dover",
         mobile: Annotated[bool, typer.Option("--mobile", help="The same as --model "
                                                               "dover-mobile.")] = False,
-        weights: WeightsFile = None,
-        seed: Annotated[int, option("Seed of frames and patches.")] = 0,
-        device: Device = "auto", as_json: Json = False):
+        weights: WeightsFile = None, seed: Seed = 0, device: Device = "auto",
+        as_json: Json = False):
     "DOVER's score over time and over regions, and where its two views diverge, over the frames."
     name = "dover-mobile" if mobile else model
     from qualivision.devices import pick_device
@@ -291,10 +290,7 @@ def gmad(
 def export(
         out: Annotated[Path, option("The file to write, model.onnx.")],
         model: Annotated[Literal[OFFICIAL], option("Which model is written.")],
-        weights: WeightsFile = None,
-        clip: Annotated[Optional[Path], option("COVER's image encoder: a file; default: what was "
-                                               "pulled.")] = None,
-        as_json: Json = False):
+        weights: WeightsFile = None, clip: Clip = None, as_json: Json = False):
     "Writes DOVER, DOVER-Mobile or COVER as ONNX, with open batch size. Needs the extra `onnx`."
     from qualivision.official.export import export_onnx, onnx_packages, sources
     from qualivision.official.scorer import load_model

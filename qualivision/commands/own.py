@@ -36,6 +36,12 @@ def describe(r: ScoreRecord) -> str:
     reason = r.error.removeprefix(f"{r.video}: ").removeprefix(f"{Path(r.video)}: ")
     return r.video + "\n" + wrapped(f"  not scored: {reason}", "  ")
 
+def _learned(about: dict | None) -> str:
+    if about is None: return "has learned no human opinions"
+    low, high = about["interval"]
+    return (f"{about['data']} ({about['clips']} clips, {about['raters']} raters each); order of clips "
+            f"it has not seen: SROCC {about['srocc']:.2f} [{low:.2f}, {high:.2f}]")
+
 def origin(records: list[ScoreRecord]) -> str:
     "Names the model and the labels behind a list of scores, and counts them."
     scored = [r for r in records if r.error is None]
@@ -45,6 +51,7 @@ def origin(records: list[ScoreRecord]) -> str:
     for r in scored[:1]:
         lines.append(f"MOS from 1 (bad) to 5 (excellent), by {r.model}, {r.checkpoint}. "
                      f"{notice(r.trained_on)}")
+        lines += [f"{d}: {_learned(about)}" for d, about in r.learned_on.items()]
     return "".join("\n" + wrapped(line) for line in lines)
 
 # %% ../../nbs/commands/91_own.ipynb #4cfad0e8
@@ -81,7 +88,7 @@ def evaluate(
                                               "`score-set --head`; with --target.")] = None,
         target: Annotated[Optional[str], option("Column of human scores.")] = None,
         group: Annotated[Optional[str], option("Column of clips that belong together, e.g. "
-                                               "Prompt.")] = None,
+                                               "Prompt; of either file, in any case.")] = None,
         encoding: Encoding = None, as_json: Json = False):
     "SROCC, PLCC, KRCC, RMSE per dimension with 95 % intervals."
     if (pred is None) != (target is None):
@@ -93,13 +100,15 @@ def evaluate(
 # %% ../../nbs/commands/91_own.ipynb #ef742fb8
 @commands.command()
 def predict(
-        data: Annotated[Path, option("Data set in the TaobaoVD-GC layout.")],
+        data: Annotated[Path, option("Data set in the TaobaoVD-GC layout, or a folder with "
+                                     "labels.csv (video, prompt) and videos/.")],
         out: Annotated[Path, option("CSV to write: video_name, Prompt, five MOS.")],
-        split: Annotated[Literal["train", "val", "test"],
-                         option("train, val or test; it needs no labels.")] = "test",
+        split: Annotated[Optional[Literal["train", "val", "test"]],
+                         option("train, val or test; it needs no labels. Default: test, or all "
+                                "of labels.csv.")] = None,
         checkpoint: Checkpoint = CHECKPOINT, encoding: Encoding = None,
         device: Device = "auto", precision: Precision = "fp32", as_json: Json = False):
-    "Scores a split of a data set, labelled or not, and writes the challenge's CSV."
+    "Scores a data set, labelled or not, and writes the challenge's CSV."
     from qualivision.inference.score import predict as run
     records = run(data, split, checkpoint, out, device, True, precision, encoding)
     errors = [{"video": r.video, "error": r.error} for r in records if r.error is not None]

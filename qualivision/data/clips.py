@@ -42,8 +42,7 @@ def _write_clip(file, clip: np.ndarray):
 def _open_clip(file, check=False) -> torch.Tensor | None:
     "Maps the clip (3,T,H,W) in `file`; None: it is not there, or not whole. `check`: every byte."
     try: clip = np.lib.format.open_memmap(file, mode="c")     # pages are shared, writes are not
-    except FileNotFoundError: return None
-    except (ValueError, OSError): return None                 # cut off, empty or not ours
+    except (ValueError, OSError): return None                 # not there, cut off, empty, not ours
     end = clip.offset + clip.nbytes
     if clip.dtype != np.uint8 or clip.ndim != 4 or len(clip) != 3: return None
     if os.path.getsize(file) != end + 4: return None
@@ -293,7 +292,7 @@ class VideoQualityDataset(Dataset):
     def __init__(self,
                  frame: pd.DataFrame,   # rows with video_name, Prompt, path and, if labelled, MOS
                  cache,                 # `ClipCache`, `DecodeEachTime`, or a cache of features
-                                        # (chapter 24): `get(path, flip)`
+                                        # (chapter 23): `get(path, flip)`
                  text,                  # embeddings: dict prompt -> Tensor (D,), or Tensor (rows,D)
                  augment: bool = False, # mirror half of the clips, see `augmentation`
                  seed: int = 0):

@@ -99,6 +99,7 @@ def _columns(file: Path, header: list[str], prompts: bool) -> tuple[int, int | N
     return at, text
 
 def listed(file: Path, prompts: bool, encoding) -> Iterator[tuple]:   # line, name, path, prompt
+    "The rows of `read_manifest`, with their lines. Raises BulkError, FileError."
     if file.suffix.lower() in (*VIDEOS, *PICTURES):
         raise BulkError(file, "it is a video or a picture, not a list of them",
                         "Give its folder, a CSV or a .txt.")

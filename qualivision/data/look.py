@@ -33,7 +33,7 @@ class VideoInfo:
     pix_fmt: str     # FFmpeg's name, such as yuv420p
     bit_depth: int   # bits per component
     reader: str      # "decord" if decord reads it exactly too, else "pyav"; "pillow" for WebP
-    why: str         # why decord is not exact
+    why: str         # why decord is exact, or why not
 
 # %% ../../nbs/data/08_look.ipynb #577a7680
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ def _frame_and_turn(path: Path, scan: Scan, early: str | None, codec: str) -> tu
     return frame, turn
 
 def _reader(path: Path, case: _Case, cause: str) -> tuple[str, str]:
-    "The reader for `auto`, and why it is that one."
+    "A reader that is exact on the file, and why decord is that or is not."
     if cause: unsafe = "the file is damaged"
     elif not in_utf8(path.resolve()): unsafe = "its name is not UTF-8"
     else: unsafe = _unsafe(case)
@@ -299,4 +299,4 @@ def _look_webp(path: Path, early: str | None   # of `ends_early`
                      8, "pillow", "FFmpeg's WebP decoder reads stills alone")
     lost, cause = (None, f"the file is cut off ({early})") if early else (0, "")
     return Look(info, packets, set(range(len(packets))), size, Fraction(1, 1000), lost, cause,
-                bool(early), leading=set())
+                bool(early))

@@ -7,7 +7,6 @@ __all__ = ['READERS', 'probe', 'read_frames', 'frame_times']
 
 # %% ../../nbs/data/09_video.ipynb #bccdc5d2
 import os
-import re
 import stat
 import warnings
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from .container import (
     CorruptVideo, EmptyVideo, MissingVideo, NotAVideo, ReaderUnavailable, TruncatedVideo,
     VideoError, VideoWarning, open_video)
 from .look import Look, VideoInfo, decord_module, in_utf8, look_at
+from ..files import is_address
 
 # %% ../../nbs/data/09_video.ipynb #f984bc78
 class _Shelf:
@@ -255,17 +255,13 @@ def _open_decord(path: Path, gpu: bool):
 # %% ../../nbs/data/09_video.ipynb #f3f471cf
 def _by_decord(path: Path, indices,
                each: Callable | None = None,   # of `_Shelf`
-               gpu: bool = False,
-               frames: int | None = None       # how many there should be; None: decord's count
+               gpu: bool = False
               ) -> np.ndarray | list:          # of `_Shelf`
     "decord's frames, checked by their number alone; four at a time where not all are kept."
     decord, video = _open_decord(path, gpu)
     def batch(some):  # (T,H,W,3) uint8
         with _typed(path, decord): got = video.get_batch(some.tolist())
         return got.asnumpy() if hasattr(got, "asnumpy") else got.numpy()
-    if frames not in (None, len(video)):
-        cause = f"decord counts {len(video)} frames, not {frames}"
-        raise CorruptVideo(path, cause, 'Use reader="pyav".')
     wanted = _resolve(path, indices, len(video))
     asked = wanted if len(wanted) else np.zeros(1, np.int64)
     once, where = np.unique(asked, return_inverse=True)
@@ -295,9 +291,9 @@ def _size(path: Path) -> int:
 def _file(path: str | os.PathLike) -> Path:
     "The path of a file with bytes in it that may be read."
     name, path = os.fspath(path), Path(path)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", name):
-        cause = "it is an address, and files alone are read"
-        raise MissingVideo(name, cause, "Download it, and give the path of the file.")
+    if is_address(name):
+        raise MissingVideo(name, "it is an address, not a file",
+                           "Download it and give the path of the file.")
     if not name:
         raise MissingVideo(repr(name), "the path is empty", "Give the path of one video file.")
     try: size = _size(path)

@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from ..data.opinions import dimensions
 from ..files import number, read_table, readable
 from ..quality import DIMENSIONS, MOS_COLUMNS, QualiVisionError
 
@@ -300,14 +301,19 @@ def _some(names, at_most: int = 5) -> str:
     more = f" and {len(names) - at_most} more" if len(names) > at_most else ""
     return ", ".join(names[:at_most]) + more
 
-def _numbers(frame: pd.DataFrame, column: str, what: str) -> np.ndarray:  # (N,) float64
-    "A column, NaN where a cell is empty. Raises MetricError where a cell holds anything else."
+# what: its file, for messages; a table of `evaluate_files` is indexed by its lines
+def _numbers(frame: pd.DataFrame, column: str | None, what: str) -> np.ndarray:  # (N,) float64
+    """A column, NaN where a cell is empty, or everywhere if there is no column (None). Raises
+    MetricError where a cell holds anything else."""
+    if column is None: return np.full(len(frame), np.nan)
     if column not in frame:
         raise MetricError(what, f"no column `{column}`",
                           f"Its columns are {', '.join(map(str, frame.columns))}.")
     values = [number(None if pd.isna(c) else c) for c in frame[column]]
-    if bad := [n for n, x in zip(frame.index, values) if x is None or np.isinf(x)]:
-        raise MetricError(what, f"`{column}` holds no number for {_some(bad)}",
+    if bad := [i for i, x in enumerate(values) if x is None or np.isinf(x)]:
+        names = _indexed(frame, what).index[bad]
+        if frame.index.name == "line": what = f"{what} line {frame.index[bad[0]]}"
+        raise MetricError(what, f"`{column}` holds no number for {_some(names)}",
                           "Correct it, or leave the cell empty.")
     return np.array(values, np.float64)
 
@@ -317,26 +323,32 @@ def evaluate_frames(
     label_df: pd.DataFrame,      # human scores; may be the same table
     pred: str | None = None,     # column of predictions; with `target`
     target: str | None = None,   # column of human scores; names the result
-    group: str | None = None,    # column of clips that belong together; None: every row alone
+    group: str | None = None,    # column of clips that belong together, in either table and
+                                 # in upper or lower case; None: every row alone
     n: int = 1000, seed: int = 0,
     names: tuple[str, str] = ("predictions", "labels"),  # for messages
 ) -> dict:  # dimension → n, EVALUATED, ci: {metric: [low, high]}, reasons
     """Computes metrics with intervals for two tables.
 
-    What is not defined is None, and `reasons` says why, under the metric's name or `ci` and that
-    name. The group column may stand in either table. Raises MetricError for rows without a
-    partner, for missing columns, and where nothing is defined."""
+    An empty cell is left out of its dimension alone; n says how many clips are left. What is not
+    defined is None, and `reasons` says why, under the metric's name or `ci` and that name. Raises
+    MetricError for rows without a partner, for missing columns, and where nothing is defined;
+    LabelError where it is not clear which column holds the labels of a dimension."""
     if (pred is None) != (target is None):
         raise MetricError("evaluate", "one of the two columns --pred and --target is missing",
-                          "Give both, or neither for the five MOS columns.")
-    p, t = _matched(_indexed(pred_df, names[0]), _indexed(label_df, names[1]), names)
-    columns = ([(c, c, d) for c, d in zip(MOS_COLUMNS, DIMENSIONS)] if pred is None
-               else [(pred, target, target)])
-    groups = None if group is None else _groups(t if group in t else p, group, names[1])
+                          "Give both, or neither for the dimensions.")
+    p, t = _indexed(pred_df, names[0]), _indexed(label_df, names[1])
+    order = _order(p, t, names)
+    groups = None if group is None else _groups((t, p.iloc[order]), group, names[1])
+    columns = [(pred, target, target)]
+    if pred is None:
+        known = dimensions(label_df.columns, names[1])
+        columns = [(c if d in known else None, known.get(d), d)
+                   for c, d in zip(MOS_COLUMNS, DIMENSIONS)]
     result = {}
     for a, b, name in columns:
-        scores, labels = _numbers(p, a, names[0]), _numbers(t, b, names[1])
-        result[name] = _evaluate(scores, labels, groups, n, seed, t.index)
+        scores, labels = _numbers(pred_df, a, names[0])[order], _numbers(label_df, b, names[1])
+        result[name] = _evaluate(scores, labels, groups, n, seed)
     if all(r[m] is None for r in result.values() for m in EVALUATED):
         name, r = next(iter(result.items()))
         raise MetricError(f"{name}, {EVALUATED[0]}", r["reasons"][EVALUATED[0]],
@@ -344,24 +356,30 @@ def evaluate_frames(
     return result
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #15477b00
-def _matched(p: pd.DataFrame, t: pd.DataFrame, names) -> tuple[pd.DataFrame, pd.DataFrame]:
-    "Both tables by video, the predictions in the order of the labels."
+def _order(p: pd.DataFrame, t: pd.DataFrame, names) -> np.ndarray:  # (N,)
+    "Where in the predictions the video of every label is. Raises MetricError for lone videos."
     for what, alone in ((names[0], p.index.difference(t.index)),
                         (names[1], t.index.difference(p.index))):
         if len(alone):
             raise MetricError(
                 what, f"{len(alone)} of its videos missing in the other file: {_some(alone)}",
                 "Both need the same videos.")
-    return p.loc[t.index], t
+    return p.index.get_indexer(t.index)
 
-def _groups(frame: pd.DataFrame, column: str, what: str) -> pd.Series:
-    if column not in frame:
+def _groups(tables: tuple, column: str, what: str) -> pd.Series:
+    "The group of every row, from the first table that has the column; its own case comes first."
+    found = [(f, c) for f in tables for c in f if c == column]
+    if not found:
+        plain = column.casefold()
+        found = [(f, c) for f in tables for c in f if str(c).casefold() == plain]
+    if not found:
         raise MetricError(what, f"no column `{column}` here or in the predictions",
                           "Name one that is there.")
-    if (lost := frame[column].isna() | (frame[column] == "")).any():
-        raise MetricError(what, f"`{column}` is empty for {_some(frame.index[lost])}",
+    groups = found[0][0][found[0][1]]
+    if (lost := groups.isna() | (groups == "")).any():
+        raise MetricError(what, f"`{column}` is empty for {_some(groups.index[lost])}",
                           "Every row needs a group.")
-    return frame[column]
+    return groups
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #6be76d9d
 def or_reason(reasons: dict, key: str, compute):  # what it computes
@@ -369,12 +387,18 @@ def or_reason(reasons: dict, key: str, compute):  # what it computes
     try: return compute()
     except MetricError as e: reasons[key] = e.cause
 
-def _evaluate(pred, target, groups, n, seed, names) -> dict:
-    reasons = {}
-    if (holes := np.isnan(pred) | np.isnan(target)).any():
-        why = f"there is no number for {_some(np.asarray(names)[holes])}"
-        return {"n": len(target), **dict.fromkeys(EVALUATED), "ci": dict.fromkeys(EVALUATED),
-                "reasons": dict.fromkeys(EVALUATED, why)}
+def _why_none(pred, target) -> str:
+    "Why no row has both numbers."
+    if np.isnan(target).all(): return "there is no label"
+    return "there is no score" if np.isnan(pred).all() else "no video has a score and a label"
+
+def _evaluate(pred, target, groups, n, seed) -> dict:
+    there, reasons = ~(np.isnan(pred) | np.isnan(target)), {}
+    if len(there) and not there.any():
+        return {"n": 0, **dict.fromkeys(EVALUATED), "ci": dict.fromkeys(EVALUATED),
+                "reasons": dict.fromkeys(EVALUATED, _why_none(pred, target))}
+    pred, target = pred[there], target[there]
+    groups = None if groups is None else groups[there]
     def resampled(m): return list(bootstrap(pred, target, groups, [m], n, seed)[m])
     values = {m: or_reason(reasons, m, lambda m=m: METRICS[m][0](pred, target)) for m in EVALUATED}
     intervals = {m: or_reason(reasons, f"ci {m}", lambda m=m: resampled(m))
@@ -390,8 +414,9 @@ def evaluate_files(
     n: int = 1000, seed: int = 0,
     encoding: str | None = None, # of both; None: UTF-8, or UTF-16 with its mark
 ) -> dict:                       # as of `evaluate_frames`
-    "Runs `evaluate_frames` on two files: `qualivision evaluate`. Raises MetricError, FileError."
-    tables = (read_table(f, encoding) for f in (predictions, labels))
+    """Runs `evaluate_frames` on two files: `qualivision evaluate`. Raises MetricError, LabelError,
+    FileError; a cell that is no number is told by file, line and column."""
+    tables = (read_table(f, encoding).rename_axis("line") for f in (predictions, labels))
     return evaluate_frames(*tables, pred, target, group, n, seed,
                            names=(str(predictions), str(labels)))
 
@@ -402,6 +427,9 @@ def format_metrics(
     width = max(9, *(len(d) for d in result))
     lines = [f"{'dimension':{width}}  {'metric':13}  {'value':>8}  95 % interval"]
     for dimension, r in result.items():
+        if not r["n"]:
+            lines.append(f"{dimension:{width}}  left out: {r['reasons'][EVALUATED[0]]}")
+            continue
         for i, m in enumerate(EVALUATED):
             value, ci = "-" if r[m] is None else f"{r[m]:.4f}", r["ci"][m]
             span = f"{ci[0]:.4f} to {ci[1]:.4f}" if ci else "-"

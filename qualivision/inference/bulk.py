@@ -25,7 +25,7 @@ from ..data.collection import (
 from ..data.container import MissingVideo
 from ..files import check_place, file_sha256, is_address, progress, readable, staged
 from .score import Scorer
-from ..models.weights import about_file
+from ..models.weights import about_file, checkpoint_folder
 from ..quality import DIMENSIONS, MOS_COLUMNS, Caught, Tally, caught, say
 
 # %% ../../nbs/inference/46_bulk.ipynb #4a17a86d
@@ -40,21 +40,17 @@ class TableForm:
 # %% ../../nbs/inference/46_bulk.ipynb #1d51ab14
 class FiveMosScorer:
     "A `Scorer` of five MOS, for `score_set`."
-    name, columns = "qualivision", DIMENSIONS
+    name, columns, prompts = "qualivision", DIMENSIONS, True
 
     def __init__(self, scorer: Scorer):
         self.scorer, about = scorer, scorer.about
         # raise `judged` when reasons or warnings change: older rows are scored again
         self.settings = {"model": about["model"],
-                         "weights": about_file(about["checkpoint"]).get("sha256"),
+                         "weights": about_file(checkpoint_folder(about["checkpoint"])).get("sha256"),
                          "sampling": scorer.sampling.key(), "judged": 2}
 
     def prepare(self, video) -> tuple[torch.Tensor, int]:   # (3,T,S,S) uint8; frames of the video
         return self.scorer.sampling.counted(video)
-
-    def table(self, form: str) -> TableForm:
-        "Raises BulkError: no other tool writes five MOS."
-        raise BulkError(f"form {form}", f"{self.name} has no such scores", "Use its own form.")
 
     def rate(self, views: tuple, prompt: str) -> dict:      # MOS, 1–5, or None; reasons; warnings
         "Five MOS. Raises TextError for a prompt that cannot be read."
@@ -151,10 +147,12 @@ def _prepared(scorer, path, sha, mark, done: bool) -> tuple:
     return *now, views, wrong
 
 # %% ../../nbs/inference/46_bulk.ipynb #91eb6c57
+def _prompts(scorer) -> bool: return getattr(scorer, "prompts", False)
+
 def header(scorer, form: TableForm | None) -> list[str]:
     "The columns of a result."
     if form: return list(form.columns)
-    if scorer.columns != DIMENSIONS: return ["video", *scorer.columns, "error", "sha256"]
+    if not _prompts(scorer): return ["video", *scorer.columns, "error", "sha256"]
     return ["video_name", "Prompt", *MOS_COLUMNS, "error", "reasons", "warnings", "sha256"]
 
 def cells(scorer, form: TableForm | None, name: str, prompt: str, scores: dict | None,
@@ -164,7 +162,7 @@ def cells(scorer, form: TableForm | None, name: str, prompt: str, scores: dict |
         return [name, *(form.numbers(scores) if scores else [None] * (len(form.columns) - 1))]
     scores = scores or {}
     values = [scores.get(c) for c in scorer.columns]
-    if scorer.columns != DIMENSIONS: return [name, *values, error, sha]
+    if not _prompts(scorer): return [name, *values, error, sha]
     reasons = "; ".join(f"{d}: {why}" for d, why in scores.get("reasons", {}).items())
     warnings = "; ".join(scores.get("warnings", ()))
     return [name, prompt, *values, error, reasons or None, warnings or None, sha]
@@ -256,7 +254,7 @@ def _is_path(source) -> bool: return isinstance(source, (str, os.PathLike))
 def _videos(source, scorer, patterns, over=None, own=None, encoding=None) -> tuple[Iterator, bool]:
     "Name, path and prompt of each video; and whether their order is to be kept. Raises BulkError."
     if not _is_path(source): return iter(source), True
-    source, prompts = Path(source), scorer.columns == DIMENSIONS
+    source, prompts = Path(source), _prompts(scorer)
     endings = VIDEOS + (PICTURES if getattr(scorer, "pictures", False) else ())
     if source.is_dir():
         if prompts:
@@ -293,7 +291,7 @@ def _check_shared(db, source, scorer, encoding):
     shared = db.execute(SHARED).fetchone()
     if shared is None or not _is_path(source) or os.path.isdir(source): return
     first = {}
-    for line, name, path, prompt in listed(Path(source), scorer.columns == DIMENSIONS, encoding):
+    for line, name, path, prompt in listed(Path(source), _prompts(scorer), encoding):
         if os.path.normpath(os.fsencode(path)) != shared[0]: continue
         for (other, asked), n in first.items():
             if other == name and asked != prompt: continue
@@ -362,6 +360,12 @@ def _score_all(run: _Run, out: Path, workers: int, total: int | None, count: dic
     finally:
         if table: table.close(whole)
 
+def _form_of(scorer, form: str) -> TableForm:
+    "One of the scorer's tables. Raises BulkError."
+    if found := getattr(scorer, "tables", {}).get(form): return found
+    raise BulkError(f"form {form}", f"{scorer.name} has no such scores with these settings",
+                    "Use its own form.")
+
 def said_of(over: dict) -> str:     # for people
     "What was passed over, in one line."
     return ", ".join(f"{n} {what}" for what, n in sorted(over.items()))
@@ -375,9 +379,9 @@ def _no_video(source, over: dict) -> BulkError:
 def score_set(
     source,                     # folder of videos, manifest, or iterable of (name, path, prompt)
     out: str | Path,            # .csv or .parquet; the journal lies beside it
-    scorer,                     # has `prepare`, `rate` and `table`, such as FiveMosScorer
+    scorer,                     # such as FiveMosScorer; see What scores them
     patterns=(),                # of file names in a folder; none: the usual endings
-    form: str = "own",          # which columns; own, or one that the scorer's `table` knows
+    form: str = "own",          # which columns; own, or one of the scorer's `tables`
     workers: int = 1,           # threads that read ahead
     progress: bool = False,     # how far it is, on stderr
     report: Callable[[str], None] | None = None,  # gets every error as it happens
@@ -385,7 +389,7 @@ def score_set(
 ) -> dict:                      # out, model, videos, scored, kept, failed, passed_over
     "Scores a collection; what an earlier run finished is kept. Raises BulkError."
     out, over = Path(out), Counter()        # over: ending or reason -> how many
-    form = None if form == "own" else scorer.table(form)
+    form = None if form == "own" else _form_of(scorer, form)
     if workers < 1: raise BulkError(f"{workers} workers", "there must be one", "Give 1 or more.")
     videos, ordered = _videos(source, scorer, patterns, over, out, encoding)
     first = next(videos, None)              # before a journal is made: a wrong path leaves nothing

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALE', 'FREE', 'pack', 'unpack', 'body_names', 'save_body', 'body_folder', 'config_for', 'BodyReport',
-           'start_from_body', 'load_body']
+           'start_from_body']
 
 # %% ../../nbs/models/32_bodies.ipynb #e1192b27
 import json
@@ -15,10 +15,8 @@ import torch
 from torch import Tensor
 
 from ..files import file_sha256, write_whole
-from .dover_mos import DoverConfig, DoverPlusPlus
 from .five_mos import FiveMos
 from .store import entry, is_published, pull
-from .vjepa_mos import VJepaConfig, VJepaMos
 from .weights import (
     WeightsError, about_file, load_strict, read_state, save_tensors)
 
@@ -82,10 +80,9 @@ def config_for(config,          # of a five-MOS model
     return replace(config, **names)
 
 # %% ../../nbs/models/32_bodies.ipynb #3810d8b0
-FREE = {"frames", "size", "view", "attention", "freeze", "freeze_backbone", "freeze_pooler",
-        "frozen_dtype", "checkpointing", "micro_batch", "channels_last",
-        "drop_path", "dropout", "pooled_dropout", "prompt_dropout", "head_dropout",
-        "stem_init", "patch_init", "causes", "attributes"}
+FREE = {"frames", "size", "view", "freeze", "freeze_backbone", "frozen_dtype", "checkpointing",
+        "micro_batch", "dropout", "pooled_dropout", "prompt_dropout", "head_dropout", "stem_init",
+        "causes", "attributes"}
 
 
 @dataclass(frozen=True)
@@ -133,21 +130,3 @@ def start_from_body(model: FiveMos,  # its body is replaced, the rest stays as i
     count = sum(v.numel() for v in model.state_dict().values())
     taken = sum(v.numel() for v in state.values())
     return BodyReport(Path(source).name, len(names), new, taken / count)
-
-
-def load_body(source              # a folder that `save_body` wrote, or a name of the registry
-             ) -> FiveMos:         # in eval mode; its scores have not been trained: all are 3
-    "The network of a body; what is not of the body is zero. Raises `WeightsError`."
-    folder = body_folder(source)
-    if folder is None:
-        raise WeightsError(source, "it holds no pretrained body", "See `qualivision weights list`.")
-    about = about_file(folder)
-    ours = about["body_of"] == "VJepaMos"
-    config, kind = (VJepaConfig, VJepaMos) if ours else (DoverConfig, DoverPlusPlus)
-    with torch.random.fork_rng(devices=[]): model = kind(config.of(about["config"]))
-    start_from_body(model, folder)
-    names = set(body_names(model))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name not in names: p.zero_()
-    return model.eval()

@@ -27,7 +27,7 @@ class DocumentedBranch(nn.Module):
     "The backbone and three heads on its mean, under their published names."
     def __init__(self, dims: tuple, depths: tuple, dropout=0.1):
         super().__init__()
-        self.backbone = ConvNeXt3D(3, dims, depths, layers=PUBLISHED_CHAIN)
+        self.backbone = ConvNeXt3D(dims, depths, layers=PUBLISHED_CHAIN)
         self.aesthetic_head = extra_head(dims[-1], dropout)
         self.technical_head = extra_head(dims[-1], dropout)
         self.feature_extractor = feature_layers(dims[-1], 1024)

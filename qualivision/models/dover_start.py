@@ -55,11 +55,8 @@ def fitted(x: Tensor,        # official
     if tuple(x.shape) == shape: return x.clone(), "copied"
     if x.ndim == 2 and shape == (*x.shape, 1, 1, 1): return x.reshape(shape).clone(), "reshaped"
     if x.ndim != 5 or len(shape) != 5 or x.shape[0] != shape[0]: return None
-    stem = x.shape[1] == 3 <= shape[1] and x.shape[3:] == shape[3:]
-    if stem and shape[2] in (1, x.shape[2]):
-        how = "copied" if shape[2] == x.shape[2] else "folded"
-        if how == "folded": x = x.sum(2, keepdim=True)
-        return F.pad(x, (0,) * 7 + (shape[1] - 3,)), how
+    if x.shape[1] == 3 and shape[1:] == (3, 1, *x.shape[3:]):
+        return x.sum(2, keepdim=True), "folded"
     grow = [b - a for a, b in zip(x.shape[2:], shape[2:])]
     depthwise = x.shape[1] == shape[1] == 1
     if not depthwise or any(g < 0 or g % 2 for g in grow): return None

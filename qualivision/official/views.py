@@ -207,11 +207,11 @@ class _Cutter:
                 for v in self.views}
 
 # %% ../../nbs/official/70_views.ipynb #2ea36428
-def _views(source, views, cutter: _Cutter, reader, raw, still=False):
+def _views(source, cutter: _Cutter, reader, raw, still=False):
     "The views of a file, or of frames; `still`: of one picture, which each view shows once."
     def begin(n):
-        if still: return cutter.begin({v.name: np.zeros(1, np.int64) for v in views})
-        return cutter.begin(view_indices(views, n, cutter.seed))
+        if still: return cutter.begin({v.name: np.zeros(1, np.int64) for v in cutter.views})
+        return cutter.begin(view_indices(cutter.views, n, cutter.seed))
     if not isinstance(source, np.ndarray):
         parts = read_frames(source, begin, reader, each=cutter.cut)
     elif source.ndim != 4 or source.shape[-1] != 3 or source.dtype != np.uint8 or 0 in source.shape:
@@ -219,7 +219,7 @@ def _views(source, views, cutter: _Cutter, reader, raw, still=False):
                             "Give (N,H,W,3) uint8.")
     else: parts = [cutter.cut(source[k], at) for at, k in enumerate(begin(len(source)))]
     made = cutter.join(parts)
-    return {v.name: made[v.name] if raw else v.normalise(made[v.name]) for v in views}
+    return {v.name: made[v.name] if raw else v.normalise(made[v.name]) for v in cutter.views}
 
 
 def dover_views(source: str | os.PathLike | np.ndarray,   # a file, or all frames (N,H,W,3) uint8
@@ -232,7 +232,7 @@ def dover_views(source: str | os.PathLike | np.ndarray,   # a file, or all frame
     """What DOVER and DOVER-Mobile look at: technical (3,3,32,224,224), aesthetic (1,3,32,224,224).
     Raises `SamplingError` and the `VideoError`s of `read_frames`."""
     cutter = _Cutter(DOVER_VIEWS, seed, antialias, grid_before_enlarging)
-    return _views(source, DOVER_VIEWS, cutter, reader, raw)
+    return _views(source, cutter, reader, raw)
 
 # %% ../../nbs/official/70_views.ipynb #82e69dc2
 _FORMATS = ("PNG", "JPEG", "BMP", "DIB", "WEBP", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM")
@@ -317,7 +317,7 @@ def cover_views(source: str | os.PathLike | np.ndarray,   # a file, or all frame
     still = not isinstance(source, np.ndarray) and is_picture(source)
     if still: source = read_picture(source)
     cutter = _Cutter(COVER_VIEWS, seed, antialias, grid_before_enlarging)
-    try: return _views(source, COVER_VIEWS, cutter, reader, raw, still)
+    try: return _views(source, cutter, reader, raw, still)
     except NotAVideo as e:
         raise SamplingError(source, e.cause,
                             "Give a video, or a picture as PNG, JPEG, WebP or TIFF.") from e

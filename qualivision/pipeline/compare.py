@@ -18,7 +18,7 @@ from ..evaluation.metrics import MetricError
 from qualivision.evaluation.protocol import (
     BASELINES, CEILING, FROM_NOISE, ORACLES, RATERS, Clips, results_table, run_baselines,
     save_results)
-from ..models.registry import MODELS
+from ..models.registry import compared
 from ..models.text import TextEncoder
 from .params import (
     keep_memory, label_source, read_json, read_params, read_splits, run_stage, write_json)
@@ -27,12 +27,11 @@ from ..quality import DIMENSIONS, MOS_COLUMNS
 # %% ../../nbs/pipeline/52_compare.ipynb #59a0ffa2
 def asked_split(
     models: tuple,
-    results: str | Path = "results",
-) -> tuple[str, str]:                 # "test" or "val"; a note on it
+) -> tuple[str, str]:       # "test" or "val"; a note on it
     """The split that the models have scored.
 
     Raises ParamsError where a model has none, DatasetError where they differ."""
-    about = {m: read_json(Path(results)/m/"evaluate.json") for m in models}
+    about = {m: read_json(f"results/{m}/evaluate.json") for m in models}
     splits = [a["split"] for a in about.values()]
     if len(set(splits)) > 1:
         raise DatasetError("results", f"the models scored different splits: {', '.join(splits)}",
@@ -64,11 +63,10 @@ def known_about(
 
 def baseline_rows(
     train: Clips, clips: Clips,
-    names=tuple(BASELINES),
 ) -> tuple[dict, dict]:     # row → (N,5); row → why it was left out
     "Every baseline that can be had for these data."
     rows, omitted = {}, {}
-    for name in names:
+    for name in BASELINES:
         try: rows |= run_baselines(train, clips, (name,))
         except MetricError as e: omitted[name] = str(e)
     return rows, omitted
@@ -95,14 +93,13 @@ def ceiling_rows(
 
 # %% ../../nbs/pipeline/52_compare.ipynb #0a50c06c
 def scratch_rows(
-    asked: pd.DataFrame,                       # of the judged split
-    split: str, data_hash: str,                # what they must be of
-    folder: str | Path = "results/experiments/scratch",
-) -> tuple[dict, dict]:                        # row → (N,5); row → why it was left out
+    asked: pd.DataFrame,         # of the judged split
+    split: str, data_hash: str,  # what they must be of
+) -> tuple[dict, dict]:          # row → (N,5); row → why it was left out
     "The models that began with noise, as far as they are there."
     rows, omitted = {}, {}
-    for model in MODELS:
-        row, of = model + FROM_NOISE, Path(folder)/model
+    for model in compared():
+        row, of = model + FROM_NOISE, Path("results/experiments/scratch")/model
         if not (of/"predictions.csv").exists(): continue                 # nobody asked for it
         about = read_json(of/"train.json")["data_hash"], read_json(of/"evaluate.json")["split"]
         if about == (data_hash, split): rows[row] = read_scores(of/"predictions.csv", asked)
@@ -179,7 +176,7 @@ def main(
 ) -> dict:                                # as of `results_table`
     "Fits the baselines, compares, writes. Raises ParamsError, DatasetError, MetricError."
     keep_memory()
-    models = tuple(models or MODELS)
+    models = tuple(models or compared())
     p = read_params(SECTIONS, params, profile)
     settings, root, splits = p["evaluate"], p["data"]["root"], read_splits(p["data"])
     split, note = asked_split(models)

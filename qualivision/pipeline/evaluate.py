@@ -34,14 +34,13 @@ def judged_split(
 def model_scores(
     checkpoint: str | Path,
     clips: pd.DataFrame,                # rows with path and Prompt
-    cache: str | Path = "cache",        # of decoded clips
-    device: str = "auto",
+    device: str,
 ) -> np.ndarray:                        # (N,5) predicted MOS
     """Scores one video after the other, as for a user.
 
     Raises VideoError, TextError, ScoreError, WeightsError."""
     scorer = Scorer.from_checkpoint(checkpoint, device)
-    kept = ClipCache(cache, scorer.sampling)
+    kept = ClipCache("cache", scorer.sampling)
     every = scorer.sampling.count       # people judged all five of every clip, however short
     rows = progress(zip(clips["path"], clips["Prompt"]), len(clips), "scoring")
     return np.array([scorer.judge(kept.get(path), prompt, every)[0]
@@ -74,7 +73,7 @@ def score_to(
     Raises DatasetError, ScoreError, VideoError, WeightsError."""
     splits = read_splits(data)
     split, note = judged_split(splits)
-    scores = model_scores(checkpoint, splits[split], device=device)
+    scores = model_scores(checkpoint, splits[split], device)
     results.mkdir(parents=True, exist_ok=True)
     write_predictions(splits[split], scores, results/"predictions.csv")
     about = {"split": split, "note": note, "videos": len(scores),

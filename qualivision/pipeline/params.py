@@ -18,7 +18,7 @@ import yaml
 
 from ..data.dataset import checked, load_dataset, resolve_splits, scale_note
 from ..files import write_whole
-from ..models.registry import MODELS
+from ..models.registry import MODELS, compared
 from ..quality import QualiVisionError, caught
 
 # %% ../../nbs/pipeline/48_params.ipynb #86f44845
@@ -47,7 +47,7 @@ def read_params(
 ) -> dict:                       # section → its values
     "Reads these sections and no others. Raises ParamsError where one is missing."
     chosen, found = profile_of(file, profile)
-    meant = {"MODEL": (model,), "MODELS": tuple(MODELS)}
+    meant = {"MODEL": (model,), "MODELS": tuple(compared())}
     names = [name for section in sections for name in meant.get(section, (section,))]
     if absent := [s for s in names if not isinstance(found.get(s), dict)]:
         raise ParamsError(file, f"the profile {chosen} has no section {', '.join(absent)}",
@@ -98,7 +98,7 @@ def read_json(path: str | Path):
                           "`dvc repro` runs the stage that writes it.") from e
 
 # %% ../../nbs/pipeline/48_params.ipynb #1bee6e62
-def note_machine(stage: str, seconds: float, folder: str | Path = "work"):
+def note_machine(stage: str, seconds: float):
     "Adds a line about this run of a stage to the file that holds times and machines."
     import torch
     about = {"stage": stage, "seconds": round(seconds, 1),
@@ -106,8 +106,8 @@ def note_machine(stage: str, seconds: float, folder: str | Path = "work"):
              "machine": platform.machine(), "python": platform.python_version(),
              "torch": torch.__version__, "threads": torch.get_num_threads(),
              "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
-    Path(folder).mkdir(exist_ok=True)
-    with open(Path(folder)/"machine.jsonl", "a", encoding="utf-8") as f:
+    Path("work").mkdir(exist_ok=True)
+    with open("work/machine.jsonl", "a", encoding="utf-8") as f:
         f.write(json.dumps(about) + "\n")
 
 def run_stage(main):   # the stage's main(), which takes the program's arguments

@@ -14,7 +14,7 @@ from ..data.clips import ClipCache
 from ..data.dataset import data_hash, load_dataset, resolve_splits, validate
 from ..data.sampling import Sampling
 from ..evaluation.lowlevel import feature_table
-from ..models.registry import MODELS
+from ..models.registry import compared
 from ..models.text import TextEncoder
 from ..files import code_hash
 from .params import (
@@ -60,7 +60,7 @@ def main(
     keep_memory()
     p = read_params(SECTIONS, params, profile)
     root, workers = p["data"]["root"], p["prepare"]["workers"]
-    asked = views({model: p[model] for model in MODELS})
+    asked = views({model: p[model] for model in compared()})
     encoder = TextEncoder(p["text"]["encoder"])
     frame = validate(load_dataset(root), prompts=encoder.read)
     splits = resolve_splits(frame, **split_rule(p["data"]))

@@ -25,7 +25,6 @@ def difference(
     low, high = sorted((sign * cell["low"], sign * cell["high"]))
     return {"value": sign * cell["value"], "low": low, "high": high}
 
-# one of MARKS, or ""
 def mark(results: dict, row: str, dimension: str, metric: str, model: str) -> str:
     "A sign where the model differs from this row, as far as the interval can tell; else empty."
     cell = difference(results, model, row, dimension, metric)

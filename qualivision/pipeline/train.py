@@ -124,9 +124,10 @@ def best_of(result: dict) -> dict | None:   # epoch, step and score
     def counted(k, v): return v + sum(row[k] for row in before) if k in ("epoch", "step") else v
     return {k: counted(k, v) for k, v in result["best"].items()}
 
-def same_data(root: str | Path, manifest: str | Path = "results/splits.json"):
+def same_data(root: str | Path):
     "Raises ParamsError when prepare has left the manifest of other data than these."
-    if not Path(manifest).exists(): return
+    manifest = Path("results/splits.json")
+    if not manifest.exists(): return
     if read_json(manifest)["data_hash"] != data_hash(load_dataset(root), "cache"):
         raise ParamsError(root, f"this is not the data set that {manifest} was made from",
                           "Run `dvc repro prepare` first.")

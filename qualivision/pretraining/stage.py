@@ -13,9 +13,9 @@ from pathlib import Path
 from ..files import code_hash, value_hash
 from ..devices import kept_rng, seed_all
 from .lessons import reserved
-from ..models.registry import entry_of
+from ..models.registry import entry_of, load_body
 from ..models.text import TextEncoder
-from ..models.bodies import load_body, save_body
+from ..models.bodies import save_body
 from ..pipeline.params import (
     ParamsError, keep_memory, known_model, read_params, run_stage, write_json)
 from .masked import PretrainConfig

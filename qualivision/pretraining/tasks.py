@@ -32,10 +32,10 @@ from ..training.step import (
     Descent, changed, load_state, parameter_groups, save_state)
 
 # %% ../../nbs/pretraining/61_tasks.ipynb #f2d1e3c9
-def asking(config):   # of either model → of the same kind
+def asking(config):   # a ModelConfig → of the same kind
     "A configuration with heads for all causes and attributes, in which nothing is frozen."
-    free = {"freeze": 0.} if hasattr(config, "freeze") else {"freeze_backbone": False}
-    return replace(config, causes=CAUSE_NAMES, attributes=tuple(VALUES), **free)
+    free = config.but(freeze=0., freeze_backbone=False)
+    return replace(free, causes=CAUSE_NAMES, attributes=tuple(VALUES))
 
 @contextmanager
 def dropout_of(model: nn.Module, p: float):
