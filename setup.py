@@ -23,7 +23,8 @@ setup(
     url=cfg["git_url"],
     packages=find_packages(include=["qualivision", "qualivision.*"]),
     package_data={"qualivision.evaluation": ["*.json"],
-                  "qualivision.models": ["*.json", "*.safetensors", "frames/*"]},
+                  "qualivision.models": ["*.json", "*.safetensors"],
+                  "qualivision": ["weights/*/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={

@@ -138,6 +138,21 @@ def test_predict_an_unlabelled_split(here, tmp_path):
     assert status == 1 and "nowhere" in strict(out)["error"] and not (tmp_path/"x.csv").exists()
 
 
+def test_a_folder_with_a_label_file_there_and_back(here, tmp_path):
+    "Scored without a split, and compared by the names of its own columns."
+    folder, split = tmp_path/"own", here/"set"/"train"/"videos"
+    (folder/"videos").mkdir(parents=True)
+    for i in range(6): (folder/"videos"/f"{i}.mp4").symlink_to(sorted(split.iterdir())[i % 2])
+    (folder/"labels.csv").write_text("video,prompt,static_quality,alignment\n" + "".join(f"{i}.mp4,boat {i},{i},{i or ''}\n" for i in range(6)))
+    predict = ("predict", "--data", folder, "--out", tmp_path/"p.csv", "--checkpoint", "checkpoints/dover", "--json")
+    status, out, err = run(here, *predict)
+    assert status == 0 and strict(out)["videos"] == 6
+    status, out, err = run(here, "evaluate", tmp_path/"p.csv", folder/"labels.csv", "--group", "prompt", "--json")
+    assert status == 0 and {d: r["n"] for d, r in strict(out).items()} == dict(traditional=6, alignment=5, aesthetic=0, temporal=0, overall=0)
+    status, out, err = run(here, *predict, "--split", "test")
+    assert status == 1 and "no split test" in strict(out)["error"]
+
+
 def test_evaluate(here, tmp_path):
     rng = np.random.default_rng(0)
     mos = rng.uniform(1, 5, (30, 5))

@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from qualivision.official.known_sets import SETS, check_set, find_set, known_set
-from qualivision.data.opinions import VALUES, LabelError, place_of, places, read_labels
+from qualivision.data.opinions import OPINION_COLUMNS, VALUES, LabelError, dimensions, place_of, places, read_labels
 from qualivision.files import FileError
 
 
@@ -143,3 +143,19 @@ def test_places(tmp_path):
         table = pd.DataFrame({"line": [3, 7], "video": names})
         with pytest.raises(LabelError, match="l.csv line 7: .* as .* in line 3 is"): places(table, folders, "l.csv")
     assert len(set(places(pd.DataFrame({"line": [1, 2], "video": ["a.mp4", "deep/a.mp4"]}), folders))) == 2
+
+
+@pytest.mark.parametrize("dimension, names", {
+    "traditional": ["Traditional_MOS", "visual_quality", "static_quality", "technical_quality", "spatial_quality"],
+    "temporal": ["Temporal_MOS", "temporal_quality", "temporal_consistency", "consistency", "persistence"],
+    "alignment": ["Alignment_MOS", "alignment", "text_alignment", "text-to-video alignment", "element_presence", "SA"],
+    "aesthetic": ["Aesthetic_MOS", "aesthetic"], "overall": ["Overall_MOS", "overall", "mos"]}.items())
+def test_names_of_dimensions(dimension, names):
+    for name in names: assert dimensions(["video", "prompt", " " + name.upper(), "index"]) == {dimension: " " + name.upper()}
+    with pytest.raises(LabelError, match=f"x.csv: the columns {names[0]} and {names[1]} are both {dimension}"): dimensions(names[:2], "x.csv")
+
+
+def test_dimensions_have_an_order_and_names_no_two_meanings():
+    assert list(dimensions(["overall", "consistency", "sa", "video"])) == ["alignment", "temporal", "overall"]
+    names = [n for known in OPINION_COLUMNS.values() for n in known]
+    assert len(names) == len(set(names)) and names == [n.lower() for n in names]

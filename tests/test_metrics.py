@@ -10,6 +10,7 @@ from scipy.optimize import curve_fit
 from qualivision.evaluation.metrics import (
     EVALUATED, METRICS, MetricError, bootstrap, evaluate_files, evaluate_frames, fit_logistic, format_metrics, krcc, logistic, mae,
     paired_bootstrap, plcc, plcc_logistic, rmse, srocc)
+from qualivision.data.opinions import LabelError
 from qualivision.files import FileError
 from qualivision.quality import DIMENSIONS, MOS_COLUMNS
 
@@ -155,7 +156,9 @@ def spoil(frame, column, value):
     "twice": (lambda p, t: (p, pd.concat([t, t[:1]]), {}), "twice"),
     "text": (lambda p, t: (spoil(p, "Overall_MOS", "three"), t, {}), "no number"),
     "infinite": (lambda p, t: (spoil(p, "Overall_MOS", np.inf), t, {}), "no number"),
-    "nothing is left": (lambda p, t: (spoil(p, "Overall_MOS", np.nan), t, dict(pred="Overall_MOS", target="Overall_MOS")), "no number for .*Not one"),
+    "nothing is left": (lambda p, t: (p.assign(Overall_MOS=np.nan), t, dict(pred="Overall_MOS", target="Overall_MOS")), "there is no score.*Not one"),
+    "no pair is left": (lambda p, t: (p.sort_index().assign(x=[1, None] * 50), t.assign(x=[None, 1] * 50), dict(pred="x", target="x")),
+                        "score and a label"),
     "nameless": (lambda p, t: (p.drop(columns="video_name"), t, {}), "no column `video_name`"),
     "lost name": (lambda p, t: (spoil(p, "video_name", None), t, {}), "have no video_name"),
     "no dimension": (lambda p, t: (p.drop(columns="Alignment_MOS"), t, {}), "no column `Alignment_MOS`"),
@@ -172,7 +175,7 @@ def test_bad_tables_are_errors(case):
 
 HOLES = {"constant predictions": lambda p, t: (p.assign(Temporal_MOS=3.), t), "constant labels": lambda p, t: (p, t.assign(Temporal_MOS=3.)),
          "no relation": lambda p, t: (p.assign(Temporal_MOS=[1, 1, 2, 2, 3] * 20), t.assign(Temporal_MOS=[4.5, 1.5, 4, 2, 3] * 20)),
-         "an empty prediction": lambda p, t: (spoil(p, "Temporal_MOS", np.nan), t), "an empty label": lambda p, t: (p, spoil(t, "Temporal_MOS", ""))}
+         "no predictions": lambda p, t: (p.assign(Temporal_MOS=np.nan), t), "no labels": lambda p, t: (p, t.assign(Temporal_MOS=""))}
 
 
 @pytest.mark.parametrize("hole", HOLES)
@@ -189,7 +192,71 @@ def test_what_is_not_defined_hides_nothing(hole, tmp_path):
     assert undefined == ({"plcc_logistic"} if hole == "no relation" else set(EVALUATED) - {"rmse"} if "constant" in hole else set(EVALUATED))
     assert set(r["reasons"]) == undefined | {f"ci {m}" for m in EVALUATED if r[m] is not None and r["ci"][m] is None}
     text = format_metrics(result)
-    assert all(reason in text for reason in r["reasons"].values()) and len(text.splitlines()) == 31 and json.loads(json.dumps(result)) == result
+    assert all(reason in text for reason in r["reasons"].values()) and len(text.splitlines()) == (31 if r["n"] else 26)
+    assert json.loads(json.dumps(result)) == result
+
+
+@pytest.mark.parametrize("whose", [0, 1])
+@pytest.mark.parametrize("group", [None, "Prompt"])
+def test_an_empty_cell_is_left_out_of_its_dimension_alone(whose, group):
+    "In predictions or labels, with or without groups: the numbers of the tables without that row."
+    pair = [f.sort_index() for f in tables()]
+    without = [f.drop(index=3) for f in pair]
+    pair[whose] = spoil(pair[whose], "Temporal_MOS", np.nan)
+    result, whole, rest = (evaluate_frames(*f, group=group, n=50) for f in (pair, tables(), without))
+    for d in DIMENSIONS: assert result[d] == (rest if d == "temporal" else whole)[d]
+    assert result["temporal"]["n"] == 99 and result["overall"]["n"] == 100
+
+
+def of_another_set():
+    "Predictions of five MOS, and labels of three dimensions under other names, with an empty cell in each."
+    predictions, labels = tables()
+    theirs = pd.DataFrame({"video": labels.video_name, "prompt": labels.Prompt, "bitrate": 1, "Static_Quality": labels.Traditional_MOS,
+                           "temporal_quality": labels.Temporal_MOS, "alignment": labels.Alignment_MOS})
+    for i, c in enumerate(theirs.columns[3:]): theirs.loc[i, c] = np.nan
+    return predictions.assign(Prompt=labels.Prompt), theirs
+
+
+@pytest.mark.parametrize("group", ["prompt", "Prompt", "PROMPT"])
+def test_labels_of_another_set(group, tmp_path):
+    predictions, theirs = of_another_set()
+    predictions.to_csv(tmp_path/"p.csv", index=False), theirs.to_csv(tmp_path/"l.csv", index=False)
+    result, by_name = evaluate_files(tmp_path/"p.csv", tmp_path/"l.csv", group=group, n=100), predictions.sort_index()
+    assert list(result) == list(DIMENSIONS) and json.loads(json.dumps(result)) == result
+    for d, c, empty in (("traditional", "Static_Quality", 0), ("temporal", "temporal_quality", 1), ("alignment", "alignment", 2)):
+        assert result[d]["n"] == 99 and not result[d]["reasons"]
+        assert result[d]["srocc"] == scipy.stats.spearmanr(by_name[f"{d.capitalize()}_MOS"].drop(empty), theirs[c].drop(empty)).statistic
+    for d in ("aesthetic", "overall"):
+        assert result[d]["n"] == 0 and all(result[d][m] is None and result[d]["reasons"][m] == "there is no label" for m in EVALUATED)
+    assert "aesthetic    left out: there is no label" in format_metrics(result)
+    theirs.drop(columns="prompt").to_csv(tmp_path/"l.csv", index=False)                  # the group of the predictions
+    assert evaluate_files(tmp_path/"p.csv", tmp_path/"l.csv", group=group, n=100) == result
+
+
+def test_a_group_is_taken_from_the_column_of_that_very_name():
+    predictions, labels = tables()
+    labels["prompt"] = labels.video_name.str[:1]
+    assert evaluate_frames(predictions, labels, group="Prompt", n=50) == evaluate_frames(*tables(), group="Prompt", n=50)
+    assert evaluate_frames(predictions, labels, group="prompt", n=50) != evaluate_frames(*tables(), group="Prompt", n=50)
+
+
+def test_labels_that_are_not_clear(tmp_path):
+    predictions, theirs = of_another_set()
+    for labels, message in ((theirs.assign(visual_quality=3), "l.csv: the columns Static_Quality and visual_quality are both traditional"),
+                            (theirs[["video", "bitrate"]], r"l.csv: no column holds opinions .*it has: video, bitrate")):
+        labels.to_csv(tmp_path/"l.csv", index=False), predictions.to_csv(tmp_path/"p.csv", index=False)
+        with pytest.raises(LabelError, match=message): evaluate_files(tmp_path/"p.csv", tmp_path/"l.csv")
+    with pytest.raises(MetricError, match="alignment, srocc: there is no score"):      # not: traditional has no label
+        evaluate_frames(predictions.assign(Alignment_MOS=""), theirs[["video", "alignment"]])
+    for wrong in ("good", "inf"):
+        spoil(theirs, "temporal_quality", wrong).to_csv(tmp_path/"l.csv", index=False)      # the fourth row, below the header
+        with pytest.raises(MetricError, match="l.csv line 5: `temporal_quality` holds no number for D_000.mp4"):
+            evaluate_files(tmp_path/"p.csv", tmp_path/"l.csv")
+
+
+def test_five_known_columns_come_before_any_other_name():
+    predictions, labels = tables()
+    assert evaluate_frames(predictions, labels.assign(score="x", static_quality=1), n=50) == evaluate_frames(predictions, labels, n=50)
 
 
 def test_an_interval_may_be_undefined_alone():
@@ -205,9 +272,11 @@ def test_names_like_holes(tmp_path):
     assert evaluate_files(tmp_path/"p.csv", tmp_path/"p.csv", "x", "x", group="video")["x"]["n"] == 7
     for hole in ("", "nan", "NaN"):
         (tmp_path/"q.csv").write_text("video,x,y\n" + "".join(f"{n},{i},{hole if i == 2 else i}\n" for i, n in enumerate(names)))
-        with pytest.raises(MetricError, match="no number for nan"): evaluate_files(tmp_path/"q.csv", tmp_path/"q.csv", "x", "y")
+        result = evaluate_files(tmp_path/"q.csv", tmp_path/"q.csv", "x", "y")["y"]
+        assert result["n"] == 6 and result["srocc"] == pytest.approx(1)
     (tmp_path/"q.csv").write_text("video,x,y\n" + "".join(f"{n},{i},{'NA' if i == 2 else i}\n" for i, n in enumerate(names)))
-    with pytest.raises(MetricError, match="`y` holds no number for nan. Correct it"): evaluate_files(tmp_path/"q.csv", tmp_path/"q.csv", "x", "y")
+    with pytest.raises(MetricError, match="q.csv line 4: `y` holds no number for nan. Correct it"):
+        evaluate_files(tmp_path/"q.csv", tmp_path/"q.csv", "x", "y")
 
 
 def test_bad_files_are_errors(tmp_path):

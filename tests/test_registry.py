@@ -12,7 +12,8 @@ from qualivision.data.sampling import Sampling
 from qualivision.inference.score import Scorer, ScoreError
 from qualivision.models.bodies import save_body
 from qualivision.models.dover_mos import EMBEDDED, DoverPlusPlus
-from qualivision.models.registry import CONFIGS, MODELS, entry_of, load_body, register, unregister
+from qualivision.models.frames_mos import FramesMos
+from qualivision.models.registry import CONFIGS, MODELS, compared, entry_of, load_body, register, unregister
 from qualivision.models.vjepa_mos import VJEPA_EMBEDDED, VJepaMos
 from qualivision.models.weights import WeightsError, save_checkpoint
 from qualivision.pretraining.lessons import CAUSE_NAMES
@@ -27,9 +28,11 @@ def third():
     unregister(ENTRY.name)
 
 
-def test_two_models_are_known_by_all_their_names():
-    assert list(MODELS) == ["dover", "vjepa2"] and list(CONFIGS) == ["published", "embedded", "vjepa2_published", "vjepa2_embedded"]
+def test_models_are_known_by_all_their_names():
+    assert list(MODELS) == ["dover", "vjepa2", "frames"] and compared() == ["dover", "vjepa2"]      # the last is off the default path
+    assert list(CONFIGS) == ["published", "embedded", "vjepa2_published", "vjepa2_embedded", "frames"]
     with torch.device("meta"): models = DoverPlusPlus(EMBEDDED), VJepaMos(VJEPA_EMBEDDED)
+    models += (FramesMos(),)
     for entry, model in zip(MODELS.values(), models):
         config = model.config
         assert all(entry_of(x) is entry for x in (entry.name, entry.checkpoint, model, type(model), config, type(config)))

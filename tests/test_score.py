@@ -180,6 +180,51 @@ def test_predict_writes_the_challenge_csv(scorer, root, tmp_path):
     assert sum(r.error is not None for r in records) == 1
 
 
+@pytest.fixture
+def collection(root, tmp_path):
+    "A folder with labels.csv; of its videos one is broken, one is missing, one lies beside the table."
+    folder = tmp_path/"own"
+    shutil.copytree(root/"test"/"videos", folder/"videos")
+    a, b, *_ = sorted(p.name for p in (folder/"videos").iterdir())
+    shutil.copy(folder/"videos"/a, folder/"beside.mp4"); (folder/"videos"/"broken.gif").write_bytes(b"no video")
+    (folder/"labels.csv").write_text("Video,index,PROMPT,static_quality\n" + "".join(
+        f'{n},7,"a red boat, at night",{m}\n' for n, m in ((a, "3"), ("broken.gif", ""), (b, "2.33"), ("gone.mp4", "4"), ("beside.mp4", ""))))
+    return folder
+
+
+def test_predict_a_folder_with_a_label_file(scorer, collection, tmp_path):
+    records = predict(collection, None, scorer, tmp_path/"out.csv")
+    with open(tmp_path/"out.csv", newline="") as f: rows = list(csv.DictReader(f))
+    with open(collection/"labels.csv", newline="") as f: names = [r["Video"] for r in csv.DictReader(f)]
+    assert tuple(rows[0]) == COLUMNS and [r["video_name"] for r in rows] == names and {r["Prompt"] for r in rows} == {"a red boat, at night"}
+    assert [r.error is None for r in records] == [True, False, True, False, True]
+    assert str(collection/"videos"/"broken.gif") in records[1].error and str(collection/"videos"/"gone.mp4") in records[3].error
+    for row, r in zip(rows, records):
+        assert all(row[c] == ("" if r.error else f"{getattr(r, d):.6f}") for c, d in zip(COLUMNS[2:], DIMENSIONS))
+    direct = scorer.score(collection/"videos"/names[2], "a red boat, at night")
+    assert records[2] == direct and records[4].overall == records[0].overall
+    assert predict(collection, None, scorer, tmp_path/"out.csv", progress=False) == records
+
+
+@pytest.mark.parametrize("text, message", {
+    "video,prompt\na.mp4,x\na.mp4,y\n": "labels.csv line 3", "video,prompt\na.mp4,x,y\n": "labels.csv line 2: 3 cells, not 2",
+    "video,prompt\n,x\n": "labels.csv line 2: there is no name", "video,scene\na.mp4,x\n": "labels.csv: no column holds prompts",
+    "clip,prompt\na.mp4,x\n": "labels.csv: no column holds names", "video,prompt\n": "labels.csv: it has no rows"}.items())
+def test_label_files_that_no_folder_can_have(scorer, collection, tmp_path, monkeypatch, text, message):
+    monkeypatch.setattr(Scorer, "score", lambda *a: pytest.fail("it began to score"))
+    (collection/"labels.csv").write_text(text)
+    with pytest.raises(QualiVisionError, match=message): predict(collection, None, scorer, tmp_path/"out.csv")
+    assert not (tmp_path/"out.csv").exists()
+
+
+def test_a_folder_has_splits_or_all_of_its_rows(scorer, root, collection, tmp_path):
+    with pytest.raises(DatasetError, match="no split test. Leave --split away"): predict(collection, "test", scorer, tmp_path/"out.csv")
+    copy = shutil.copytree(root, tmp_path/"set")
+    shutil.copy(collection/"labels.csv", copy)                      # beside splits it says nothing
+    predict(copy, None, scorer, tmp_path/"none.csv"), predict(root, "test", scorer, tmp_path/"test.csv")
+    assert (tmp_path/"none.csv").read_text() == (tmp_path/"test.csv").read_text()
+
+
 def test_where_nothing_can_be_written_is_known_before_the_first_video(scorer, root, tmp_path, monkeypatch):
     monkeypatch.setattr(Scorer, "score", lambda *a: pytest.fail("it began to score"))
     (tmp_path/"file").touch()

@@ -39,8 +39,8 @@ def describe(r: ScoreRecord) -> str:
 def _learned(about: dict | None) -> str:
     if about is None: return "has learned no human opinions"
     low, high = about["interval"]
-    return (f"{about['data']} ({about['clips']} clips, {about['raters']} raters each); order of clips "
-            f"it has not seen: SROCC {about['srocc']:.2f} [{low:.2f}, {high:.2f}]")
+    return (f"{about['data']} ({about['clips']} clips, {about['raters']} raters each); "
+            f"order of clips it has not seen: SROCC {about['srocc']:.2f} [{low:.2f}, {high:.2f}]")
 
 def origin(records: list[ScoreRecord]) -> str:
     "Names the model and the labels behind a list of scores, and counts them."

@@ -350,8 +350,8 @@ def evaluate_frames(
         scores, labels = _numbers(pred_df, a, names[0])[order], _numbers(label_df, b, names[1])
         result[name] = _evaluate(scores, labels, groups, n, seed)
     if all(r[m] is None for r in result.values() for m in EVALUATED):
-        name, r = next(iter(result.items()))
-        raise MetricError(f"{name}, {EVALUATED[0]}", r["reasons"][EVALUATED[0]],
+        name = max((d for _, b, d in columns if b), key=lambda d: result[d]["n"])
+        raise MetricError(f"{name}, {EVALUATED[0]}", result[name]["reasons"][EVALUATED[0]],
                           "Not one number is defined.")
     return result
 

@@ -45,8 +45,8 @@ class FiveMosScorer:
     def __init__(self, scorer: Scorer):
         self.scorer, about = scorer, scorer.about
         # raise `judged` when reasons or warnings change: older rows are scored again
-        self.settings = {"model": about["model"],
-                         "weights": about_file(checkpoint_folder(about["checkpoint"])).get("sha256"),
+        weights = about_file(checkpoint_folder(about["checkpoint"])).get("sha256")
+        self.settings = {"model": about["model"], "weights": weights,
                          "sampling": scorer.sampling.key(), "judged": 2}
 
     def prepare(self, video) -> tuple[torch.Tensor, int]:   # (3,T,S,S) uint8; frames of the video

@@ -124,7 +124,7 @@ def logit_of(mos: Tensor) -> Tensor:      # 1–5 → real numbers; the ends are
     share = ((mos.double() - 1) / 4).clamp(.02, .98)
     return (share / (1 - share)).log()
 
-
+# %% ../../nbs/models/30_frames_mos.ipynb #3508a7c9
 @patch
 @torch.no_grad()
 def fit(self: FramesMos,
@@ -153,7 +153,7 @@ def fit(self: FramesMos,
         self.heads[PARTS[d][0]].bias[column] = constant
     return fitted
 
-
+# %% ../../nbs/models/30_frames_mos.ipynb #049d5bff
 @patch
 @torch.no_grad()
 def get_used_to(self: FramesMos, known: dict, text: Tensor) -> None:         # of `prefix`; (n,384)

@@ -283,6 +283,6 @@ def load_checkpoint(folder) -> tuple[dict[str, Tensor], dict]:   # state dict, m
 def checkpoint_folder(named) -> Path:    # a folder, or qualivision/NAME
     "Where a checkpoint is: the folder, or the one of that name that the package carries."
     named = Path(named)
-    shipped = Path(PACKAGE) / "models" / named.name
+    shipped = Path(PACKAGE) / "weights" / named.name
     ours = named.parts == ("qualivision", named.name) and (shipped / ABOUT).is_file()
     return shipped if ours and not named.is_dir() else named
