@@ -36,8 +36,7 @@ def describe(r: ScoreRecord) -> str:
     reason = r.error.removeprefix(f"{r.video}: ").removeprefix(f"{Path(r.video)}: ")
     return r.video + "\n" + wrapped(f"  not scored: {reason}", "  ")
 
-def _learned(about: dict | None) -> str:
-    if about is None: return "has learned no human opinions"
+def _learned(about: dict) -> str:
     low, high = about["interval"]
     return (f"{about['data']} ({about['clips']} clips, {about['raters']} raters each); "
             f"order of clips it has not seen: SROCC {about['srocc']:.2f} [{low:.2f}, {high:.2f}]")
@@ -51,7 +50,7 @@ def origin(records: list[ScoreRecord]) -> str:
     for r in scored[:1]:
         lines.append(f"MOS from 1 (bad) to 5 (excellent), by {r.model}, {r.checkpoint}. "
                      f"{notice(r.trained_on)}")
-        lines += [f"{d}: {_learned(about)}" for d, about in r.learned_on.items()]
+        lines += [f"{d}: {_learned(r.learned_on[d])}" for d in DIMENSIONS if r.learned_on.get(d)]
     return "".join("\n" + wrapped(line) for line in lines)
 
 # %% ../../nbs/commands/91_own.ipynb #4cfad0e8
