@@ -226,8 +226,10 @@ def test_scores_follow_from_the_files(repository):
 def test_score_one_clip(repository):
     row = pd.read_csv(repository.at/"data"/"test"/"test_labels.csv").iloc[0]
     cli = (sys.executable, "-c", "from qualivision.cli import main; main()")
-    record, = json.loads(repository(*cli, "score", f"data/test/videos/{row['video_name']}", "--prompt", row["Prompt"], "--json"))
-    assert record["checkpoint"] == "checkpoints/dover"      # unless told otherwise
+    carried, = json.loads(repository(*cli, "score", f"data/test/videos/{row['video_name']}", "--prompt", row["Prompt"], "--json"))
+    assert carried["checkpoint"] == "qualivision/frames"    # unless told otherwise, whatever lies in checkpoints/
+    record, = json.loads(repository(*cli, "score", f"data/test/videos/{row['video_name']}", "--prompt", row["Prompt"], "--json", "--checkpoint",
+                                    "checkpoints/dover"))
     other, = json.loads(repository(*cli, "score", f"data/test/videos/{row['video_name']}", "--prompt", row["Prompt"], "--json", "--checkpoint",
                                    "checkpoints/vjepa2"))
     assert other["model"] == "vjepa2"
