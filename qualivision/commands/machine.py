@@ -133,10 +133,9 @@ def _notes(packages: dict) -> list[str]:
 
 # %% ../../nbs/commands/93_machine.ipynb #8e85aaef
 def _checkpoint(folder: Path) -> dict | None:
-    from qualivision.models.weights import checkpoint_folder, load_checkpoint
-    place = checkpoint_folder(folder)
-    if not (place / "model.json").is_file(): return None
-    meta = load_checkpoint(place)[1]
+    from qualivision.models.weights import about_file, load_checkpoint
+    if not about_file(folder): return None
+    meta = load_checkpoint(folder)[1]
     return {"folder": str(folder), **{k: meta.get(k) for k in ("model", "trained_on", "licence")}}
 
 def _weights(checkpoint: Path) -> dict:

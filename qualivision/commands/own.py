@@ -38,8 +38,10 @@ def describe(r: ScoreRecord) -> str:
 
 def _learned(about: dict) -> str:
     low, high = about["interval"]
-    return (f"{about['data']} ({about['clips']} clips, {about['raters']} raters each); "
-            f"order of clips it has not seen: SROCC {about['srocc']:.2f} [{low:.2f}, {high:.2f}]")
+    new = about["judged"] == "inside_generator"
+    where = "of new prompts and generators" if new else "whose opinions set the scale alone"
+    return (f"{about['data']} ({about['raters']} raters a clip); on {about['clips']} clips "
+            f"{where}: SROCC {about['srocc']:.2f} [{low:.2f}, {high:.2f}]")
 
 def origin(records: list[ScoreRecord]) -> str:
     "Names the model and the labels behind a list of scores, and counts them."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'EVALUATED', 'MetricError', 'checked', 'srocc', 'plcc', 'krcc', 'rmse', 'mae', 'challenge', 'logistic',
-           'fit_logistic', 'plcc_logistic', 'bootstrap', 'paired_bootstrap', 'interval', 'evaluate_frames', 'or_reason',
-           'evaluate_files', 'format_metrics']
+           'fit_logistic', 'plcc_logistic', 'bootstrap', 'paired_bootstrap', 'interval', 'numbers_in',
+           'evaluate_frames', 'or_reason', 'evaluate_files', 'format_metrics']
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #b446426b
 import math
@@ -302,7 +302,7 @@ def _some(names, at_most: int = 5) -> str:
     return ", ".join(names[:at_most]) + more
 
 # what: its file, for messages; a table of `evaluate_files` is indexed by its lines
-def _numbers(frame: pd.DataFrame, column: str | None, what: str) -> np.ndarray:  # (N,) float64
+def numbers_in(frame: pd.DataFrame, column: str | None, what: str) -> np.ndarray:  # (N,) float64
     """A column, NaN where a cell is empty, or everywhere if there is no column (None). Raises
     MetricError where a cell holds anything else."""
     if column is None: return np.full(len(frame), np.nan)
@@ -347,7 +347,7 @@ def evaluate_frames(
                    for c, d in zip(MOS_COLUMNS, DIMENSIONS)]
     result = {}
     for a, b, name in columns:
-        scores, labels = _numbers(pred_df, a, names[0])[order], _numbers(label_df, b, names[1])
+        scores, labels = numbers_in(pred_df, a, names[0])[order], numbers_in(label_df, b, names[1])
         result[name] = _evaluate(scores, labels, groups, n, seed)
     if all(r[m] is None for r in result.values() for m in EVALUATED):
         name = max((d for _, b, d in columns if b), key=lambda d: result[d]["n"])

@@ -25,7 +25,7 @@ from ..data.collection import (
 from ..data.container import MissingVideo
 from ..files import check_place, file_sha256, is_address, progress, readable, staged
 from .score import Scorer
-from ..models.weights import about_file, checkpoint_folder
+from ..models.weights import about_file
 from ..quality import DIMENSIONS, MOS_COLUMNS, Caught, Tally, caught, say
 
 # %% ../../nbs/inference/46_bulk.ipynb #4a17a86d
@@ -45,7 +45,7 @@ class FiveMosScorer:
     def __init__(self, scorer: Scorer):
         self.scorer, about = scorer, scorer.about
         # raise `judged` when reasons or warnings change: older rows are scored again
-        weights = about_file(checkpoint_folder(about["checkpoint"])).get("sha256")
+        weights = about_file(about["checkpoint"]).get("sha256")
         self.settings = {"model": about["model"], "weights": weights,
                          "sampling": scorer.sampling.key(), "judged": 2}
 

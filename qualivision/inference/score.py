@@ -20,7 +20,7 @@ from ..files import check_place
 from ..files import progress as with_progress
 from ..models.registry import MODELS, ModelEntry
 from ..models.text import TextEncoder
-from ..models.weights import checkpoint_folder, load_checkpoint, load_strict
+from ..models.weights import about_file, load_checkpoint, load_strict
 from ..quality import DIMENSIONS, QualiVisionError, ScoreRecord, Tally, caught
 
 # %% ../../nbs/inference/45_score.ipynb #1f345ea7
@@ -90,12 +90,11 @@ def from_checkpoint(cls: Scorer, folder: str | Path = CHECKPOINT,
     Raises ScoreError where there is none, WeightsError where it does not fit, DeviceError."""
     device, choice = pick_device(device), resolve_precision(precision, device, environment=False)
     announce(choice, on=precision == "auto")
-    place = checkpoint_folder(folder)
-    if not (place / "model.json").is_file():
+    if not about_file(folder):
         raise ScoreError(folder, "there is no checkpoint",
                          "`./run.sh` or `qualivision train` makes one; --checkpoint names another "
                          "folder.")
-    state, meta = load_checkpoint(place)
+    state, meta = load_checkpoint(folder)
     entry = _entry(folder, meta)
     encoder = _encoder(folder, meta)
     model = entry.model(_computed_in(entry.config.of(meta["config"]), choice.name))

@@ -93,10 +93,16 @@ def match(self: FramesMos, words: Tensor, text: Tensor) -> Tensor:           # (
 
 
 @patch
+def parts(self: FramesMos, video: dict, text: Tensor) -> dict[str, Tensor]:  # of `encode_video`
+    "What the lines read: picture (B,1280), change (B,48), match (B,1)."
+    return {"picture": video["features"], "change": video["change"],
+            "match": self.match(video["words"], text)}
+
+
+@patch
 def score_under(self: FramesMos, video: dict, text: Tensor) -> tuple:        # (B,384)
     "Raw scores (B,5), the parts side by side (B,1329), and no quality weights."
-    parts = {"picture": video["features"], "change": video["change"],
-             "match": self.match(video["words"], text)}
+    parts = self.parts(video, text)
     raw = sum(head(parts[name]) for name, head in self.heads.items())        # (B,5)
     return raw, torch.cat(list(parts.values()), 1), None
 
@@ -137,10 +143,8 @@ def fit(self: FramesMos,
     if few := [d for d, n in zip(DIMENSIONS, there.sum(0).tolist()) if 0 < n < 8]:
         raise QualiVisionError(f"opinions on {few[0]}", "a line needs 8 clips or more",
                                "Rate more clips, or leave the column out.")
-    video = self.eval().encode_video(known)
-    parts = {"picture": video["features"], "change": video["change"],
-             "match": self.match(video["words"], text)}
-    fitted = [d for d, any_ in zip(DIMENSIONS, there.any(0).tolist()) if any_]
+    parts = self.parts(self.eval().encode_video(known), text)
+    fitted = [d for d, rated in zip(DIMENSIONS, there.any(0).tolist()) if rated]
     for d in fitted:
         column, rows = DIMENSIONS.index(d), there[:, DIMENSIONS.index(d)]
         scale = [parts[p].shape[1] ** -.5 for p in PARTS[d]]

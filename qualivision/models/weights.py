@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WRAPPERS', 'NUMBERS', 'STAGED', 'ABOUT', 'WeightsError', 'wrapper', 'read_file', 'read_state', 'LoadReport',
-           'named_as', 'compare', 'finite', 'load_strict', 'inspect_file', 'inspect', 'save_tensors', 'about_file',
-           'save_checkpoint', 'load_checkpoint', 'checkpoint_folder']
+           'named_as', 'compare', 'finite', 'load_strict', 'inspect_file', 'inspect', 'save_tensors',
+           'checkpoint_folder', 'about_file', 'save_checkpoint', 'load_checkpoint']
 
 # %% ../../nbs/models/17_weights.ipynb #769a8b97
 import json
@@ -234,9 +234,17 @@ def save_tensors(path, state: dict[str, Tensor],
         return file_sha256(part)
 
 
+def checkpoint_folder(named) -> Path:    # a folder, or qualivision/NAME
+    "Where a checkpoint is: the folder, or the one of that name that the package carries."
+    named = Path(named)
+    shipped = Path(PACKAGE) / "weights" / named.name
+    ours = named.parts == ("qualivision", named.name) and (shipped / ABOUT).is_file()
+    return shipped if ours and not named.is_dir() else named
+
+
 def about_file(folder) -> dict:
     "The content of model.json; empty where there is none. Raises `WeightsError`."
-    path, again = Path(folder) / ABOUT, "Write the checkpoint again."
+    path, again = checkpoint_folder(folder) / ABOUT, "Write the checkpoint again."
     try: about = json.loads(read_text(path)) if path.exists() else {}
     except ValueError as e: raise WeightsError(path, f"this is not JSON ({e})", again) from e
     if not isinstance(about, dict):
@@ -268,7 +276,7 @@ def save_checkpoint(folder,                # made if it is not there
 
 def load_checkpoint(folder) -> tuple[dict[str, Tensor], dict]:   # state dict, meta
     "Read a checkpoint whose two files belong together. Raises `WeightsError`."
-    folder = Path(folder)
+    folder = checkpoint_folder(folder)
     meta = about_file(folder)
     files = [f for f in (folder / NUMBERS, folder / STAGED) if f.exists()]
     if not meta or not files:
@@ -278,11 +286,3 @@ def load_checkpoint(folder) -> tuple[dict[str, Tensor], dict]:   # state dict, m
         if file_sha256(file) == meta.get("sha256"): return read_state(file), meta
     cause = f"{NUMBERS} is not the file that {ABOUT} describes (SHA-256 differs)"
     raise WeightsError(folder, cause, "Copy both files of one checkpoint, whole.")
-
-# %% ../../nbs/models/17_weights.ipynb #4fbdf615
-def checkpoint_folder(named) -> Path:    # a folder, or qualivision/NAME
-    "Where a checkpoint is: the folder, or the one of that name that the package carries."
-    named = Path(named)
-    shipped = Path(PACKAGE) / "weights" / named.name
-    ours = named.parts == ("qualivision", named.name) and (shipped / ABOUT).is_file()
-    return shipped if ours and not named.is_dir() else named
