@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -23,6 +24,7 @@ from qualivision.official.maps import (
 from qualivision.evaluation.ranks import read_sets
 from qualivision.files import FileError
 from qualivision.official.dover import DOVERMobile
+from qualivision.official.scorer import NETWORKS
 from weights_formula import fill
 
 FILES = {"times.csv", "regions.csv", "times.png", "divergence.png", "divergence.mp4"}
@@ -213,10 +215,10 @@ def test_refused(video, tmp_path):
     with pytest.raises(MapError, match="no frame"): write_maps(Brightness(), video, tmp_path, moments=0)
 
 
-def test_command(video, tmp_path):
-    "The files are there and the same on a second run; a seed moves them; scores are those of the model."
-    model = fill(DOVERMobile())
-    torch.save(model.state_dict(), tmp_path/"mobile.pth")
+def test_command(video, tmp_path, monkeypatch):
+    "The files are there and the same on a second run; a seed moves them; scores are those of the model, here a small one of its form."
+    monkeypatch.setitem(NETWORKS, "dover-mobile", tiny.Mobile)
+    torch.save(fill(tiny.Mobile()).state_dict(), tmp_path/"mobile.pth")
     made = {}
     for out, more in (("a", ["--model", "dover-mobile"]), ("b", ["--mobile"])):
         status, made[out], err = call("maps", video, *more, "--weights", tmp_path/"mobile.pth", "--out", tmp_path/out, "--device", "cpu", "--json")

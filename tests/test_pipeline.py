@@ -14,9 +14,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
-from forked import stage
+from forked import Forked, stage
 
 from chapters import ROOT
+from qualivision.cli import main
 from qualivision.models.dover_mos import DoverPlusPlus
 from qualivision.models.bodies import save_body
 from qualivision.pipeline.report import readme_results, report
@@ -71,7 +72,7 @@ class Repository:
         own = Path(sys.executable).parent
         env = {**os.environ, "PATH": f"{own}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1", "MPLBACKEND": "Agg",
                "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a",
-               "GIT_COMMITTER_EMAIL": "a@b", "PYTHONDONTWRITEBYTECODE": "1"}
+               "GIT_COMMITTER_EMAIL": "a@b", "PYTHONPYCACHEPREFIX": str(self.at.parent/"pycache")}
         for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"): env.pop(name, None)     # set where a hook runs the tests
         done = subprocess.run(command, cwd=self.at, capture_output=True, text=True, env=env)
         assert done.returncode == status, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
@@ -83,6 +84,13 @@ class Repository:
         process = stage(self.at, module, *arguments, MPLBACKEND="Agg", HF_HUB_OFFLINE="1")
         self.said = "".join(process.communicate())
         assert process.returncode == 0, self.said
+
+    def qualivision(self, *arguments: str):
+        "What the command prints as JSON, run in a fork."
+        process = Forked(main, *arguments, "--json", cwd=self.at, env={"HF_HUB_OFFLINE": "1"})
+        out, self.said = process.communicate()
+        assert process.returncode == 0, self.said
+        return json.loads(out)
 
     def dvc(self, *args: str, **kw) -> str: return self(sys.executable, "-m", "dvc", *args, **kw)
     def results(self) -> dict[str, bytes]:
@@ -217,21 +225,18 @@ def test_dvc_metrics(repository):
 
 def test_scores_follow_from_the_files(repository):
     "`qualivision evaluate` on what was written gives what the table says."
-    cli = (sys.executable, "-c", "from qualivision.cli import main; main()")
-    made = json.loads(repository(*cli, "evaluate", "results/predictions.csv", "data/test/test_labels.csv", "--json"))
+    made = repository.qualivision("evaluate", "results/predictions.csv", "data/test/test_labels.csv")
     for d in DIMENSIONS: assert round(made[d]["srocc"], 4) == round(repository.json("metrics.json")["dover"][d]["srocc"]["value"], 4)
     assert (repository.at/"results"/"predictions.csv").read_text().startswith("video_name,Prompt,Traditional_MOS,")
 
 
 def test_score_one_clip(repository):
     row = pd.read_csv(repository.at/"data"/"test"/"test_labels.csv").iloc[0]
-    cli = (sys.executable, "-c", "from qualivision.cli import main; main()")
-    carried, = json.loads(repository(*cli, "score", f"data/test/videos/{row['video_name']}", "--prompt", row["Prompt"], "--json"))
+    clip = "score", f"data/test/videos/{row['video_name']}", "--prompt", row["Prompt"]
+    carried, = repository.qualivision(*clip)
     assert carried["checkpoint"] == "qualivision/frames"    # unless told otherwise, whatever lies in checkpoints/
-    record, = json.loads(repository(*cli, "score", f"data/test/videos/{row['video_name']}", "--prompt", row["Prompt"], "--json", "--checkpoint",
-                                    "checkpoints/dover"))
-    other, = json.loads(repository(*cli, "score", f"data/test/videos/{row['video_name']}", "--prompt", row["Prompt"], "--json", "--checkpoint",
-                                   "checkpoints/vjepa2"))
+    record, = repository.qualivision(*clip, "--checkpoint", "checkpoints/dover")
+    other, = repository.qualivision(*clip, "--checkpoint", "checkpoints/vjepa2")
     assert other["model"] == "vjepa2"
     for file, r in (("predictions.csv", record), ("dover/predictions.csv", record), ("vjepa2/predictions.csv", other)):
         predicted = pd.read_csv(repository.at/"results"/file).set_index("video_name").loc[row["video_name"]]

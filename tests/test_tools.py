@@ -34,9 +34,8 @@ from qualivision.official import scorer as official
 from qualivision.data.collection import BulkError, find_videos, read_manifest
 from qualivision.inference.bulk import score_set
 from qualivision.official.datasets import DataError, infer_set, pull_set, set_metrics, unpack_archive
-from qualivision.official.inflated import INFLATED, InflatedConvNeXt3D
 from qualivision.official.cover import COVER, CLIPImage
-from qualivision.official.dover import Branches, DOVERMobile, QualityHead
+from qualivision.official.dover import DOVERMobile
 from qualivision.models.weights import WeightsError
 from qualivision.quality import QualiVisionError
 
@@ -45,17 +44,7 @@ KEYS = ["video", "technical", "aesthetic", "fused", "ranks", "seed", "weights", 
 SETS = ["LIVE-VQC", "KoNViD-1k", "LSVQ_test", "LSVQ_1080p", "YouTube-UGC"]
 
 
-class Small(Branches):
-    "The form of DOVER-Mobile in a tenth of its width."
-    views = ("technical", "aesthetic")
-
-    def __init__(self, clip=None):
-        super().__init__()
-        form = {**INFLATED["v2-femto"], "dims": (4, 8, 16, 32), "depths": (1, 1, 1, 1), "classes": 0}
-        self.add({v: QualityHead(32, 8) for v in self.views}, **{v: InflatedConvNeXt3D(**form) for v in self.views})
-
-
-class SmallCover(Small): views = ("semantic", "technical", "aesthetic")
+class SmallCover(tiny.Mobile): views = ("semantic", "technical", "aesthetic")
 
 
 def texture(path: Path, seed=0, frames=12, height=260, width=320):
@@ -72,7 +61,7 @@ def here(tmp_path_factory):
     for k in range(4): texture(folder/f"{k}.mp4", k, frames=130 if k == 0 else 12)
     (folder/"broken.mp4").write_bytes(b"no video")
     torch.manual_seed(0)
-    torch.save(Small().state_dict(), folder/"small.pth")
+    torch.save(tiny.Mobile().state_dict(), folder/"small.pth")
     torch.save(SmallCover().state_dict(), folder/"cover.pth")
     torch.save(CLIPImage(width=64, layers=1, heads=1, patch=32, size=64).state_dict(), folder/"clip.pth")
     return folder
@@ -84,7 +73,8 @@ def call(here, monkeypatch, tmp_path):
     monkeypatch.chdir(here)
     monkeypatch.setenv("QUALIVISION_WEIGHTS", str(tmp_path/"w"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path/"hub"))
-    for name, kind in {"dover": Small, "dover-mobile": Small, "cover": SmallCover}.items(): monkeypatch.setitem(official.NETWORKS, name, kind)
+    small = {"dover": tiny.Mobile, "dover-mobile": tiny.Mobile, "cover": SmallCover}
+    for name, kind in small.items(): monkeypatch.setitem(official.NETWORKS, name, kind)
     def run(*args):
         r = CliRunner().invoke(app, [*map(str, args)])
         assert r.exception is None or isinstance(r.exception, SystemExit), r.exception

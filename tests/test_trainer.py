@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -126,45 +125,33 @@ def test_other_prompts_follow_the_step(sets, tmp_path, encode):
     with pytest.raises(TrainError, match="train.contrast_weight.*encode"): start_run(model(), sets.train, None, config, tmp_path/"no encoder")
 
 
-def forked(work) -> int:
-    "The exit status of a process that does `work`; a copy of this one, so that nothing has to be imported again."
-    pid = os.fork()
-    if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    try: work(); os._exit(0)
-    finally: os._exit(1)
-
-
 def test_killed_inside_any_save(sets, tmp_path, monkeypatch):
-    "The process dies between any two writes of its saves; what is left is always a whole one to go on from."
-    config = tiny.settings(epochs=2, batch_size=12, warmup_steps=1)
-    counted = [(loop, n) for n in ("save_checkpoint", "_fresh", "sync_to_disk", "write_whole", "switch_pointer", "write_history")]
-    counted += [(files, "sync_to_disk")]                                     # inside write_whole, before its name and after it
-    want = model()
-    fit(want, sets.train, sets.val, config, tmp_path/"whole", progress=False)
+    """A process that dies between any two writes of its saves leaves a whole one to go on from.
 
-    def dying(limit, folder):
-        left = [limit]
-        def wrapped(real):
-            def call(*a, **kw):
-                left[0] -= 1
-                if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)
-                return real(*a, **kw)
-            return call
-        for module, name in counted: setattr(module, name, wrapped(getattr(module, name)))
-        fit(model(), sets.train, sets.val, config, folder, progress=False)
+    What lies on the disk at such a moment is copied while one run goes on: a killed process leaves that and nothing else."""
+    config, folder, moments = tiny.settings(epochs=2, batch_size=12, warmup_steps=1), tmp_path/"whole", []
+    places = [(loop, n) for n in ("save_checkpoint", "_fresh", "sync_to_disk", "write_whole", "switch_pointer", "write_history")]
+    places += [(files, "sync_to_disk")]                                      # inside write_whole, before its name and after it
 
-    for moment in range(1, 500):
-        folder = tmp_path/str(moment)
-        status = forked(partial(dying, moment, folder))
-        if status == 0: break                                            # it ended before that moment came
-        assert status == -signal.SIGKILL
-        for name in read_pointer(folder).values(): assert name is None or load_checkpoint(folder/name)
-        resumed = model(seed=99) if read_pointer(folder)["last"] else model()
-        fit(resumed, sets.train, sets.val, config, folder, progress=False)
+    def watched(real):
+        def call(*a, **kw):
+            moments.append(tmp_path/str(len(moments)))
+            if folder.exists(): shutil.copytree(folder, moments[-1])
+            else: moments[-1].mkdir()
+            return real(*a, **kw)
+        return call
+
+    with monkeypatch.context() as m:
+        for module, name in places: m.setattr(module, name, watched(getattr(module, name)))
+        want = model()
+        fit(want, sets.train, sets.val, config, folder, progress=False)
+    for moment in moments:
+        for name in read_pointer(moment).values(): assert name is None or load_checkpoint(moment/name)
+        resumed = model(seed=99) if read_pointer(moment)["last"] else model()
+        fit(resumed, sets.train, sets.val, config, moment, progress=False)
         assert_equal(state(resumed), state(want))
-        assert (folder/"history.csv").read_bytes() == (tmp_path/"whole"/"history.csv").read_bytes()
-        shutil.rmtree(folder)
-    assert moment > 15, "a run has many such moments"
+        assert (moment/"history.csv").read_bytes() == (folder/"history.csv").read_bytes()
+    assert len(moments) > 15, "a run has many such moments"
 
 
 KILLED = """

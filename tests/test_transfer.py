@@ -25,8 +25,9 @@ from qualivision.models.frozen import FeatureCache, state_hash
 from qualivision.models.store import S_LAB
 from qualivision.models.weights import WeightsError, load_strict, read_state, save_checkpoint
 from qualivision.quality import QualiVisionError
+from qualivision.official.scorer import NETWORKS
 from qualivision.official.transfer import (
-    DoverSampling, FrozenBackbones, TransferConfig, cached_scores, split_views, train_heads)
+    KINDS, DoverSampling, FrozenBackbones, TransferConfig, cached_scores, split_views, train_heads)
 from qualivision.official.ratings import hold_out, preset_settings, read_ratings
 from qualivision.official.raw_scores import (
     RatingsError, limited_view_loss, plcc_loss, predicted_mos, rank_loss, view_loss)
@@ -228,12 +229,14 @@ def videos(tmp_path_factory):
         frames = 128 + np.random.default_rng(i).normal(0, 4 + 8 * i, (4, 64, 80, 3))
         write_video(folder/f"{i}.mp4", frames.clip(0, 255).astype(np.uint8), crf=12)
     (folder/"labels.csv").write_text("name,mos\n" + "".join(f"{i}.mp4,{5 - .6 * i:.2f}\n" for i in range(6)))
-    torch.save(fill(DOVERMobile()).state_dict(), folder/"mobile.pth")
+    torch.save(fill(tiny.Mobile()).state_dict(), folder/"mobile.pth")
     return folder
 
 
 def test_command(videos, tmp_path, monkeypatch):
+    "With a small network of DOVER-Mobile's form."
     monkeypatch.chdir(tmp_path)
+    for table in (NETWORKS, KINDS): monkeypatch.setitem(table, "dover-mobile", tiny.Mobile)
     def call(*args):
         r = CliRunner().invoke(app, ["transfer", "--data", str(videos), "--model", "dover-mobile", *map(str, args)])
         assert r.exception is None or isinstance(r.exception, SystemExit), r.exception
@@ -251,7 +254,7 @@ def test_command(videos, tmp_path, monkeypatch):
     assert (tmp_path/"a.safetensors").read_bytes() == (tmp_path/"b.safetensors").read_bytes()
     assert (tmp_path/"a.json").read_bytes() == (tmp_path/"b.json").read_bytes()
     assert len(features) == 6 and times == [p.stat().st_mtime_ns for p in features]           # computed once
-    model = fill(DOVERMobile())
+    model = fill(tiny.Mobile())
     before = state_hash(*parts(model, "_backbone").children())
     fits, about = load_head(model, tmp_path/"a.safetensors")                                  # strictly, onto the weights that it came from
     assert fits.coverage == 1 and before == about["backbones"] and (tmp_path/"a.safetensors").stat().st_size < 110_000

@@ -9,6 +9,8 @@ from qualivision.data.sampling import Sampling
 from qualivision.data.container import write_video
 from qualivision.models.dover_mos import DoverPlusPlus
 from qualivision.models.weights import save_checkpoint
+from qualivision.official.dover import Branches, QualityHead
+from qualivision.official.inflated import INFLATED, InflatedConvNeXt3D
 from qualivision.quality import COLUMNS
 from qualivision.training.train import Task, model_config, train_model
 from qualivision.training.loop import TrainConfig
@@ -61,3 +63,13 @@ def checkpoint(folder: Path, trained_on="simulated labels (tiny)") -> Path:
     save_checkpoint(folder, DoverPlusPlus(CONFIG), dict(model="dover++", config=asdict(CONFIG), sampling=asdict(Sampling(CONFIG.frames, CONFIG.size)),
                                                         text_encoder="minilm", trained_on=trained_on, licence="MIT"))
     return folder
+
+
+class Mobile(Branches):
+    "The form of DOVER-Mobile in a tenth of its width."
+    views = ("technical", "aesthetic")
+
+    def __init__(self, clip=None):
+        super().__init__()
+        form = {**INFLATED["v2-femto"], "dims": (4, 8, 16, 32), "depths": (1, 1, 1, 1), "classes": 0}
+        self.add({v: QualityHead(32, 8) for v in self.views}, **{v: InflatedConvNeXt3D(**form) for v in self.views})
