@@ -69,7 +69,7 @@ class Mobile(Branches):
     "The form of DOVER-Mobile in a tenth of its width."
     views = ("technical", "aesthetic")
 
-    def __init__(self, clip=None):
+    def __init__(self, clip=None, checkpointing=False):
         super().__init__()
-        form = {**INFLATED["v2-femto"], "dims": (4, 8, 16, 32), "depths": (1, 1, 1, 1), "classes": 0}
+        form = {**INFLATED["v2-femto"], "dims": (4, 8, 16, 32), "depths": (1, 1, 1, 1), "classes": 0, "checkpointing": checkpointing}
         self.add({v: QualityHead(32, 8) for v in self.views}, **{v: InflatedConvNeXt3D(**form) for v in self.views})
