@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from forked import Forked
 
+from qualivision.cli import main
 from qualivision.inference.score import Scorer
 from qualivision.models.class_names import class_embeddings, class_names
 from qualivision.models.frames_mos import FramesMos, stage_changes
@@ -55,19 +57,23 @@ def call(at: Path, package: Path, *args) -> str:
     return done.stdout
 
 
-def test_null_in_every_form_of_answer(clip, tmp_path):
+def test_null_in_every_form_of_answer(clip, tmp_path, one_thread):
     "JSON of score, the lines for people, the CSV of predict, the table of score-set."
-    record, = json.loads(call(tmp_path, ROOT, "score", clip, "--prompt", "a red boat", "--json"))
+    def call(*args) -> str:
+        out, err = (process := Forked(main, *args, cwd=tmp_path)).communicate()
+        assert process.returncode == 0, err
+        return out
+    record, = json.loads(call("score", clip, "--prompt", "a red boat", "--json"))
     assert all(record[d] is None and record["learned_on"][d] is None and record["reasons"][d] for d in UNKNOWN)
-    shown = " ".join(call(tmp_path, ROOT, "score", clip, "--prompt", "a red boat").split())
+    shown = " ".join(call("score", clip, "--prompt", "a red boat").split())
     assert "no human opinions" in shown and "traditional: FETV" in shown
     (tmp_path/"set"/"videos").mkdir(parents=True)
     (tmp_path/"set"/"videos"/"a.mp4").write_bytes(clip.read_bytes())
     (tmp_path/"set"/"labels.csv").write_text("video,prompt\na.mp4,a red boat\n")
-    call(tmp_path, ROOT, "predict", "--data", "set", "--out", "p.csv")
+    call("predict", "--data", "set", "--out", "p.csv")
     cells = (tmp_path/"p.csv").read_text().splitlines()[1].split(",")
     assert [bool(c) for c in cells[2:]] == [d not in UNKNOWN for d in DIMENSIONS]
-    call(tmp_path, ROOT, "score-set", "set/labels.csv", "--model", "qualivision", "--out", "s.csv")
+    call("score-set", "set/labels.csv", "--model", "qualivision", "--out", "s.csv")
     head, row = (line.split(",") for line in (tmp_path/"s.csv").read_text().splitlines()[:2])
     found = {name.lower(): cell for name, cell in zip(head, row)}
     assert all(bool(found.get(d, found.get(f"{d}_mos"))) == (d not in UNKNOWN) for d in DIMENSIONS), head
