@@ -327,7 +327,7 @@ def file_set(name: str) -> dict | None:    # name, address, licence, attribution
     return json.loads((resources("qualivision.official") / "fetv.json").read_text(encoding="utf-8"))
 
 
-def _due(path: Path, size: int, sha: str, name: str) -> bool:
+def _due(path: Path, sha: str, name: str) -> bool:
     "Whether a file is still to come. Raises DataError where another one has its name."
     if not path.exists(): return True
     with writing(path): found = file_sha256(path)
@@ -351,8 +351,9 @@ def pull_files(s: dict,                # of `file_set`
     to, labels = Path(to), _labels(s)
     check_place(to / "labels.csv")
     clips = [(to / "videos" / row[0], *row[-3:]) for row in s["rows"]]
-    due = [c for c in clips if _due(c[0], c[2], c[3], s["name"])]
-    _due(to / "labels.csv", len(labels), hashlib.sha256(labels).hexdigest(), s["name"])
+    due = [c for c in clips if _due(c[0], c[3], s["name"])]
+    sha = hashlib.sha256(labels).hexdigest()
+    unlabelled = _due(to / "labels.csv", sha, s["name"])
     at = s["files_at"].format(**s)
     if due and not server_answers(at):
         raise DataError(s["name"], f"there is no way to {at}", "Pull it where there is a network.")
@@ -367,7 +368,7 @@ def pull_files(s: dict,                # of `file_set`
                                 "It was exchanged, or this is an error page.")
             with writing(path): os.replace(part, path)
             meter.step()
-    write_whole(to / "labels.csv", labels)
+    if unlabelled: write_whole(to / "labels.csv", labels)
     return {"name": s["name"], "folder": str(to), "files": len(clips), "fetched": len(due),
             "licence": s["licence"]}
 
