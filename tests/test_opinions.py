@@ -230,6 +230,7 @@ def test_evaluate_on_pairs(call):
     assert (r["accuracy"], r["accuracy_with_ties"], r["threshold"]) == (1, 1, 0) and len(r["ci"]["accuracy"]) == 2
     assert result["overall"]["n"] == 2 and result["aesthetic"] == result["aesthetic"] | {"n": 0, "accuracy": None, "accuracy_with_ties": None}
     assert result["aesthetic"]["reasons"]["accuracy"] == "people were not asked"
+    assert read_opinions("pairs.csv").generator_b.tolist() == ["y"] * 3
     status, text, _ = call("evaluate", "p.csv", "pairs.csv")
     assert status == 0 and "without ties" in text and "VideoGen-RewardBench" in text
     status, said, _ = call("evaluate", "p.csv", "pairs.csv", "--set", "visionrewarddb", "--json")

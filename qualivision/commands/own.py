@@ -104,8 +104,8 @@ def _against(predictions: Path, labels: Path, table, encoding, group, columns: d
         shown = format_metrics
     asked, source = about["columns"], {k: about[k] for k in ("set", "scale", "source")}
     for d in result: result[d]["opinions"] = {"columns": asked.get(d, asked.get("*")), **source}
-    scale = "{:g} to {:g}, mapped to 1–5".format(*about["scale"]) if about["scale"] else "as stated"
-    line = f"Opinions: {about['set']} ({about['source']})" + ("" if about["pairs"] else f", {scale}")
+    scale = ", {:g} to {:g}, mapped to 1–5".format(*about["scale"]) if about["scale"] else ""
+    line = f"Opinions: {about['set']} ({about['source']}){scale}"
     return Answer(result, (text for r in [result] for text in (shown(r), wrapped(f"{line}."))))
 
 # %% ../../nbs/commands/91_own.ipynb #2a746273

@@ -299,13 +299,14 @@ OPINION_SETS |= {s.name: s for s in (
                "VideoPhy (Bansal et al., 2024); see its page", ("pc",)))}
 
 # %% ../../nbs/data/15_opinions.ipynb #e0bbab80
-_PAIR = {"a": "path_A", "b": "path_B", "prompt": "prompt", "traditional": "VQ", "temporal": "MQ",
-         "alignment": "TA", "overall": "Overall"}
+_PAIR = {"a": "path_A", "b": "path_B", "prompt": "prompt", "generator_a": "A_model",
+         "generator_b": "B_model", "traditional": "VQ", "temporal": "MQ", "alignment": "TA",
+         "overall": "Overall"}
 
 OPINION_SETS |= {s.name: s for s in (
     OpinionSet("videogen_rewardbench", "table", _PAIR, None,
                "VideoGen-RewardBench (Liu et al., 2025); see its page",
-               ("A_model", "B_model", "fps_A", "num_frames_A", "fps_B", "num_frames_B"),
+               ("fps_A", "num_frames_A", "fps_B", "num_frames_B"),
                answers={"A": 1, "B": -1, "same": 0}),
     OpinionSet("visionrewarddb", "table",
                {"a": "video1_path", "b": "video2_path", "prompt": "prompt",

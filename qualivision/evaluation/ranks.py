@@ -220,6 +220,7 @@ def _with_ties(difference, choice, right, weights) -> tuple:     # (R,), (R,) th
     shares = ((w * right[order]).sum(1) + gain.max(1)) / w.sum(1)
     return shares, np.append(-1., size[ends])[best]
 
+# %% ../../nbs/evaluation/38_ranks.ipynb #5bab9d8f
 def pair_accuracy(difference,    # (N,) score of the first clip minus that of the second
                   choice,        # (N,) 1: people prefer the first, -1: the second, 0: neither
                   groups=None,   # (N,) pairs that belong together, such as a prompt's; None: alone
@@ -276,7 +277,7 @@ def evaluate_pairs(pred_df: pd.DataFrame,       # predictions: video_name (or vi
     if any(r["n"] for r in result.values()): return result
     raise MetricError(names[1], "no pair has two scores and a choice", "Not one number is defined.")
 
-
+# %% ../../nbs/evaluation/38_ranks.ipynb #7024d5d9
 def format_pairs(result: dict) -> str:     # of `evaluate_pairs`
     "The result for people, a line a dimension."
     width, lines = max(map(len, result)), []
@@ -289,4 +290,5 @@ def format_pairs(result: dict) -> str:     # of `evaluate_pairs`
         if r["n"]:
             line = f"{shown(r, PAIRED[0]):22}  {shown(r, PAIRED[1]):22}  {r['n']}, {r['ties']} ties"
         lines.append(f"{d:{width}}  {line}")
-    return "\n".join([f"{'dimension':{width}}  {'without ties':22}  {'with ties':22}  pairs", *lines])
+    head = f"{'dimension':{width}}  {'without ties':22}  {'with ties':22}  pairs"
+    return "\n".join([head, *lines])

@@ -170,6 +170,7 @@ def _set_rows(data: Path, known: str | None, encoding):     # -> video_name, Pro
     return pd.DataFrame({"video_name": table.video, "Prompt": table.prompt, "path": paths},
                         dtype=object)
 
+# %% ../../nbs/inference/45_score.ipynb #6dbec07e
 def _rows(data: Path, split: str | None, encoding: str | None,
           known: str | None = None):                        # -> video_name, Prompt, path
     """The rows to score: a split, all of a folder with labels.csv, or of a published set.

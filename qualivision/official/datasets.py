@@ -342,7 +342,7 @@ def _labels(s: dict) -> bytes:
     csv.writer(text).writerows([s["columns"], *(row[:width] for row in s["rows"])])
     return text.getvalue().encode()
 
-
+# %% ../../nbs/official/81_datasets.ipynb #5d80e219
 def pull_files(s: dict,                # of `file_set`
                to: str | Path,         # folder; labels.csv and videos/ will be in it
                progress: bool = True   # a bar on stderr
