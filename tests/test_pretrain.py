@@ -50,7 +50,7 @@ def params(folder: Path) -> Path:
     (folder/"params.yaml").write_text(yaml.safe_dump({"profile": "mini", "mini": {
         "text": {"encoder": "minilm"},
         "pretrain": {"vjepa2": SHORT, "dover": None, "short": {"windows": 1, "masked_windows": 0}},
-        "masked": {"seeds": [7, 8], "masked_windows": 2, "windows": 1},
+        "masked": {"seeds": [7, 8], "masked_windows": 1, "windows": 1},
         "vjepa2": {"model": MODEL}, "dover": {"model": {}}}}))
     return folder
 
@@ -234,7 +234,7 @@ def test_with_and_without_masked_prediction(tmp_path):
         if k == 0: first = file.read_bytes(); shutil.rmtree(next(at for at in folder.glob("runs/masked/*") if at not in made))      # one without
     about = json.loads(first)
     assert len(made) == 2 and file.read_bytes() == first
-    whole = ["window 1/3 masked", "window 2/3 masked", "window 3/3 tasks"]
+    whole = ["window 1/2 masked", "window 2/2 tasks"]
     assert lines == [["window 1/1 tasks"] * 2 + whole * 2, ["window 1/1 tasks"]]
     assert about["runs"]["masked first"]["7"] != about["runs"]["tasks alone"]["7"] and not about["runs"]["tasks alone"]["8"]["masked"]
     gain = [about["runs"]["masked first"][s]["judged_severity"] - about["runs"]["tasks alone"][s]["judged_severity"] for s in "78"]
