@@ -27,7 +27,7 @@ from qualivision.training.step import parameter_groups
 from qualivision.training.loop import start_run, take_step
 from weights_formula import normals, weight
 
-CONFIG = model_config("vjepa2_embedded", {**TOY["vjepa2"], "layers": 6})
+CONFIG = model_config("vjepa2_embedded", {**TOY["vjepa2"], "layers": 6, "hidden_size": 48, "encoder_heads": 4})
 ENCODER = dict(frames=4, size=32, hidden_size=48, num_hidden_layers=6, num_attention_heads=4, num_pooler_layers=1,
                pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=2)
 pytestmark = pytest.mark.usefixtures("one_thread")
