@@ -33,6 +33,7 @@ from qualivision.models.weights import WeightsError, read_state
 from qualivision.training import train
 from qualivision.pretraining.masked import MaskedPrediction, PretrainConfig, PretrainError
 from qualivision.pretraining.tasks import asking, figures_of, plain_encoder, pretrain
+from qualivision.toy import toy_set
 from qualivision.training.train import Task, model_config, train_model
 from qualivision.training.step import TrainError, parameter_groups
 
@@ -309,7 +310,7 @@ def config(body=None, **kw):
 
 def start(made, tmp_path, monkeypatch, **kw):
     "Trains a step from the body; the model as it was before the first step."
-    root, seen = tmp_path/"set" if (tmp_path/"set").exists() else tiny.data_set(tmp_path/"set"), {}
+    root, seen = tmp_path/"set" if (tmp_path/"set").exists() else toy_set(tmp_path/"set"), {}
     real = train.fit
 
     def spy(model, *args, **kwargs):

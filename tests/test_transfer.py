@@ -4,7 +4,6 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
 import torch
 from scipy.stats import pearsonr
 from typer.testing import CliRunner
@@ -31,6 +30,7 @@ from qualivision.official.transfer import (
 from qualivision.official.ratings import hold_out, preset_settings, read_ratings
 from qualivision.official.raw_scores import (
     RatingsError, limited_view_loss, plcc_loss, predicted_mos, rank_loss, view_loss)
+from qualivision.toy import toy_set
 from weights_formula import fill, normals, weight
 
 VIEWS = ("technical", "aesthetic")
@@ -200,7 +200,7 @@ def test_label_files(tmp_path):
 
 def test_the_layout_of_a_data_set(tmp_path):
     "Opinions on any scale; but one video has one opinion here too."
-    root = tiny.data_set(tmp_path/"set", train=2, val=1)
+    root = toy_set(tmp_path/"set", train=2, val=1)
     file = root/"train"/"labels"/"train_labels.csv"
     table = pd.read_csv(file)
     table["Overall_MOS"] *= 20
