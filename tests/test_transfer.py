@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 import torch
 from scipy.stats import pearsonr
 from typer.testing import CliRunner
