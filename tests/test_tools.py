@@ -59,7 +59,7 @@ def texture(path: Path, seed=0, frames=12, height=260, width=320):
 def here(tmp_path_factory):
     "Clips, broken files, weights of the small models."
     folder = tmp_path_factory.mktemp("tools")
-    for k in range(4): texture(folder/f"{k}.mp4", k, frames=100 if k == 0 else 12)
+    for k in range(4): texture(folder/f"{k}.mp4", k, frames=130 if k == 0 else 12)
     (folder/"broken.mp4").write_bytes(b"no video")
     torch.manual_seed(0)
     torch.save(tiny.Mobile().state_dict(), folder/"small.pth")
