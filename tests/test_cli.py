@@ -170,7 +170,7 @@ def test_evaluate(here, tmp_path):
 
 
 MODEL = dict(config="embedded", frames=4, size=32, dims=[8, 8, 8, 8], depths=[1, 1, 1, 1], stem=[1, 4, 4], kernel=[3, 3, 3], grid=[2, 1, 1],
-             feature_dim=16, fusion_width=16, heads=2, fused_dim=16)
+             feature_dim=16, fusion_width=16)
 
 
 def params(data: Path, **train) -> str:

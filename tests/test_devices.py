@@ -32,7 +32,7 @@ from qualivision.training.step import TrainError
 
 ROOT = Path(__file__).parents[1]
 VJEPA = model_config("vjepa2_embedded", dict(frames=4, size=32, patch=16, hidden_size=48, layers=6, encoder_heads=4, grid=(2, 1, 1),
-                                             frozen_dtype="auto", fusion_width=16, heads=2, fused_dim=16))
+                                             frozen_dtype="auto", fusion_width=16))
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from qualivision.training.loop import start_run, take_step
 from weights_formula import normals, weight
 
 CONFIG = model_config("vjepa2_embedded", dict(frames=4, size=32, patch=16, hidden_size=48, layers=6, encoder_heads=4, grid=(2, 1, 1),
-                                              frozen_dtype="fp32", fusion_width=16, heads=2, fused_dim=16))
+                                              frozen_dtype="fp32", fusion_width=16))
 ENCODER = dict(frames=4, size=32, hidden_size=48, num_hidden_layers=6, num_attention_heads=4, num_pooler_layers=1,
                pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=2)
 pytestmark = pytest.mark.usefixtures("one_thread")

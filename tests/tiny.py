@@ -14,7 +14,7 @@ from qualivision.training.train import Task, model_config, train_model
 from qualivision.training.loop import TrainConfig
 
 CONFIG = model_config("embedded", dict(frames=4, size=32, dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), stem=(1, 4, 4), kernel=(3, 3, 3),
-                                       grid=(2, 1, 1), feature_dim=16, fusion_width=16, heads=2, fused_dim=16))
+                                       grid=(2, 1, 1), feature_dim=16, fusion_width=16))
 PROMPTS = ["a red boat", "a green tree", "a blue car", "a grey cat", "snow at night", "a yellow sun", "a white dog", "rain on a window"]
 
 
