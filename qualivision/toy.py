@@ -119,7 +119,7 @@ def toy_set(root, train: int = 6, val: int = 4, test: int = 0,   # how many prom
     return Path(root)
 
 # %% ../nbs/04_toy.ipynb #d0e1a010
-_SMALL = dict(frames=4, size=32, grid=(2, 1, 1), fusion_width=16, heads=2, fused_dim=16)
+_SMALL = dict(frames=4, size=32, grid=(2, 1, 1), fusion_width=16)
 
 TOY = {   # name of the model → fields of its configuration
     "dover": dict(_SMALL, dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), stem=(1, 4, 4), kernel=(3, 3, 3),

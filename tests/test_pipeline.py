@@ -30,12 +30,11 @@ SMALL = {   # of the profile embedded: networks that are trained in seconds and 
     "prepare": {"workers": 0},
     "dover": {
         "model": {"frames": 6, "size": 72, "dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "stem": [1, 6, 6], "kernel": [3, 3, 3], "grid": [2, 2, 2],
-                  "fusion_width": 16, "heads": 2, "freeze_backbone": False},
+                  "fusion_width": 16, "freeze_backbone": False},
         "pretrained": None,
         "train": {"epochs": 2, "batch_size": 10, "accumulation": 1, "warmup_steps": 1, "validate_every": 1}},
     "vjepa2": {
-        "model": {"frames": 6, "size": 64, "hidden_size": 32, "layers": 3, "encoder_heads": 2, "patch": 16, "grid": [3, 2, 2], "fusion_width": 16,
-                  "heads": 2},
+        "model": {"frames": 6, "size": 64, "hidden_size": 32, "layers": 3, "encoder_heads": 2, "patch": 16, "grid": [3, 2, 2], "fusion_width": 16},
         "pretrained": None, "trunk": {"epochs": 1, "warmup_steps": 1, "lr_multipliers": {}},
         "train": {"epochs": 1, "batch_size": 10, "accumulation": 1, "warmup_steps": 1, "validate_every": 1}},
     "scratch": {"dover": {"train": {"epochs": 1, "warmup_steps": 1}},

@@ -40,7 +40,7 @@ from qualivision.training.step import TrainError, parameter_groups
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = {"config": "vjepa2_embedded", "frames": 4, "size": 48, "patch": 16, "hidden_size": 48, "layers": 2, "encoder_heads": 2, "mlp_ratio": 2.,
-         "grid": [2, 3, 3], "fusion_width": 16, "heads": 2, "fused_dim": 16, "bank": [], "frozen_dtype": "fp32"}
+         "grid": [2, 3, 3], "fusion_width": 16, "bank": [], "frozen_dtype": "fp32"}
 SHORT = {"window": 4, "masked_windows": 1, "windows": 2, "passes": 1, "batch_size": 4, "warmup_steps": 1, "judge_clips": 4, "workers": 0,
          "precision": "no", "device": "cpu"}
 
