@@ -137,7 +137,7 @@ class View:
     def normalise(self, x: Tensor  # (T,3,H,W) uint8
                  ) -> Tensor:      # (clips,3,T/clips,H,W) float32
         "The numbers that the branch computes with."
-        x = x.unflatten(0, (self.clips, -1)).transpose(1, 2)                       # (clips,3,T/clips,H,W)
+        x = x.unflatten(0, (self.clips, -1)).transpose(1, 2)         # (clips,3,T/clips,H,W)
         x = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
         mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in (self.mean, self.std))
         return x.sub_(mean).div_(std)
