@@ -31,7 +31,7 @@ DOVER_REMOVED = {"normalise": True, "difference": False, "highpass": False, "for
                  "norm": "layer", "stem_norm": "layer", "drop_path": 0., "expand": 4,
                  "channels_last": True, "fusion": "quality", "places": True, "heads_add": True,
                  "bounded": True, "dropout": DROPOUT,
-                 "heads": lambda c: attention_heads(c.fusion_width),       # these follow from others
+                 "heads": lambda c: attention_heads(c.fusion_width),    # these follow from others
                  "fused_dim": lambda c: fused_width(c.fusion_width),
                  "scale": lambda c: layer_scale(c.final_norm)}
 
