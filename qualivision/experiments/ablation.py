@@ -173,8 +173,8 @@ def token_columns(widths: list[int], spread: bool) -> list[str]:   # of a token,
 def dover_columns(model: DoverPlusPlus) -> tuple[dict, dict, list[str]]:
     "Of DOVER++: see `columns_of`; its paths from fixed statistics by name; the columns of a token."
     c = model.config
-    own = {"dover_model.pooled_norm": pooled_columns(c), "dover_model.aesthetic_head": ["heads_add"],
-           "dover_model.technical_head": ["heads_add"]}
+    own = {"dover_model.pooled_norm": pooled_columns(c),
+           "dover_model.aesthetic_head": ["heads_add"], "dover_model.technical_head": ["heads_add"]}
     paths = {"dover_model.bank": "bank"} if c.bank else {}
     return own, paths, token_columns([c.dims[s] for s in c.token_stages], c.token_spread)
 
@@ -222,7 +222,7 @@ def hold(model: FiveMos, option: str) -> int:   # how many columns
 UNCHANGED = "unchanged"
 PRETRAINED = {"stem_init": {"stem_init": "random"}, "log_statistics": {"log_statistics": False},
               **{f"pooled_norm {kind}": {"pooled_norm": kind}
-                 for kind in ("none", "layer", "running")}}       # what is changed in the shipped one
+                 for kind in ("none", "layer", "running")}}        # what is changed in the shipped
 JUDGED = ("judged_severity", "judged_attribute", "judged_agree", "judged_match")
 
 
