@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['commands', 'weights', 'PACKAGES', 'TEST', 'TEST_CLIPS', 'TEST_PROMPT', 'CLOSE', 'weights_list', 'weights_pull',
-           'weights_inspect', 'examine', 'measured', 'record_due', 'self_test', 'doctor']
+           'weights_inspect', 'weights_certify', 'examine', 'measured', 'record_due', 'self_test', 'doctor']
 
 # %% ../../nbs/commands/93_machine.ipynb #291c0034
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Annotated, Optional
 import typer
 
 from .app import (
-    CHECKPOINT, OFFICIAL, Answer, App, Checkpoint, Json, notice, option, wrapped)
+    CHECKPOINT, OFFICIAL, Answer, App, Checkpoint, Device, Json, notice, option, wrapped)
 from ..files import PACKAGE
 from ..quality import DIMENSIONS, caught, say
 
@@ -99,6 +99,30 @@ def weights_inspect(
     lines = [*_file_lines(about), *([wrapped(f"{model}: {report}", "  ")] if report else [])]
     differs = report and (report.missing or report.unexpected or report.mismatched)
     return Answer(about, lines, bool(differs))
+
+# %% ../../nbs/commands/93_machine.ipynb #dccf87e8
+@weights.command("certify", stopped="The same command goes on from what has come.")
+def weights_certify(
+        name: Annotated[str, typer.Argument(help="A name that `weights list` shows.")],
+        file: Annotated[Optional[Path], typer.Option("--weights", help="A file; default: "
+                                                     "pulled.")] = None,
+        clip: Annotated[Optional[Path], option("The demo clip of its authors, a file; default: "
+                                               "fetched from its address.")] = None,
+        seeds: Annotated[int, typer.Option(help="Draws of fragments.", min=1)] = 5,
+        device: Device = "auto", as_json: Json = False):
+    """Scores the public demo clip of these weights' authors, and compares with the numbers that
+    they published; status 1 where one differs or none is published."""
+    from qualivision.official.certify import certify
+    about = certify(name, file, clip, device, seeds)
+    rows = about["numbers"]
+    lines = [f"  {r['what']:32}{r['published']:8g}  here {r['found']:g} "
+             f"({r['low']:g} to {r['high']:g})" + ("" if r["agrees"] else "  differs")
+             for r in rows]
+    count = sum(r["agrees"] for r in rows)
+    return Answer(about, [f"{about['model']}: {count} of {len(rows)} published numbers agree "
+                          f"({about['source']}, {about['seeds']} seeds)", *lines,
+                          wrapped(f"Licence: {about['weights']['licence']}.")],
+                  not about["agrees"])
 
 # %% ../../nbs/commands/93_machine.ipynb #397e6e2c
 PACKAGES = ("qualivision", "torch", "numpy", "pandas", "scipy", "av", "decord", "safetensors",
