@@ -25,6 +25,7 @@ setup(
     package_data={"qualivision.evaluation": ["*.json"],
                   "qualivision.models": ["*.json", "*.safetensors"],
                   "qualivision.official": ["*.json"],
+                  "qualivision.commands": ["self_test/*"],
                   "qualivision": ["weights/*/*"]},
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Forked
+from typer.testing import CliRunner
 
-from qualivision.cli import main
-from qualivision.inference.score import Scorer
+from qualivision.cli import app, main
+from qualivision.inference.score import Scorer, rank_among
 from qualivision.models.class_names import class_embeddings, class_names
+from qualivision.models.dover_mos import DoverPlusPlus
 from qualivision.models.frames_mos import FramesMos, stage_changes
 from qualivision.models.text import TextEncoder
 from qualivision.models.towers import TOWERS, load_tower, tower_file
@@ -119,3 +121,38 @@ def test_changes_do_not_depend_on_the_size_of_the_features():
     x = torch.randn(2, 16, 8) + 2
     assert torch.allclose(stage_changes(x), stage_changes(100 * x), atol=1e-3)
     assert (stage_changes(x.flip(1))[:, :3] - stage_changes(x)[:, :3]).abs().max() < 1e-4      # nor on the direction of time
+
+
+CONTRAST = ("score", "clip.mp4", "--prompt", "a red ball", "--contrast", "--device", "cpu")
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frames", "dover"])
+def test_where_the_prompt_ranks(tmp_path, monkeypatch, trained):
+    "By both kinds of model: ranks in JSON only when asked, one line for people, and the clip is looked at once."
+    monkeypatch.chdir(tmp_path)
+    tiny.clip(tmp_path/"clip.mp4", (200, 30, 30))
+    more = ("--checkpoint", str(tiny.checkpoint(tmp_path/"own"))) if trained else ()
+    looked, kind = [], (DoverPlusPlus if trained else FramesMos)
+    original = kind.look
+    monkeypatch.setattr(kind, "look", lambda self, frames: looked.append(len(frames)) or original(self, frames))
+    def call(*args):
+        r = CliRunner().invoke(app, [*args, *more])
+        assert r.exception is None or isinstance(r.exception, SystemExit), r.exception
+        return r.exit_code, json.loads(r.stdout) if "--json" in args else " ".join(r.stdout.split())
+    status, (record,) = call(*CONTRAST, "--json")
+    ranks = record["contrast"]
+    assert status == 0 and looked == [1] and ranks["strangers"]["of"] == 11 and 1 <= ranks["strangers"]["rank"] <= 11
+    assert ranks["changed"]["of"] == 11 and ranks["changed"]["prompts"][0] == "a yellow ball" and "a red teapot" in ranks["changed"]["prompts"]
+    if not trained: return                                 # the tower takes its time; the rest does not depend on the model
+    plain, = call(*(a for a in CONTRAST if a != "--contrast"), "--json")[1]
+    assert "contrast" not in plain and all(plain[d] == pytest.approx(record[d], abs=1e-5) for d in DIMENSIONS if plain[d] is not None)
+    line = "its prompt ranks {rank} of {of} among strangers'".format(**ranks["strangers"])
+    assert line in call(*CONTRAST)[1]
+    other = tuple("someone sings" if a == "a red ball" else a for a in CONTRAST)
+    assert "no word can be changed: no colour, number or thing" in call(*other)[1]
+    status, rows = call(*CONTRAST, "gone.mp4", "--json")
+    assert status == 1 and rows[1]["contrast"] is None and rows[1]["error"]
+
+
+def test_a_model_that_does_not_read_is_told():
+    "All prompts alike: the own one comes last, not first."
+    assert rank_among(3., [3.] * 10) == {"rank": 11, "of": 11} and rank_among(3., [2.9] * 10)["rank"] == 1

@@ -18,7 +18,7 @@ from qualivision.commands.app import (
     Encoding, Epochs, Fused, GroupBy, Head, Json, Precision, Preset, RankWeight, Rate, Readers,
     Scale, Seed, Share, SharedWeight, TrainSeed, Videos, Weights, WeightsFile, Workers, failed,
     option, wrapped)
-from .own import GOES_ON, fit_dover, set_scorer
+from .own import GOES_ON, fit_dover, fit_frames, set_scorer
 from ..files import check_place, write_whole
 from ..quality import Tally, caught, say
 
@@ -107,6 +107,15 @@ def cover(
     return _score("cover", files, as_json, sets, small, seed, "official", weights=weights,
                   clip=clip, device=device, precision=precision)
 
+# %% ../../nbs/commands/92_official.ipynb #0396d304
+def _check_frames(**given):      # options that --model frames does not take
+    "Refuses options that would be ignored. Raises typer.BadParameter."
+    asked = [k for k, v in given.items() if v is not None and v is not False]
+    if not asked: return
+    name = {"preset": "set"}.get(asked[0], asked[0].replace("_", "-"))
+    raise typer.BadParameter("goes with official DOVER: the heads of frames have a closed form",
+                             param_hint=f"--{name}")
+
 # %% ../../nbs/commands/92_official.ipynb #c5720a54
 @commands.command(stopped=GOES_ON)
 def transfer(
@@ -115,8 +124,8 @@ def transfer(
                                      OPINIONS)],
         out: Annotated[Path, option("The heads (a .safetensors file), or the folder of the model. "
                                     "A JSON report goes beside.")],
-        model: Annotated[Literal["dover", "dover-mobile"],
-                         option("dover or dover-mobile.")] = "dover",
+        model: Annotated[Literal["dover", "dover-mobile", "frames"],
+                         option("dover, dover-mobile, or frames: five scores.")] = "dover",
         head_only: Annotated[bool, typer.Option("--head-only/--end-to-end", help="Heads on frozen "
                                                 "backbones, or everything.")] = True,
         from_scratch: Annotated[bool, typer.Option("--from-scratch", help="With --end-to-end: no "
@@ -134,10 +143,15 @@ def transfer(
         seed: TrainSeed = None, workers: Workers = None,
         cache: Annotated[Path, option("Folder of features.")] = Path("cache"),
         device: Device = "auto", as_json: Json = False):
-    "Official DOVER on your own opinions: new heads, or all of it from its weights."
+    "Your own opinions: new heads for official DOVER, or all of it; or five scores by `frames`."
     settings = dict(test=test, splits=splits, epochs=epochs, batch_size=batch_size, lr=lr,
                     rank_weight=rank_weight, shared_weight=shared_weight, seed=seed,
                     fresh_heads=fresh_heads)
+    if model == "frames":
+        _check_frames(weights=weights, columns=columns, preset=preset, group=group, workers=workers,
+                      from_scratch=from_scratch, end_to_end=not head_only, **settings)
+        return fit_frames(data, out, videos=videos, scale=scale, encoding=encoding, cache=cache,
+                          device=device)
     return fit_dover(out, model, head_only, preset, settings, data=data, weights=weights,
                      from_scratch=from_scratch, videos=videos, columns=columns, group=group,
                      cache=cache, device=device, workers=workers or 0, encoding=encoding,

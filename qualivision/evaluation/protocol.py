@@ -6,17 +6,21 @@
 __all__ = ['BASELINES', 'CEILING', 'RATERS', 'ORACLES', 'FROM_NOISE', 'TITLES', 'TABLE_METRICS', 'BETTER', 'NAMES', 'COLUMNS',
            'Clips', 'Constant', 'GeneratorLookup', 'GroupedRidge', 'HandCrafted', 'run_baselines', 'is_from_noise',
            'title', 'results_table', 'save_results', 'shown_cell', 'wins', 'markdown_table', 'differences_markdown',
-           'results_markdown', 'best_baseline']
+           'results_markdown', 'best_baseline', 'held_out', 'siblings', 'figure']
 
 # %% ../../nbs/evaluation/37_protocol.ipynb #1158a041
 import json
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 import numpy as np
 import pandas as pd
+import torch
 from ..data.dataset import generator_of
 from .lowlevel import HAND_CRAFTED, LOW_LEVEL
-from .metrics import MetricError, bootstrap, METRICS, paired_bootstrap
+from .metrics import (
+    MetricError, bootstrap, METRICS, or_reason, paired_bootstrap, srocc)
+from ..models.frames_mos import PARTS, FramesMos, logit_of
 from ..models.registry import MODELS
 from ..quality import DIMENSIONS, MOS_COLUMNS
 
@@ -309,3 +313,46 @@ def best_baseline(
     def values(row): return [results[row][d][metric]["value"] for d in DIMENSIONS]
     known = [row for row in BASELINES if row in results and None not in values(row)]
     return max(known, key=lambda row: BETTER[metric] * sum(values(row)), default=None)
+
+# %% ../../nbs/evaluation/37_protocol.ipynb #40646d84
+@torch.no_grad()
+def held_out(model: FramesMos, known: dict, text, mos, groups,     # N clips; see `FramesMos.fit`
+             named: dict = PARTS, share: float = 1., parts: int = 10, seed: int = 0) -> np.ndarray:
+    "Raw scores (N,5) by heads that saw no clip of the group; NaN where 8 opinions are missing."
+    d, out = DIMENSIONS.index("alignment"), np.full(mos.shape, np.nan)
+    def some(rows): return {k: v[rows] for k, v in known.items()}
+    def raw(rows): return model.score_under(model.encode_video(some(rows)), text[rows])[0]
+    names = np.random.default_rng(seed).permutation(np.unique(groups))
+    for k in range(min(parts, len(names))):
+        left = np.isin(groups, names[k::parts])
+        others = [n for n in names if n not in names[k::parts]]
+        rows = np.isin(groups, others[:ceil(share * len(others))])
+        y = mos[rows].clone()
+        y[:, (~y.isnan()).sum(0) < 8] = torch.nan
+        y[:, d] = torch.nan
+        if y.isnan().all(): continue
+        model.learn(some(rows), text[rows], y, named=named)
+        out[left] = (raw(left) - logit_of(y).nanmean(0)).numpy()
+    if not mos[:, d].isnan().all():
+        model.learn(known, text, mos, named=named)
+        out[:, d] = raw(slice(None))[:, d].numpy()
+    return out
+
+# %% ../../nbs/evaluation/37_protocol.ipynb #cbdfc252
+def siblings(y, *keys) -> np.ndarray:     # (N,) opinions; (N,) prompts, generators: "" unknown
+    "What a clip's prompt or generator alone give: the mean of its siblings; NaN without one."
+    out, alone = np.zeros(len(y)), ~np.eye(len(y), dtype=bool)
+    for key in keys:
+        same = (key[:, None] == key) & alone & ~np.isnan(y) & (key != "")
+        with np.errstate(invalid="ignore"): out += same @ np.nan_to_num(y) / same.sum(1)
+    return out
+
+def figure(x, y, groups, resamples: int = 1000) -> dict:       # (N,) each; NaN is left out
+    "SROCC with its 95 % interval by group, the number of clips, and reasons for what is null."
+    rows, reasons = ~(np.isnan(x) | np.isnan(y)), {}
+    x, y, groups = x[rows], y[rows], np.asarray(groups)[rows]
+    def interval():
+        return [round(v, 4) for v in bootstrap(x, y, groups, ("srocc",), resamples)["srocc"]]
+    value = or_reason(reasons, "srocc", lambda: round(srocc(x, y), 4))
+    return {"srocc": value, "interval": None if value is None else
+            or_reason(reasons, "interval", interval), "clips": int(rows.sum()), "reasons": reasons}

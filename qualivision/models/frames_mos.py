@@ -136,7 +136,8 @@ def fit(self: FramesMos,
         known: dict,            # of `prefix`, n clips
         text: Tensor,           # (n,384)
         mos: Tensor,            # (n,5), NaN: no opinion
-        penalty: float = .1     # see `ridge`
+        penalty: float = .1,    # see `ridge`
+        named: dict = PARTS     # dimension → the parts that speak for it
        ) -> list[str]:          # the dimensions that have a head now
     "Fit the heads of all dimensions with opinions. Raises `QualiVisionError` for fewer than 8."
     there = ~mos.isnan()
@@ -147,13 +148,13 @@ def fit(self: FramesMos,
     fitted = [d for d, rated in zip(DIMENSIONS, there.any(0).tolist()) if rated]
     for d in fitted:
         column, rows = DIMENSIONS.index(d), there[:, DIMENSIONS.index(d)]
-        scale = [parts[p].shape[1] ** -.5 for p in PARTS[d]]
-        x = torch.cat([parts[p][rows] * s for p, s in zip(PARTS[d], scale)], 1)
+        scale = [parts[p].shape[1] ** -.5 for p in named[d]]
+        x = torch.cat([parts[p][rows] * s for p, s in zip(named[d], scale)], 1)
         weight, constant = ridge(x, logit_of(mos[rows, column]), penalty)
-        pieces = weight.split([parts[p].shape[1] for p in PARTS[d]])
+        pieces = weight.split([parts[p].shape[1] for p in named[d]])
         for head in self.heads.values(): head.weight[column], head.bias[column] = 0., 0.
-        for p, piece, s in zip(PARTS[d], pieces, scale): self.heads[p].weight[column] = piece * s
-        self.heads[PARTS[d][0]].bias[column] = constant
+        for p, piece, s in zip(named[d], pieces, scale): self.heads[p].weight[column] = piece * s
+        self.heads[named[d][0]].bias[column] = constant
     return fitted
 
 # %% ../../nbs/models/30_frames_mos.ipynb #049d5bff
@@ -167,3 +168,36 @@ def get_used_to(self: FramesMos, known: dict, text: Tensor) -> None:         # o
         norm.seen.fill_(len(known[name]))
     self.usual_picture.copy_(known["words"].float().mean(0))
     self.usual_text.copy_(text.unique(dim=0).mean(0))
+
+# %% ../../nbs/models/30_frames_mos.ipynb #98a64a14
+@patch
+@torch.no_grad()
+def put_on_scale(self: FramesMos, known: dict, text: Tensor, mos: Tensor,    # as for `fit`
+                 dimension: str) -> None:
+    "Put a score on the scale of opinions, by a rising line on logits; the order of clips stays."
+    d = DIMENSIONS.index(dimension)
+    rows = ~mos[:, d].isnan()
+    video = self.encode_video({k: v[rows] for k, v in known.items()})
+    raw, wanted = self.score_under(video, text[rows])[0][:, d].double(), logit_of(mos[rows, d])
+    together = ((raw - raw.mean()) * (wanted - wanted.mean())).mean()
+    slope = float((together / raw.var(correction=0).clamp(min=1e-12)).clamp(min=1e-3))
+    for head in self.heads.values():
+        head.weight[d] *= slope
+        head.bias[d] *= slope
+    self.heads["picture"].bias[d] += float(wanted.mean() - slope * raw.mean())
+
+
+@patch
+@torch.no_grad()
+def learn(self: FramesMos, known: dict, text: Tensor, mos: Tensor,           # as for `fit`
+          penalty: float = .1, named: dict = PARTS) -> list[str]:
+    "All heads, and what is usual, from these clips alone. Raises `QualiVisionError` as `fit` does."
+    self.get_used_to(known, text)
+    d, lines = DIMENSIONS.index("alignment"), mos.clone()
+    lines[:, d] = float("nan")
+    fitted = self.fit(known, text, lines, penalty, named)
+    if mos[:, d].isnan().all(): return fitted
+    for name, head in self.heads.items():
+        head.weight[d], head.bias[d] = float(name == "match"), 0.
+    self.put_on_scale(known, text, mos, "alignment")
+    return [x for x in DIMENSIONS if x in (*fitted, "alignment")]
