@@ -24,6 +24,7 @@ setup(
     packages=find_packages(include=["qualivision", "qualivision.*"]),
     package_data={"qualivision.evaluation": ["*.json"],
                   "qualivision.models": ["*.json", "*.safetensors"],
+                  "qualivision.official": ["*.json"],
                   "qualivision.commands": ["self_test/*"],
                   "qualivision": ["weights/*/*"]},
     python_requires=">=" + cfg["min_python"],

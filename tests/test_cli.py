@@ -18,6 +18,7 @@ from qualivision.cli import app, main
 from qualivision.inference.bulk import FiveMosScorer
 from qualivision.inference.score import Scorer
 from qualivision.quality import COLUMNS, DIMENSIONS, MOS_COLUMNS
+from qualivision.toy import TOY, toy_clip, toy_set
 
 ROOT = Path(__file__).parents[1]
 KEYS = ["video", "prompt", *DIMENSIONS, "model", "checkpoint", "trained_on", "error", "reasons", "warnings", "learned_on"]
@@ -30,9 +31,9 @@ def here(tmp_path_factory):
     "A folder with a checkpoint, two clips, a broken file and a data set."
     folder = tmp_path_factory.mktemp("cli")
     tiny.checkpoint(folder/"checkpoints"/"dover")
-    tiny.clip(folder/"boat.mp4", (200, 30, 30)); tiny.clip(folder/"a name with spaces é.mp4", (30, 200, 30))
+    toy_clip(folder/"boat.mp4", (200, 30, 30)); toy_clip(folder/"a name with spaces é.mp4", (30, 200, 30))
     (folder/"broken.mp4").write_bytes(b"no video")
-    tiny.data_set(folder/"set", train=1, val=1, test=1)
+    toy_set(folder/"set", train=1, val=1, test=1)
     return folder
 
 
@@ -169,8 +170,7 @@ def test_evaluate(here, tmp_path):
     assert status == 1 and "gone.csv" in strict(out)["error"] and "gone.csv" in err
 
 
-MODEL = dict(config="embedded", frames=4, size=32, dims=[8, 8, 8, 8], depths=[1, 1, 1, 1], stem=[1, 4, 4], kernel=[3, 3, 3], grid=[2, 1, 1],
-             feature_dim=16, fusion_width=16, heads=2, fused_dim=16)
+MODEL = dict(config="embedded", **TOY["dover"])
 
 
 def params(data: Path, **train) -> str:
@@ -182,7 +182,7 @@ def params(data: Path, **train) -> str:
 
 def test_train(here, tmp_path):
     "From a file of parameters to a checkpoint that scores; progress stays off stdout."
-    data = tiny.data_set(tmp_path/"set", train=4, val=3)
+    data = toy_set(tmp_path/"set", train=4, val=3)
     (tmp_path/"params.yaml").write_text(params(data))
     status, out, err = run(tmp_path, "train", "--json")
     result = strict(out)
@@ -197,7 +197,7 @@ def test_train(here, tmp_path):
 
 def test_opinions_are_checked_before_anything_is_trained(tmp_path):
     "MOS of 0–100, one video with two opinions: refused with the remedy, and nothing is left; with --scale trained, and the result says so."
-    data = tiny.data_set(tmp_path/"set", train=4, val=3)
+    data = toy_set(tmp_path/"set", train=4, val=3)
     (tmp_path/"params.yaml").write_text(params(data))
     files, five = [data/s/"labels"/f"{s}_labels.csv" for s in ("train", "val")], {}
     for file in files:
@@ -214,7 +214,7 @@ def test_opinions_are_checked_before_anything_is_trained(tmp_path):
     assert status == 0 and result["trained_on"].startswith("labels of set, opinions mapped from 0–100 to 1–5, data ")
     assert result["history"][0]["loss"] < 9
     assert json.loads((tmp_path/"results"/"dover"/"train.json").read_text())["trained_on"] == result["trained_on"]
-    files[0].write_text(five[files[0]].replace("B_001.mp4", "A_000.mp4"))
+    files[0].write_text(five[files[0]].replace("B_0000.mp4", "A_0000.mp4"))
     files[1].write_text(five[files[1]])
     status, out, err = run(tmp_path, "train", "--json")
     assert status == 1 and "duplicate name (2)" in strict(out)["error"]

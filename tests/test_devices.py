@@ -26,17 +26,17 @@ from qualivision.models.vjepa_mos import VJepaConfig, VJepaMos, settled
 from qualivision.models.frozen import FeatureCache
 from qualivision.pipeline.train import plan
 from qualivision.pretraining.masked import PretrainConfig, PretrainError
+from qualivision.toy import TOY, toy_clip, toy_set
 from qualivision.training.train import Task, model_config, train_model
 from qualivision.training.loop import TrainConfig, fit
 from qualivision.training.step import TrainError
 
 ROOT = Path(__file__).parents[1]
-VJEPA = model_config("vjepa2_embedded", dict(frames=4, size=32, patch=16, hidden_size=48, layers=6, encoder_heads=4, grid=(2, 1, 1),
-                                             frozen_dtype="auto", fusion_width=16, heads=2, fused_dim=16))
+VJEPA = model_config("vjepa2_embedded", {**TOY["vjepa2"], "layers": 6, "frozen_dtype": "auto"})
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory): return tiny.data_set(tmp_path_factory.mktemp("data")/"set")
+def root(tmp_path_factory): return toy_set(tmp_path_factory.mktemp("data")/"set")
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_one_file_has_one_score_however_it_was_trained(root, tmp_path, machine, 
 def test_the_commands_take_a_precision_and_say_it(root, tmp_path, machine, monkeypatch):
     machine(True)
     monkeypatch.chdir(tmp_path)
-    tiny.checkpoint(tmp_path/"w"); tiny.clip(tmp_path/"a.mp4", (200, 30, 30))
+    tiny.checkpoint(tmp_path/"w"); toy_clip(tmp_path/"a.mp4", (200, 30, 30))
     def call(*args): return CliRunner().invoke(app, [*map(str, args), "--checkpoint", "w", "--device", "cpu"])
     shown = call("score", "a.mp4", "--prompt", "a boat", "--precision", "auto", "--json")
     assert json.loads(shown.stdout)[0]["model"] == "dover++ in bf16" and "precision: bf16 (this CPU has" in shown.stderr

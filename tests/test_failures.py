@@ -28,6 +28,7 @@ from qualivision.official import scorer as official
 from qualivision.official.scorer import OfficialScorer
 from qualivision.inference.score import Scorer, predict
 from qualivision.quality import DIMENSIONS, MOS_COLUMNS, QualiVisionError, ScoreRecord
+from qualivision.toy import toy_clip, toy_set
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,9 +54,9 @@ def failing(real, error, at=1):
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("failures")
-    for k, name in enumerate(NAMES): tiny.clip(folder/name, (40 * k, 100, 200))
+    for k, name in enumerate(NAMES): toy_clip(folder/name, (40 * k, 100, 200))
     (folder/"list.csv").write_text("video,Prompt\n" + "".join(f"{n},a red boat\n" for n in NAMES))
-    tiny.data_set(folder/"set", train=1, val=1, test=2)
+    toy_set(folder/"set", train=1, val=1, test=2)
     for name in ("one", "two"): (folder/f"{name}.csv").write_text("video,mos\n" + "".join(f"{n},{k}\n" for k, n in enumerate(NAMES)))
     return folder
 
@@ -239,7 +240,7 @@ def test_a_run_whose_items_all_fail_alike_stops(call, five, branches, monkeypatc
     status, rows, err = call("score", *many, "--prompt", "a red boat", "--json")
     assert status == 1 and broken.count == 5 and len(rows) == 9 and all("its first 5 items all failed alike" in r["error"] for r in rows)
     assert err.count("Traceback") == 1 and cause in err
-    for k in range(9): tiny.clip(tmp_path/f"{k}.mp4", (k, k, k))
+    for k in range(9): toy_clip(tmp_path/f"{k}.mp4", (k, k, k))
     (tmp_path/"list.csv").write_text("video,Prompt\n" + "".join(f"{k}.mp4,a red boat\n" for k in range(9)))
     broken.count = 0
     status, said, err = call("score-set", tmp_path/"list.csv", "--model", "qualivision", "--out", tmp_path/"s.csv", "--json")
@@ -332,7 +333,7 @@ def test_a_result_that_fails_in_the_end_says_so_and_leaves_nothing(here, five, t
 
 def test_reasons_and_warnings_are_in_every_result(call, five, here, tmp_path, monkeypatch):
     "A video with one frame has no Temporal score, in each form of a result, and the status stays 0; a rerun keeps it."
-    tiny.clip(tmp_path/"still.mp4", (9, 99, 200), frames=1)
+    toy_clip(tmp_path/"still.mp4", (9, 99, 200), frames=1)
     monkeypatch.setattr(Scorer, "judge", lambda self, *a, real=Scorer.judge: (*real(self, *a)[:2], ("the prompt was cut",)))
     why = "the video has one frame"
     status, (r,), err = call("score", tmp_path/"still.mp4", "--prompt", "a boat", "--json")
@@ -367,7 +368,7 @@ def test_rows_of_before_are_scored_again(five, here, tmp_path):
     class Before(FiveMosScorer):
         def rate(self, views, prompt): return dict(zip(DIMENSIONS, self.scorer.judge(views[0], prompt, 2)[0]))
     old = Before(five); old.settings = before
-    tiny.clip(tmp_path/"still.mp4", (9, 99, 200), frames=1)
+    toy_clip(tmp_path/"still.mp4", (9, 99, 200), frames=1)
     videos = [("still.mp4", str(tmp_path/"still.mp4"), "a boat")]
     assert score_set(videos, tmp_path/"s.csv", old)["scored"] == 1 and rows_of(tmp_path/"s.csv")[0]["Temporal_MOS"]
     assert score_set(videos, tmp_path/"s.csv", scorer)["scored"] == 1 and not rows_of(tmp_path/"s.csv")[0]["Temporal_MOS"]
@@ -378,7 +379,7 @@ def test_rows_of_before_are_scored_again(five, here, tmp_path):
 def test_names_and_prompts_that_are_no_utf8(here, tmp_path):
     "From the shell: one row each, other rows scored, and nothing that is written or printed fails over them."
     tiny.checkpoint(tmp_path/"checkpoints"/"dover")
-    tiny.clip(tmp_path/"a.mp4", (9, 99, 200))
+    toy_clip(tmp_path/"a.mp4", (9, 99, 200))
     odd = os.fsdecode(b"caf\xe9.mp4")
     (tmp_path/odd).write_bytes((tmp_path/"a.mp4").read_bytes())
     env = {**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8"}
@@ -395,7 +396,7 @@ def test_names_and_prompts_that_are_no_utf8(here, tmp_path):
 def test_results_with_names_and_prompts_that_are_no_utf8(five, tmp_path):
     "CSV, Parquet and journal: a byte that is no UTF-8 stands readably, and a prompt that holds one is never scored as another text."
     odd, prompt = os.fsdecode(b"caf\xe9.mp4"), os.fsdecode(b"caf\xe9 at night")
-    tiny.clip(tmp_path/"a.mp4", (9, 99, 200)); (tmp_path/odd).write_bytes((tmp_path/"a.mp4").read_bytes())
+    toy_clip(tmp_path/"a.mp4", (9, 99, 200)); (tmp_path/odd).write_bytes((tmp_path/"a.mp4").read_bytes())
     videos = [(n, str(tmp_path/n), p) for n, p in ((odd, "a boat"), ("a.mp4", "a boat"), ("a.mp4", prompt), ("a.mp4", "caf\ud800"))]
     said = []
     for name in ("s.csv", "s.parquet", "s.csv"):

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from forked import Forked
 from typer.testing import CliRunner
@@ -23,6 +22,7 @@ from qualivision.models.text import TextEncoder
 from qualivision.models.towers import TOWERS, load_tower, tower_file
 from qualivision.models.weights import WeightsError, checkpoint_folder, load_checkpoint
 from qualivision.quality import DIMENSIONS
+from qualivision.toy import toy_clip
 
 ROOT = Path(__file__).parents[1]
 UNKNOWN = ("aesthetic", "overall")      # no opinions on them were at hand
@@ -31,7 +31,7 @@ UNKNOWN = ("aesthetic", "overall")      # no opinions on them were at hand
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory) -> Path:
     at = tmp_path_factory.mktemp("frames")/"a.mp4"
-    tiny.clip(at, (200, 30, 30))
+    toy_clip(at, (200, 30, 30))
     return at
 
 

@@ -65,6 +65,7 @@ def test_module_imports_from_smaller_numbers(module):
         assert not i.star, f"{module}:{i.line}: import * hides where a name comes from"
         assert not i.whole, f"{module}:{i.line}: names come from a module, not from the package {i.module}"
         assert i.module in WRITTEN, f"{module}:{i.line}: {i.module} is not a module of this package"
+        assert i.module != f"{PACKAGE}.toy", f"{module}:{i.line}: toys are for what chapters show and for tests"
         assert i.module != module and not refused(WRITTEN[module], i.module), f"{module}:{i.line}: {refused(WRITTEN[module], i.module)}"
 
 
@@ -139,8 +140,9 @@ except SystemExit as e: print(json.dumps({"status": e.code, "found": [m for m in
 def test_scoring_a_video_is_light(tmp_path):
     "All of `qualivision score`: what takes seconds to import is not imported, and nothing is left in the current folder."
     import tiny
+    from qualivision.toy import toy_clip
     tiny.checkpoint(tmp_path/"weights")
-    tiny.clip(tmp_path/"clip.mp4", (200, 60, 40))
+    toy_clip(tmp_path/"clip.mp4", (200, 60, 40))
     env = {**os.environ, "QUALIVISION_CACHE": str(tmp_path/"kept")}
     for kept in (0, 1):
         assert len(list(tmp_path.rglob("*.f32"))) == kept

@@ -74,10 +74,10 @@ def test_logistic_finds_the_least_squares_fit(seed):
 @pytest.mark.parametrize("metric", METRICS)
 def test_resamples_equal_brute_force(metric):
     "Draw the clips of the same resamples one by one and use the plain metric: the same interval."
-    from qualivision.evaluation.metrics import _weights
+    from qualivision.evaluation.metrics import group_weights
     predictions, labels = tables()
     p, t = predictions.sort_index().Overall_MOS.round(1).to_numpy(), labels.Overall_MOS.to_numpy()
-    weights = _weights(labels.Prompt, len(p), 60, seed=3)
+    weights = group_weights(labels.Prompt, len(p), 60, seed=3)
     assert (weights.reshape(60, 20, 5).std(2) == 0).all() and (weights.sum(1) == 100).all()     # whole prompts, as many as there are
     slow = [METRICS[metric][0](np.repeat(p, w), np.repeat(t, w)) for w in weights.astype(int)]
     low, high = bootstrap(p, t, labels.Prompt, [metric], n=60, seed=3)[metric]

@@ -18,9 +18,9 @@ from qualivision.models.weights import WeightsError
 from qualivision.quality import QualiVisionError
 from weights_formula import clip, weight
 
-SMALL = DoverConfig(frames=4, size=36, dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), kernel=(3, 5, 5), final_norm=False, scale=0.5,
+SMALL = DoverConfig(frames=4, size=36, dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), kernel=(3, 5, 5), final_norm=False,
                     grid=(2, 2, 2), statistics=STATISTICS, stages=(0, 1, 2, 3), pooled_norm="running",
-                    feature_dim=32, text_dim=12, fusion_width=32, heads=4, fused_dim=32)
+                    feature_dim=32, text_dim=12, fusion_width=32)
 SIX = ("dover_features", "text_features", "fused_features", "quality_weights", "aesthetic_score", "technical_score")
 
 
@@ -303,7 +303,7 @@ def test_causes_asked_by_name(kind, bank):
     named = dict(causes=("blur", "noise", "flicker"), attributes=("colour", "motion"), bank=bank)
     if kind == "dover": model = DoverPlusPlus(replace(SMALL, **named))
     else: model = VJepaMos(replace(VJEPA_EMBEDDED, frames=4, size=36, patch=12, hidden_size=48, layers=2, encoder_heads=2, grid=(2, 1, 1),
-                                   text_dim=12, fusion_width=32, fused_dim=32, frozen_dtype="fp32", colours=("overall",) if bank else (), **named))
+                                   text_dim=12, fusion_width=32, frozen_dtype="fp32", colours=("overall",) if bank else (), **named))
     model.eval()
     frames, text = batch()
     with torch.no_grad(): out, other = model(frames, text), model(frames, text.flip(0))
@@ -342,7 +342,7 @@ def test_a_frozen_backbone_stays_and_can_be_kept(change):
 
 def test_eight_clips_by_heart():
     torch.manual_seed(0)
-    model = DoverPlusPlus(replace(SMALL, dropout=0., head_dropout=0.)).train()
+    model = DoverPlusPlus(replace(SMALL, head_dropout=0.)).train()
     frames, text = batch(n=8)
     mos, optimiser = 1 + 4 * torch.rand(8, 5), torch.optim.AdamW(model.parameters(), 3e-3)
     for _ in range(60):

@@ -42,11 +42,20 @@ def test_an_old_body_is_what_training_starts_from(old):
 
 @pytest.mark.parametrize("kind", [DoverConfig, VJepaConfig])
 def test_an_option_that_has_gone_has_the_value_it_always_had(kind):
-    gone = json.loads(json.dumps(kind.REMOVED))
+    gone = json.loads(json.dumps(kind().gone()))
     assert gone and kind.of(gone) == kind() and not set(gone) & set(vars(kind()))
     for name, value in gone.items():
         other = (not value) if isinstance(value, bool) else value + 1 if isinstance(value, (int, float)) else "other"
         with pytest.raises(QualiVisionError, match=f"{name}=.*no longer"): kind.of({name: other})
+
+
+def test_a_removed_field_follows_from_those_beside_it():
+    "Small files of earlier versions name sizes that follow from the width of the attention today; others than these are refused."
+    small = {"fusion_width": 16, "heads": 2, "fused_dim": 16}
+    assert DoverConfig.of({**small, "final_norm": False, "scale": .5}) == DoverConfig(fusion_width=16, final_norm=False)
+    assert VJepaConfig.of(small) == VJepaConfig(fusion_width=16) and VJepaConfig.of({"heads": 8, "fused_dim": 256, "dropout": .1}) == VJepaConfig()
+    for kind, values in ((DoverConfig, {"scale": .5}), (DoverConfig, {"final_norm": False, "scale": 1e-6}), (VJepaConfig, {**small, "heads": 8})):
+        with pytest.raises(QualiVisionError, match="no longer"): kind.of(values)
 
 
 def test_another_network_is_refused_with_its_name(tmp_path, old):

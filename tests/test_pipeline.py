@@ -25,22 +25,21 @@ from qualivision.quality import DIMENSIONS
 from qualivision.pretraining.tasks import asking
 from qualivision.training.train import model_config
 
-PROMPTS = {"train": 6, "val": 2, "test": 4}     # of five clips each
+PROMPTS = {"train": 5, "val": 2, "test": 3}     # of five clips each
 SMALL = {   # of the profile embedded: networks that are trained in seconds and know nothing
     "prepare": {"workers": 0},
     "dover": {
         "model": {"frames": 6, "size": 72, "dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "stem": [1, 6, 6], "kernel": [3, 3, 3], "grid": [2, 2, 2],
-                  "fusion_width": 16, "heads": 2, "freeze_backbone": False},
+                  "fusion_width": 16, "freeze_backbone": False},
         "pretrained": None,
         "train": {"epochs": 2, "batch_size": 10, "accumulation": 1, "warmup_steps": 1, "validate_every": 1}},
     "vjepa2": {
-        "model": {"frames": 6, "size": 64, "hidden_size": 32, "layers": 3, "encoder_heads": 2, "patch": 16, "grid": [3, 2, 2], "fusion_width": 16,
-                  "heads": 2},
+        "model": {"frames": 6, "size": 64, "hidden_size": 32, "layers": 3, "encoder_heads": 2, "patch": 16, "grid": [3, 2, 2], "fusion_width": 16},
         "pretrained": None, "trunk": {"epochs": 1, "warmup_steps": 1, "lr_multipliers": {}},
         "train": {"epochs": 1, "batch_size": 10, "accumulation": 1, "warmup_steps": 1, "validate_every": 1}},
     "scratch": {"dover": {"train": {"epochs": 1, "warmup_steps": 1}},
                 "vjepa2": {"model": {"encoder_heads": 2}, "trunk": {"epochs": 2, "warmup_steps": 1}, "train": {"epochs": 1, "warmup_steps": 1}}},
-    "learning": {"clips": [10, 30], "seeds": [0, 1], "steps": 3},
+    "learning": {"clips": [10, 25], "seeds": [0, 1], "steps": 3},
     "evaluate": {"resamples": 100, "device": "cpu"}}
 MODELS = ["dover", "vjepa2"]
 STAGES = ["prepare", *(f"{stage}@{model}" for stage in ("train", "evaluate") for model in MODELS), "compare", "report"]
@@ -286,7 +285,7 @@ def test_learning_curves(repository):
     try:
         repository.stage("experiments.learning", "dover")
         curves, content = repository.json("experiments/learning-dover.json")["curves"], kept.read_bytes()
-        assert list(curves) == ["pretrained", "noise"] and all(list(c) == ["10", "30"] for c in curves.values())
+        assert list(curves) == ["pretrained", "noise"] and all(list(c) == ["10", "25"] for c in curves.values())
         for cell in (c for start in curves.values() for amount in start.values() for c in amount.values()):
             assert cell["low"] <= cell["mean"] <= cell["high"] and len(cell["seeds"]) == 2
         folder = next((repository.at/"runs"/"learning").iterdir())

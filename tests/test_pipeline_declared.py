@@ -146,12 +146,16 @@ def model_names() -> list[str]:
 
 
 def sections_of(stage: Stage) -> tuple[str, ...]:
-    "The literal SECTIONS of a stage's module; MODEL is the model that the stage runs for, MODELS are all of the pipeline."
+    """The literal SECTIONS of a stage's module; MODEL is the model that the stage runs for, MODELS are all of the pipeline.
+
+    A module of several stages has a dict of them: argument → sections, the first without an argument."""
     module, arguments = ran_by(stage)
     for node in tree(module).body:
         if isinstance(node, ast.Assign) and [t.id for t in node.targets if isinstance(t, ast.Name)] == ["SECTIONS"]:
             meant = {"MODEL": arguments[:1], "MODELS": model_names()}
-            return tuple(name for section in ast.literal_eval(node.value) for name in meant.get(section, [section]))
+            listed = ast.literal_eval(node.value)
+            if isinstance(listed, dict): listed = listed[arguments[0] if arguments else next(iter(listed))]
+            return tuple(name for section in listed for name in meant.get(section, [section]))
     raise AssertionError(f"{module} has no SECTIONS = (...): the sections of params.yaml that it reads")
 
 

@@ -3,7 +3,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 import yaml
 from third_model import ENTRY, ColourConfig, ColourMos
@@ -20,6 +19,7 @@ from qualivision.pretraining.lessons import CAUSE_NAMES
 from qualivision.pretraining.masked import PretrainConfig
 from qualivision.pretraining.tasks import CauseTasks, asking, silence
 from qualivision.quality import DIMENSIONS, QualiVisionError
+from qualivision.toy import toy_clip, toy_set
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_a_third_model_scores(third, tmp_path):
     model, config = third.build(ColourConfig()).model, ColourConfig()
     save_checkpoint(tmp_path/"c", model, dict(model=third.checkpoint, config=asdict(config), sampling=asdict(Sampling(config.frames, config.size)),
                                               text_encoder="minilm", trained_on="nothing", licence="MIT"))
-    tiny.clip(tmp_path/"a.mp4", (200, 30, 30))
+    toy_clip(tmp_path/"a.mp4", (200, 30, 30))
     scorer = Scorer.from_checkpoint(tmp_path/"c", "cpu")
     one = scorer.score(tmp_path/"a.mp4", "a red boat")
     with torch.no_grad(): mos = model.eval()(scorer.sampling(tmp_path/"a.mp4")[None], scorer.encoder.encode(["a red boat"]))["mos"][0]
@@ -93,7 +93,7 @@ def test_a_third_model_goes_the_whole_road(third, tmp_path, monkeypatch):
     "Training, evaluation, comparison, report and score, by parameters alone."
     from qualivision.pipeline import compare, evaluate, prepare, report, train
     monkeypatch.chdir(tmp_path)
-    tiny.data_set(tmp_path/"data", train=8, val=4, test=6, labelled_test=True)
+    toy_set(tmp_path/"data", train=8, val=4, test=6, rated=("train", "val", "test"))
     values = yaml.safe_load((Path(__file__).parents[1]/"params.yaml").read_text())
     section = dict(model=dict(config="colours_tiny", width=8, frames=4, size=32), pretrained=None, train=dict(
         epochs=2, batch_size=8, accumulation=1, warmup_steps=1, aux_weight=0., precision="fp32", tracker="none", device="cpu", augment=False))
@@ -106,5 +106,5 @@ def test_a_third_model_goes_the_whole_road(third, tmp_path, monkeypatch):
     results = compare.main(models=(third.name,))
     report.main()
     assert third.name in results and third.title in (tmp_path/"results"/"README.md").read_text()
-    record = Scorer.from_checkpoint(tmp_path/"checkpoints"/third.name, "cpu").score(tmp_path/"data"/"test"/"videos"/"A_024.mp4", "a red boat")
+    record = Scorer.from_checkpoint(tmp_path/"checkpoints"/third.name, "cpu").score(tmp_path/"data"/"test"/"videos"/"A_0012.mp4", "a red boat")
     assert record.model == third.checkpoint and all(1 <= getattr(record, d) <= 5 for d in DIMENSIONS)

@@ -20,6 +20,7 @@ from qualivision.inference.score import ScoreError, Scorer, predict
 from qualivision.models.text import TextError
 from qualivision.models.weights import WeightsError
 from qualivision.quality import COLUMNS, DIMENSIONS, MOS_MAX, MOS_MIN, QualiVisionError
+from qualivision.toy import toy_set
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +28,11 @@ def scorer(tmp_path_factory): return Scorer.from_checkpoint(tiny.checkpoint(tmp_
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory): return tiny.data_set(tmp_path_factory.mktemp("data")/"set", train=2, val=2, test=2)
+def root(tmp_path_factory): return toy_set(tmp_path_factory.mktemp("data")/"set", train=2, val=2, test=2)
 
 
 def test_a_score_is_five_mos_and_always_the_same(scorer, root):
-    video = root/"train"/"videos"/"A_000.mp4"
+    video = root/"train"/"videos"/"A_0000.mp4"
     a, b = scorer.score(video, "a red boat"), scorer.score(video, "a red boat")
     assert a == b and all(MOS_MIN <= getattr(a, d) <= MOS_MAX for d in DIMENSIONS)
     assert (a.video, a.model, a.trained_on) == (str(video), "dover++", "simulated labels (tiny)")
@@ -49,7 +50,7 @@ def test_scores_are_those_of_the_training_path(scorer, root):
 
 
 def test_bad_videos_become_rows_and_the_rest_go_on(scorer, root, tmp_path):
-    good = root/"train"/"videos"/"A_000.mp4"
+    good = root/"train"/"videos"/"A_0000.mp4"
     (tmp_path/"empty.mp4").touch(); (tmp_path/"text.mp4").write_text("not a video")
     (tmp_path/"cut.mp4").write_bytes(good.read_bytes()[:len(good.read_bytes()) // 2])
     videos = [good, tmp_path/"empty.mp4", tmp_path/"text.mp4", tmp_path/"cut.mp4", tmp_path/"gone.mp4", tmp_path, good]
@@ -64,7 +65,7 @@ def test_bad_videos_become_rows_and_the_rest_go_on(scorer, root, tmp_path):
                                    UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "no")], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("seam", ["sampling", "model", "encoder"])
 def test_whatever_one_video_raises_is_its_row(scorer, root, monkeypatch, seam, wrong, capfd):
-    count, good = [], root/"train"/"videos"/"A_000.mp4"
+    count, good = [], root/"train"/"videos"/"A_0000.mp4"
     holder, name = {"sampling": (Sampling, "counted"), "model": (type(scorer.model), "forward"), "encoder": (type(scorer.encoder), "embed")}[seam]
     real = getattr(holder, name)
     def sometimes(self, *a, **k):
@@ -80,7 +81,7 @@ def test_whatever_one_video_raises_is_its_row(scorer, root, monkeypatch, seam, w
 def test_five_alike_in_an_unforeseen_way_stop_the_run(scorer, root, monkeypatch, capfd):
     def never(*a): raise RuntimeError("this build lacks a kernel")
     monkeypatch.setattr(Sampling, "counted", never)
-    records = scorer.score_many([(root/"train"/"videos"/"A_000.mp4", "a boat")] * 9)
+    records = scorer.score_many([(root/"train"/"videos"/"A_0000.mp4", "a boat")] * 9)
     assert all(next(records).error for _ in range(4))
     with pytest.raises(QualiVisionError, match="first 5 items all failed alike"): next(records)
     assert capfd.readouterr().err.count("Traceback") == 1
@@ -107,7 +108,7 @@ def test_an_empty_cell_for_what_cannot_be_judged(scorer, root, tmp_path):
 
 
 def test_what_a_reader_should_know_of_the_prompt_is_in_the_record(scorer, root, recwarn):
-    video = root/"train"/"videos"/"A_000.mp4"
+    video = root/"train"/"videos"/"A_0000.mp4"
     plain, one, many, cut = (scorer.score(video, p) for p in ("a red boat", "a red boat sails by 🚀", "🚀 boat", "word " * 300))
     assert plain.warnings == one.warnings == () and not recwarn
     assert len(many.warnings) == 1 and "1 of the 2 tokens" in many.warnings[0] and "(50%)" in many.warnings[0]
@@ -118,9 +119,9 @@ def test_what_a_reader_should_know_of_the_prompt_is_in_the_record(scorer, root, 
 @pytest.mark.parametrize("prompt", ["🚀🌕", "\u200b\u200b", "สวัสดีครับ", "caf\udce9"])
 def test_a_prompt_that_cannot_be_read_is_an_error(scorer, root, monkeypatch, prompt):
     monkeypatch.setattr(Sampling, "counted", lambda *a: pytest.fail("it decoded a video for that"))
-    with pytest.raises(TextError): scorer.score(root/"train"/"videos"/"A_000.mp4", prompt)
-    (record,) = scorer.score_many([(root/"train"/"videos"/"A_000.mp4", prompt)])
-    assert record.error and record.prompt == prompt and os.sep + "A_000.mp4" in record.video
+    with pytest.raises(TextError): scorer.score(root/"train"/"videos"/"A_0000.mp4", prompt)
+    (record,) = scorer.score_many([(root/"train"/"videos"/"A_0000.mp4", prompt)])
+    assert record.error and record.prompt == prompt and os.sep + "A_0000.mp4" in record.video
 
 
 def test_rows_of_prompts_that_cannot_be_read_are_refused(root, tmp_path):
@@ -136,7 +137,7 @@ def test_rows_of_prompts_that_cannot_be_read_are_refused(root, tmp_path):
 def test_score_many_is_lazy(scorer, root):
     "An endless stream of pairs is scored as it comes."
     def endless():
-        while True: yield root/"train"/"videos"/"A_000.mp4", "a boat"
+        while True: yield root/"train"/"videos"/"A_0000.mp4", "a boat"
     records = scorer.score_many(endless())
     assert next(records) == next(records)
 
@@ -239,5 +240,5 @@ def test_an_address_is_told_to_be_one(scorer):
 def test_a_trained_checkpoint_scores(root, tmp_path):
     "From training to a score, nothing given by hand but the folder."
     result = tiny.train(root, tmp_path, epochs=1, warmup_steps=0)
-    record = Scorer.from_checkpoint(result["checkpoint"], "cpu").score(root/"val"/"videos"/"A_004.mp4", "a red boat")
+    record = Scorer.from_checkpoint(result["checkpoint"], "cpu").score(root/"val"/"videos"/"A_0002.mp4", "a red boat")
     assert record.error is None and record.trained_on == f"simulated labels (tiny), data {result['data_hash'][:12]}"

@@ -38,6 +38,7 @@ from qualivision.official.cover import COVER, CLIPImage
 from qualivision.official.dover import DOVERMobile
 from qualivision.models.weights import WeightsError
 from qualivision.quality import QualiVisionError
+from qualivision.toy import toy_prompt, toy_set
 
 ROOT = Path(__file__).parents[1]
 KEYS = ["video", "technical", "aesthetic", "fused", "ranks", "seed", "weights", "error"]
@@ -185,7 +186,7 @@ SEEDED = ["dover 0.mp4 --weights small.pth --json", "dover 0.mp4 --weights small
 @pytest.mark.parametrize("command", SEEDED)
 def test_same_seed_same_bytes(call, here, tmp_path, command):
     "Every command that draws: twice the same bytes on stdout and in its files, others with another seed."
-    (here/"list.txt").write_text("0.mp4\n1.mp4\n")
+    (here/"list.txt").write_text("1.mp4\n2.mp4\n")
     (here/"KoNViD.txt").write_text("".join(f"{k}.mp4, -1, -1, {m}\n" for k, m in enumerate((2.5, 3.5, 1.5, 4.))))
     def run(seed):
         shutil.rmtree(tmp_path/"out", ignore_errors=True)
@@ -267,7 +268,7 @@ def test_parquet_and_the_form_of_cover(call, here, tmp_path):
 
 def test_pseudo_labels(call, tmp_path):
     "Five MOS for the rows of a manifest are a label file that training reads."
-    root = tiny.data_set(tmp_path/"set", train=2, val=0)
+    root = toy_set(tmp_path/"set", train=2, val=0)
     tiny.checkpoint(tmp_path/"c")
     label = root/"train"/"labels"/"train_labels.csv"
     label.rename(tmp_path/"set"/"train"/"wanted.csv")
@@ -275,7 +276,7 @@ def test_pseudo_labels(call, tmp_path):
     status, about, _ = call("score-set", root/"train"/"wanted.csv", "--out", label, *args)
     assert status == 0 and about["scored"] == 4
     frame = validate(load_dataset(root))
-    assert len(frame) == 4 and frame["Prompt"].iloc[0] == tiny.PROMPTS[0] and frame["Overall_MOS"].between(1, 5).all()
+    assert len(frame) == 4 and frame["Prompt"].iloc[0] == toy_prompt(0) and frame["Overall_MOS"].between(1, 5).all()
     (tmp_path/"bare.csv").write_text("video\na.mp4\n")
     assert "prompts" in call("score-set", tmp_path/"bare.csv", "--out", tmp_path/"x.csv", *args)[1]["error"]
     assert "prompts" in call("score-set", root/"train"/"videos", "--out", tmp_path/"x.csv", *args)[1]["error"]

@@ -23,6 +23,7 @@ from qualivision.devices import DeviceError, make_accelerator, seed_all
 from qualivision.models.dover_mos import DoverPlusPlus
 from qualivision.models.text import TextEncoder
 from qualivision.models.weights import load_checkpoint
+from qualivision.toy import toy_set
 from qualivision.training import loop
 from qualivision.training.losses import HybridLoss
 from qualivision.training.loop import TrainConfig, fit, read_pointer, start_run, take_step, validate
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory): return tiny.data_set(tmp_path_factory.mktemp("data")/"set")
+def root(tmp_path_factory): return toy_set(tmp_path_factory.mktemp("data")/"set")
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,7 @@ from qualivision.official.transfer import (
 from qualivision.official.ratings import hold_out, preset_settings, read_ratings
 from qualivision.official.raw_scores import (
     RatingsError, limited_view_loss, plcc_loss, predicted_mos, rank_loss, view_loss)
+from qualivision.toy import toy_set
 from weights_formula import fill, normals, weight
 
 VIEWS = ("technical", "aesthetic")
@@ -75,7 +76,7 @@ def test_same_features_where_the_forms_agree(official):
 
 
 SMALL = dict(dims=(4, 6, 8, 10), depths=(1, 2, 1, 1))
-CONFIG = DoverConfig(frames=8, size=64, **SMALL, grid=(2, 2, 2), feature_dim=16, text_dim=8, fusion_width=16, heads=2, fused_dim=16)
+CONFIG = DoverConfig(frames=8, size=64, **SMALL, grid=(2, 2, 2), feature_dim=16, text_dim=8, fusion_width=16)
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ def small() -> dict:
 def test_what_does_not_fit_is_an_error(small):
     assert set(official_names((1, 2, 1, 1))) == set(backbone_from_dover(small, CONFIG)[0])
     other = lambda **changes: DoverConfig(**{**CONFIG.__dict__, **changes})
-    for changes in (dict(scale=None), dict(kernel=(1, 7, 7)), dict(dims=(4, 6, 8, 12)),
+    for changes in (dict(kernel=(1, 7, 7)), dict(dims=(4, 6, 8, 12)),
                     dict(final_norm=False), dict(depths=(1, 1, 1, 1)), dict(depths=(1, 3, 1, 1))):
         with pytest.raises(WeightsError): backbone_from_dover(small, other(**changes))
     with pytest.raises(WeightsError): backbone_from_dover(small, EMBEDDED)
@@ -200,7 +201,7 @@ def test_label_files(tmp_path):
 
 def test_the_layout_of_a_data_set(tmp_path):
     "Opinions on any scale; but one video has one opinion here too."
-    root = tiny.data_set(tmp_path/"set", train=2, val=1)
+    root = toy_set(tmp_path/"set", train=2, val=1)
     file = root/"train"/"labels"/"train_labels.csv"
     table = pd.read_csv(file)
     table["Overall_MOS"] *= 20

@@ -18,6 +18,7 @@ from qualivision.models.vjepa2 import (
     EncoderReport, VideoEncoder, encoder_config, freeze_bottom, load_encoder)
 from qualivision.models.frozen import FeatureCache
 from qualivision.models.weights import WeightsError, load_checkpoint
+from qualivision.toy import TOY, toy_set
 from qualivision.training import loop
 from qualivision.training.train import (
     Task, keep_features, model_config, prepare_data, sampling_of, train_model)
@@ -26,8 +27,7 @@ from qualivision.training.step import parameter_groups
 from qualivision.training.loop import start_run, take_step
 from weights_formula import normals, weight
 
-CONFIG = model_config("vjepa2_embedded", dict(frames=4, size=32, patch=16, hidden_size=48, layers=6, encoder_heads=4, grid=(2, 1, 1),
-                                              frozen_dtype="fp32", fusion_width=16, heads=2, fused_dim=16))
+CONFIG = model_config("vjepa2_embedded", {**TOY["vjepa2"], "layers": 6, "hidden_size": 48, "encoder_heads": 4})
 ENCODER = dict(frames=4, size=32, hidden_size=48, num_hidden_layers=6, num_attention_heads=4, num_pooler_layers=1,
                pred_hidden_size=24, pred_num_attention_heads=2, pred_num_hidden_layers=2)
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +35,7 @@ FROZEN = tuple(f"video.encoder.layer.{i}." for i in range(5)) + ("video.encoder.
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory): return tiny.data_set(tmp_path_factory.mktemp("data")/"set")
+def data(tmp_path_factory): return toy_set(tmp_path_factory.mktemp("data")/"set")
 
 
 def train(data, folder, config=CONFIG, trunk=True, stop_after=None, task=None, **kw):

@@ -238,8 +238,13 @@ def data_pull(
         keep: Annotated[bool, typer.Option("--keep", help="Keep the archives.")] = False,
         as_json: Json = False):
     "Fetches and unpacks a data set; broken off, the same command goes on."
-    from qualivision.official.datasets import pull_set
+    from qualivision.official.datasets import file_set, pull_files, pull_set
     from qualivision.official.known_sets import known_set
+    if single := file_set(name):
+        for line in ("{name}: {address}. Licence: {licence}.", "{attribution}", "{changes}"):
+            say(wrapped(line.format(**single)))
+        about = pull_files(single, to or Path("datasets") / single["name"])
+        return Answer(about, ["{folder}: {files} clips, {fetched} fetched now".format(**about)])
     s = known_set(name)
     say(wrapped(f"{s.name}: {s.address}. Licence: {s.licence}."))
     about = pull_set(s.name, to or Path("datasets") / s.name, keep)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'EVALUATED', 'MetricError', 'checked', 'srocc', 'plcc', 'krcc', 'rmse', 'mae', 'challenge', 'logistic',
-           'fit_logistic', 'plcc_logistic', 'bootstrap', 'paired_bootstrap', 'interval', 'numbers_in',
-           'evaluate_frames', 'or_reason', 'evaluate_files', 'format_metrics']
+           'fit_logistic', 'plcc_logistic', 'group_weights', 'bootstrap', 'paired_bootstrap', 'interval', 'by_video',
+           'numbers_in', 'evaluate_frames', 'groups_of', 'or_reason', 'evaluate_files', 'format_metrics']
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #b446426b
 import math
@@ -150,7 +150,7 @@ def _correlations(
                      out=np.full(vx.shape, np.nan), where=ok)
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #09ce09a3
-def _weights(groups, rows: int, n: int, seed: int) -> np.ndarray:  # (n,rows) float64
+def group_weights(groups, rows: int, n: int, seed: int) -> np.ndarray:  # (n,rows) float64
     "How often each clip is in each resample of whole groups, drawn with replacement."
     groups = np.arange(rows) if groups is None else np.asarray([str(g) for g in groups])
     if len(groups) != rows:
@@ -251,7 +251,7 @@ def bootstrap(
     """Gives percentile 95 % intervals from resampled groups.
 
     This is the cluster bootstrap (Efron & Tibshirani 1993, ch. 13). Raises MetricError."""
-    weights = _weights(groups, len(pred), n, seed)
+    weights = group_weights(groups, len(pred), n, seed)
     return {m: _interval(_resampled(m, pred, target, weights), m) for m in metrics}
 
 def paired_bootstrap(
@@ -264,7 +264,7 @@ def paired_bootstrap(
 ) -> dict[str, tuple[float, float, float]]:  # metric → difference a − b, low, high
     """Is a better than b? Both metrics are computed on the same resamples; the interval is that
     of their difference. Raises MetricError."""
-    weights, result = _weights(groups, len(target), n, seed), {}
+    weights, result = group_weights(groups, len(target), n, seed), {}
     for m in metrics:
         a, b = (_resampled(m, p, target, weights) for p in (pred_a, pred_b))             # (n,) each
         result[m] = (METRICS[m][0](pred_a, target) - METRICS[m][0](pred_b, target),
@@ -281,7 +281,7 @@ def interval(values) -> dict:    # numbers of at least two seeds → mean, low, 
             "high": round(float(x.mean() + half), 4), "seeds": [round(float(v), 4) for v in x]}
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #3edbb35b
-def _indexed(frame: pd.DataFrame, what: str) -> pd.DataFrame:
+def by_video(frame: pd.DataFrame, what: str) -> pd.DataFrame:
     "The table by video. Raises MetricError without a name column, for a lost or a double name."
     key = next((k for k in ("video_name", "video") if k in frame), None)
     if key is None:
@@ -311,7 +311,7 @@ def numbers_in(frame: pd.DataFrame, column: str | None, what: str) -> np.ndarray
                           f"Its columns are {', '.join(map(str, frame.columns))}.")
     values = [number(None if pd.isna(c) else c) for c in frame[column]]
     if bad := [i for i, x in enumerate(values) if x is None or np.isinf(x)]:
-        names = _indexed(frame, what).index[bad]
+        names = by_video(frame, what).index[bad]
         if frame.index.name == "line": what = f"{what} line {frame.index[bad[0]]}"
         raise MetricError(what, f"`{column}` holds no number for {_some(names)}",
                           "Correct it, or leave the cell empty.")
@@ -337,9 +337,9 @@ def evaluate_frames(
     if (pred is None) != (target is None):
         raise MetricError("evaluate", "one of the two columns --pred and --target is missing",
                           "Give both, or neither for the dimensions.")
-    p, t = _indexed(pred_df, names[0]), _indexed(label_df, names[1])
+    p, t = by_video(pred_df, names[0]), by_video(label_df, names[1])
     order = _order(p, t, names)
-    groups = None if group is None else _groups((t, p.iloc[order]), group, names[1])
+    groups = None if group is None else groups_of((t, p.iloc[order]), group, names[1])
     columns = [(pred, target, target)]
     if pred is None:
         known = dimensions(label_df.columns, names[1])
@@ -366,7 +366,7 @@ def _order(p: pd.DataFrame, t: pd.DataFrame, names) -> np.ndarray:  # (N,)
                 "Both need the same videos.")
     return p.index.get_indexer(t.index)
 
-def _groups(tables: tuple, column: str, what: str) -> pd.Series:
+def groups_of(tables: tuple, column: str, what: str) -> pd.Series:
     "The group of every row, from the first table that has the column; its own case comes first."
     found = [(f, c) for f in tables for c in f if c == column]
     if not found:

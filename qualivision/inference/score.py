@@ -242,13 +242,39 @@ def contrasted(self: Scorer, video: str | os.PathLike, prompt: str) -> tuple[Sco
     return record, {"strangers": rank_among(own, others[:n - 1]), "changed": words}
 
 # %% ../../nbs/inference/45_score.ipynb #cd0fbff7
-def _rows(data: Path, split: str | None, encoding: str | None):   # -> video_name, Prompt, path
-    "The rows to score: a split, or all of a folder with labels.csv. Raises QualiVisionError."
+def _set_rows(data: Path, known: str | None, encoding):     # -> video_name, Prompt, path
+    "The videos of a published set of opinions. Raises LabelError, DatasetError, FileError."
+    import pandas as pd
+    from qualivision.data.collection import read_opinions
+    from qualivision.data.dataset import DatasetError
+    from qualivision.data.opinions import places
+    table = read_opinions(data, known, encoding).reset_index()
+    if table.attrs["pairs"]:
+        sides = [table[["line", side, "prompt"]].rename(columns={side: "video"}) for side in "ab"]
+        table = pd.concat(sides, ignore_index=True).drop_duplicates("video", ignore_index=True)
+    if lost := int((table.prompt == "").sum()):
+        raise DatasetError(data, f"{lost} of its {len(table)} videos have no prompt",
+                           "Alignment is judged by it: give a labels.csv with video and prompt.")
+    folder = data if data.is_dir() else data.parent
+    files = table.assign(video=[v if Path(v).suffix else f"{v}.mp4" for v in table.video])
+    paths = places(files, [folder / "videos", folder, folder.parent / "videos"], data)
+    return pd.DataFrame({"video_name": table.video, "Prompt": table.prompt, "path": paths},
+                        dtype=object)
+
+# %% ../../nbs/inference/45_score.ipynb #6dbec07e
+def _rows(data: Path, split: str | None, encoding: str | None,
+          known: str | None = None):                        # -> video_name, Prompt, path
+    """The rows to score: a split, all of a folder with labels.csv, or of a published set.
+    Raises QualiVisionError."""
     # with pandas, which scoring one video does not need
     import pandas as pd
     from qualivision.data.collection import listed
     from qualivision.data.dataset import SPLITS, DatasetError, load_labels
     from qualivision.data.opinions import places
+    if split and (known or data.is_file()):
+        raise DatasetError(data, f"a set of opinions has no split {split}",
+                           "Leave --split away: all of its videos are scored.")
+    if known or data.is_file(): return _set_rows(data, known, encoding)
     file = data / "labels.csv"
     if not file.is_file() or any((data / s).is_dir() for s in SPLITS):
         return load_labels(data, split or "test", encoding)
@@ -261,8 +287,10 @@ def _rows(data: Path, split: str | None, encoding: str | None):   # -> video_nam
     paths = pd.Series(places(table, [data / "videos", data], file), dtype=object)
     return table.rename(columns={"video": "video_name"}).assign(path=paths)
 
+# %% ../../nbs/inference/45_score.ipynb #c993557c
 def predict(data: str | Path,                     # root of a data set in the TaobaoVD-GC layout, or
-                                                  # a folder with labels.csv (video, prompt)
+                                                  # a folder with labels.csv (video, prompt), or
+                                                  # a file of a published set of opinions
             split: str | None,                    # train | val | test; labels are not needed; None:
                                                   # test, or all of a folder with labels.csv
             checkpoint: str | Path,               # folder, or a Scorer
@@ -271,11 +299,12 @@ def predict(data: str | Path,                     # root of a data set in the Ta
             progress: bool = True,                # how far it is, on stderr
             precision: str = "fp32",              # auto | fp32 | bf16 | fp16
             encoding: str | None = None,          # of the label file; None: UTF-8 or marked UTF-16
+            known: str | None = None,             # name of the published set; None: recognised
             ) -> list[ScoreRecord]:               # one per row of the label file
     """Scores a data set and writes the challenge's CSV; a missing score is an empty cell.
     Raises DatasetError, BulkError, LabelError, FileError, ScoreError, WeightsError."""
     from qualivision.data.dataset import write_predictions
-    frame = _rows(Path(data), split, encoding)
+    frame = _rows(Path(data), split, encoding, known)
     check_place(out)
     given = isinstance(checkpoint, Scorer)
     scorer = checkpoint if given else Scorer.from_checkpoint(checkpoint, device, precision)

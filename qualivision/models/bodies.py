@@ -81,7 +81,7 @@ def config_for(config,          # of a five-MOS model
 
 # %% ../../nbs/models/32_bodies.ipynb #3810d8b0
 FREE = {"frames", "size", "view", "freeze", "freeze_backbone", "frozen_dtype", "checkpointing",
-        "micro_batch", "dropout", "pooled_dropout", "prompt_dropout", "head_dropout", "stem_init",
+        "micro_batch", "pooled_dropout", "prompt_dropout", "head_dropout", "stem_init",
         "causes", "attributes"}
 
 

@@ -89,24 +89,31 @@ class CauseHeads(nn.Module):
 
 # %% ../../nbs/models/27_five_mos.ipynb #6a379dff
 class ModelConfig:
-    "A configuration; subclasses are frozen dataclasses, and REMOVED: field → its only value."
+    """A configuration; subclasses are frozen dataclasses. REMOVED: field → its only value, or a
+    function from the configuration to the value that it always had beside the others."""
     REMOVED: ClassVar[dict] = {}
 
     @classmethod
     def of(cls, values: dict):   # from JSON or YAML: lists become tuples
         "A configuration from a dict. Raises `QualiVisionError` for names unknown or gone."
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        names, gone = [f.name for f in fields(cls)], cls.REMOVED
-        for name in set(values) & set(gone):
+        names = [f.name for f in fields(cls)]
+        if unknown := set(values) - set(names) - set(cls.REMOVED):
+            raise QualiVisionError(f"model setting {min(unknown)!r}", "there is no such setting",
+                                   f"Use one of {', '.join(names)}.")
+        config = cls(**{k: v for k, v in values.items() if k in names})
+        gone = config.gone()
+        for name in sorted(set(values) & set(gone)):
             if values[name] != gone[name]:
                 raise QualiVisionError(
                     f"model setting {name}={values[name]!r}",
                     f"this version has the setting no longer, only what {gone[name]!r} meant",
                     "Leave it out, or use the version that wrote it.")
-        if unknown := set(values) - set(names) - set(gone):
-            raise QualiVisionError(f"model setting {min(unknown)!r}", "there is no such setting",
-                                   f"Use one of {', '.join(names)}.")
-        return cls(**{k: v for k, v in values.items() if k not in gone})
+        return config
+
+    def gone(self) -> dict:
+        "The value that each removed field has beside the fields of this configuration."
+        return {k: v(self) if callable(v) else v for k, v in self.REMOVED.items()}
 
     def but(self, **changes):
         "The same with other values; what the configuration does not have is passed over."

@@ -19,7 +19,8 @@ from ..devices import DTYPES, precision_name, resolve_precision
 from .five_mos import (
     AESTHETIC, TRADITIONAL, CauseHeads, FiveMos, MosPredictor, ModelConfig)
 from .frozen import FreezeReport, freeze_module, state_hash
-from .fusion import QualityAwareFusion
+from .fusion import (
+    DROPOUT, QualityAwareFusion, attention_heads, fused_width)
 from .measures import BankPath, ColourStatistics, grid_tokens, input_channels
 from .vjepa2 import (
     EncoderReport, VideoEncoder, encoder_config, freeze_bottom, load_encoder)
@@ -29,7 +30,9 @@ from ..quality import DIMENSIONS
 # %% ../../nbs/models/29_vjepa_mos.ipynb #03b14395
 TUBELET = 2                                  # frames that one token covers, in every V-JEPA 2
 VJEPA_REMOVED = {"tubelet": TUBELET, "attention": "sdpa", "patch_init": "random",
-                 "freeze_pooler": False, "fusion": "quality", "places": True, "bounded": True}
+                 "freeze_pooler": False, "fusion": "quality", "places": True, "bounded": True,
+                 "dropout": DROPOUT, "heads": lambda c: attention_heads(c.fusion_width),
+                 "fused_dim": lambda c: fused_width(c.fusion_width)}
 
 # %% ../../nbs/models/29_vjepa_mos.ipynb #bb589453
 @dataclass(frozen=True)
@@ -62,9 +65,6 @@ class VJepaConfig(ModelConfig):
     # text, fusion, head
     text_dim: int = 1024                 # width of the prompt embedding
     fusion_width: int = 512              # of the attention
-    heads: int = 8                       # of the attention
-    fused_dim: int = 256                 # width of the fused features
-    dropout: float = 0.1                 # in the fusion
     prompt_dropout: float = 0.           # of the prompt's own features in the fusion
     head_dropout: float = 0.1            # in the MOS head
     REMOVED = VJEPA_REMOVED
@@ -122,9 +122,10 @@ class VJepaMos(FiveMos):
         if c.colours: self.colours = BankPath(c.colours, ColourStatistics(), bend=True)
         width = (1 + c.token_spread) * (1 + c.token_embedding) * D               # of a token
         self.fusion = QualityAwareFusion(
-            width, c.text_dim, c.fusion_width, c.heads, c.dropout, c.fused_dim,
-            pooled_dim=D, places=math.prod(c.grid), prompt_dropout=c.prompt_dropout)
-        self.mos_predictor = MosPredictor(c.fused_dim, c.head_dropout)
+            width, c.text_dim, c.fusion_width, attention_heads(c.fusion_width), DROPOUT,
+            fused_width(c.fusion_width), pooled_dim=D, places=math.prod(c.grid),
+            prompt_dropout=c.prompt_dropout)
+        self.mos_predictor = MosPredictor(fused_width(c.fusion_width), c.head_dropout)
         if self.asks:
             fixed = sum(path.statistics.features for path in self.paths.values())
             self.causes = CauseHeads(c.causes, c.attributes, D, width, c.text_dim, fixed)

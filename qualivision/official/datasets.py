@@ -4,20 +4,25 @@
 
 # %% auto #0
 __all__ = ['AGREEMENT', 'ARCHIVES', 'DataError', 'set_metrics', 'result_names', 'infer_set', 'unpack_archive', 'pull_set',
-           'list_sets']
+           'file_set', 'pull_files', 'list_sets']
 
 # %% ../../nbs/official/81_datasets.ipynb #7380049f
+import csv
+import hashlib
+import io
 import json
 import lzma
 import os
 import re
 import shutil
 import tarfile
+import tempfile
 import urllib.request
 import zipfile
 import zlib
 from collections.abc import Iterator
 from http.client import HTTPException
+from importlib.resources import files as resources
 from pathlib import Path
 from urllib.parse import quote
 
@@ -29,11 +34,12 @@ from ..data.opinions import LabelError, places, read_labels
 from ..evaluation.metrics import METRICS, or_reason
 from .fused import SET_WEIGHTS, fuse_set, zscore
 from ..evaluation.ranks import RankError
-from ..files import (
-    check_place, check_room, file_sha256, number, read_table, read_text, write_whole, writing)
+from qualivision.files import (
+    Meter, check_place, check_room, file_sha256, number, read_table, read_text, write_whole,
+    writing)
 from ..inference.bulk import score_set
 from .dover import FUSION_WEIGHT
-from ..models.store import download
+from ..models.store import download, server_answers
 from ..quality import QualiVisionError
 
 # %% ../../nbs/official/81_datasets.ipynb #2dd3b9bd
@@ -314,9 +320,63 @@ def pull_set(name: str,
     return {"name": s.name, "folder": str(to), "files": len(files), "fetched": fetched,
             "licence": s.licence}
 
+# %% ../../nbs/official/81_datasets.ipynb #1d8a6bc2
+def file_set(name: str) -> dict | None:    # name, address, licence, attribution, columns, rows, …
+    "The registry of a set whose files are fetched one by one; None: it is no such set."
+    if name.lower() != "fetv": return None
+    return json.loads((resources("qualivision.official") / "fetv.json").read_text(encoding="utf-8"))
 
+
+def _due(path: Path, sha: str, name: str) -> bool:
+    "Whether a file is still to come. Raises DataError where another one has its name."
+    if not path.exists(): return True
+    with writing(path): found = file_sha256(path)
+    if found == sha: return False
+    raise DataError(path, f"its SHA-256 is {found[:12]}…, that of {name}'s file {sha[:12]}…",
+                    "Move it away and pull again, or pull into another folder by --to.")
+
+
+def _labels(s: dict) -> bytes:
+    "labels.csv of a set of single files."
+    text, width = io.StringIO(), len(s["columns"])
+    csv.writer(text).writerows([s["columns"], *(row[:width] for row in s["rows"])])
+    return text.getvalue().encode()
+
+# %% ../../nbs/official/81_datasets.ipynb #5d80e219
+def pull_files(s: dict,                # of `file_set`
+               to: str | Path,         # folder; labels.csv and videos/ will be in it
+               progress: bool = True   # a bar on stderr
+              ) -> dict:               # name, folder, files, fetched, licence
+    "Fetches clips one by one, each whole or not at all. Raises DataError, FileError, WeightsError."
+    to, labels = Path(to), _labels(s)
+    check_place(to / "labels.csv")
+    clips = [(to / "videos" / row[0], *row[-3:]) for row in s["rows"]]
+    due = [c for c in clips if _due(c[0], c[3], s["name"])]
+    sha = hashlib.sha256(labels).hexdigest()
+    unlabelled = _due(to / "labels.csv", sha, s["name"])
+    at = s["files_at"].format(**s)
+    if due and not server_answers(at):
+        raise DataError(s["name"], f"there is no way to {at}", "Pull it where there is a network.")
+    check_room(to, sum(c[2] for c in due), f"the clips of {s['name']}")
+    with writing(to): (to / "videos").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to.parent, prefix=f".{to.name}-") as tmp, \
+            Meter(f"clips of {s['name']}", len(clips), progress, len(clips) - len(due)) as meter:
+        for path, name, size, sha in due:
+            part = download(at + quote(name), Path(tmp) / path.name, size, True, False)
+            if (found := file_sha256(part)) != sha:
+                raise DataError(at + name, f"its SHA-256 is {found[:12]}…, not {sha[:12]}…",
+                                "It was exchanged, or this is an error page.")
+            with writing(path): os.replace(part, path)
+            meter.step()
+    if unlabelled: write_whole(to / "labels.csv", labels)
+    return {"name": s["name"], "folder": str(to), "files": len(clips), "fetched": len(due),
+            "licence": s["licence"]}
+
+# %% ../../nbs/official/81_datasets.ipynb #576e0dca
 def list_sets() -> Iterator[dict]:   # name, about, address, licence, pull
     "What is known, and whether `pull_set` fetches it."
     for s in SETS.values():
         yield {"name": s.name, "about": s.about, "address": s.address, "licence": s.licence,
                "pull": s.repo or None}
+    s = file_set("fetv")
+    yield {**{k: s[k] for k in ("name", "about", "address", "licence")}, "pull": s["address"]}

@@ -137,9 +137,10 @@ class View:
     def normalise(self, x: Tensor  # (T,3,H,W) uint8
                  ) -> Tensor:      # (clips,3,T/clips,H,W) float32
         "The numbers that the branch computes with."
-        x = x.permute(0, 2, 3, 1).float()
-        x = (x - torch.tensor(self.mean)) / torch.tensor(self.std)                     # (T,H,W,3)
-        return x.unflatten(0, (self.clips, -1)).permute(0, 4, 1, 2, 3).contiguous()
+        x = x.unflatten(0, (self.clips, -1)).transpose(1, 2)         # (clips,3,T/clips,H,W)
+        x = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+        mean, std = (torch.tensor(v).view(3, 1, 1, 1) for v in (self.mean, self.std))
+        return x.sub_(mean).div_(std)
 
 
 DOVER_VIEWS = (
