@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from forked import Forked
 from typer.testing import CliRunner
@@ -129,7 +130,7 @@ CONTRAST = ("score", "clip.mp4", "--prompt", "a red ball", "--contrast", "--devi
 def test_where_the_prompt_ranks(tmp_path, monkeypatch, trained):
     "By both kinds of model: ranks in JSON only when asked, one line for people, and the clip is looked at once."
     monkeypatch.chdir(tmp_path)
-    tiny.clip(tmp_path/"clip.mp4", (200, 30, 30))
+    toy_clip(tmp_path/"clip.mp4", (200, 30, 30))
     more = ("--checkpoint", str(tiny.checkpoint(tmp_path/"own"))) if trained else ()
     looked, kind = [], (DoverPlusPlus if trained else FramesMos)
     original = kind.look

@@ -4,7 +4,6 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
 import torch
 from torch import nn
 from typer.testing import CliRunner
@@ -14,6 +13,7 @@ from qualivision.evaluation.protocol import figure, held_out, siblings
 from qualivision.models import frames_mos
 from qualivision.models.frames_mos import FramesMos
 from qualivision.models.weights import load_checkpoint
+from qualivision.toy import toy_clip, toy_prompt
 
 
 class Colours(nn.Module):
@@ -37,9 +37,9 @@ def call(tmp_path, monkeypatch):
     rng, rows = np.random.default_rng(0), []
     for k in range(24):
         colour = rng.integers(20, 236, 3)
-        tiny.clip(tmp_path/f"{k:02}.mp4", colour)
+        toy_clip(tmp_path/f"{k:02}.mp4", colour)
         red = 1 + 4 * colour[0] / 255
-        rows.append((f"{k:02}.mp4", tiny.PROMPTS[k % 4] + f" no {k % 12}", 3, red, 1 + k % 5, "" if k > 11 else 3 + k % 2, red))
+        rows.append((f"{k:02}.mp4", toy_prompt(k % 12), 3, red, 1 + k % 5, "" if k > 11 else 3 + k % 2, red))
     table = pd.DataFrame(rows, columns=["video", "prompt", "raters", "static_quality", "alignment", "temporal", "overall"])
     table.to_csv("mine.csv", index=False)
 
@@ -74,7 +74,7 @@ def test_a_few_opinions_make_a_scorer(call, tmp_path):
     assert state["heads.match.weight"][1] > 0 and not state["heads.picture.weight"][1].any()       # a rising line of the match alone
 
     red, blue = (200, 30, 30), (30, 30, 200)
-    for name, colour in {"red.mp4": red, "blue.mp4": blue}.items(): tiny.clip(tmp_path/name, colour)
+    for name, colour in {"red.mp4": red, "blue.mp4": blue}.items(): toy_clip(tmp_path/name, colour)
     status, (r, b), _ = call("score", "red.mp4", "blue.mp4", "--prompt", "a red boat", "--checkpoint", "own", "--device", "cpu", "--json")
     assert status == 0 and r["traditional"] > b["traditional"] + 1 and r["aesthetic"] is r["temporal"] is None and r["reasons"]["temporal"]
     text = " ".join(call("score", "red.mp4", "--prompt", "a red boat", "--checkpoint", "own", "--device", "cpu")[1].split())
