@@ -39,7 +39,7 @@ def call(tmp_path, monkeypatch):
         colour = rng.integers(20, 236, 3)
         toy_clip(tmp_path/f"{k:02}.mp4", colour)
         red = 1 + 4 * colour[0] / 255
-        rows.append((f"{k:02}.mp4", toy_prompt(k % 4) + f" no {k % 12}", 3, red, 1 + k % 5, "" if k > 11 else 3 + k % 2, red))
+        rows.append((f"{k:02}.mp4", toy_prompt(k % 12), 3, red, 1 + k % 5, "" if k > 11 else 3 + k % 2, red))
     table = pd.DataFrame(rows, columns=["video", "prompt", "raters", "static_quality", "alignment", "temporal", "overall"])
     table.to_csv("mine.csv", index=False)
 

@@ -20,7 +20,7 @@ from ..data.dataset import generator_of
 from .lowlevel import HAND_CRAFTED, LOW_LEVEL
 from .metrics import (
     MetricError, bootstrap, METRICS, or_reason, paired_bootstrap, srocc)
-from ..models.frames_mos import PARTS, FramesMos, logit_of
+from ..models.frames_mos import FramesMos, logit_of
 from ..models.registry import MODELS
 from ..quality import DIMENSIONS, MOS_COLUMNS
 
@@ -317,7 +317,7 @@ def best_baseline(
 # %% ../../nbs/evaluation/37_protocol.ipynb #40646d84
 @torch.no_grad()
 def held_out(model: FramesMos, known: dict, text, mos, groups,     # N clips; see `FramesMos.fit`
-             named: dict = PARTS, share: float = 1., parts: int = 10, seed: int = 0) -> np.ndarray:
+             share: float = 1., parts: int = 10, seed: int = 0) -> np.ndarray:
     "Raw scores (N,5) by heads that saw no clip of the group; NaN where 8 opinions are missing."
     d, out = DIMENSIONS.index("alignment"), np.full(mos.shape, np.nan)
     def some(rows): return {k: v[rows] for k, v in known.items()}
@@ -331,10 +331,10 @@ def held_out(model: FramesMos, known: dict, text, mos, groups,     # N clips; se
         y[:, (~y.isnan()).sum(0) < 8] = torch.nan
         y[:, d] = torch.nan
         if y.isnan().all(): continue
-        model.learn(some(rows), text[rows], y, named=named)
+        model.learn(some(rows), text[rows], y)
         out[left] = (raw(left) - logit_of(y).nanmean(0)).numpy()
     if not mos[:, d].isnan().all():
-        model.learn(known, text, mos, named=named)
+        model.learn(known, text, mos)
         out[:, d] = raw(slice(None))[:, d].numpy()
     return out
 

@@ -136,8 +136,7 @@ def fit(self: FramesMos,
         known: dict,            # of `prefix`, n clips
         text: Tensor,           # (n,384)
         mos: Tensor,            # (n,5), NaN: no opinion
-        penalty: float = .1,    # see `ridge`
-        named: dict = PARTS     # dimension → the parts that speak for it
+        penalty: float = .1     # see `ridge`
        ) -> list[str]:          # the dimensions that have a head now
     "Fit the heads of all dimensions with opinions. Raises `QualiVisionError` for fewer than 8."
     there = ~mos.isnan()
@@ -148,13 +147,13 @@ def fit(self: FramesMos,
     fitted = [d for d, rated in zip(DIMENSIONS, there.any(0).tolist()) if rated]
     for d in fitted:
         column, rows = DIMENSIONS.index(d), there[:, DIMENSIONS.index(d)]
-        scale = [parts[p].shape[1] ** -.5 for p in named[d]]
-        x = torch.cat([parts[p][rows] * s for p, s in zip(named[d], scale)], 1)
+        scale = [parts[p].shape[1] ** -.5 for p in PARTS[d]]
+        x = torch.cat([parts[p][rows] * s for p, s in zip(PARTS[d], scale)], 1)
         weight, constant = ridge(x, logit_of(mos[rows, column]), penalty)
-        pieces = weight.split([parts[p].shape[1] for p in named[d]])
+        pieces = weight.split([parts[p].shape[1] for p in PARTS[d]])
         for head in self.heads.values(): head.weight[column], head.bias[column] = 0., 0.
-        for p, piece, s in zip(named[d], pieces, scale): self.heads[p].weight[column] = piece * s
-        self.heads[named[d][0]].bias[column] = constant
+        for p, piece, s in zip(PARTS[d], pieces, scale): self.heads[p].weight[column] = piece * s
+        self.heads[PARTS[d][0]].bias[column] = constant
     return fitted
 
 # %% ../../nbs/models/30_frames_mos.ipynb #049d5bff
@@ -190,12 +189,12 @@ def put_on_scale(self: FramesMos, known: dict, text: Tensor, mos: Tensor,    # a
 @patch
 @torch.no_grad()
 def learn(self: FramesMos, known: dict, text: Tensor, mos: Tensor,           # as for `fit`
-          penalty: float = .1, named: dict = PARTS) -> list[str]:
+          penalty: float = .1) -> list[str]:
     "All heads, and what is usual, from these clips alone. Raises `QualiVisionError` as `fit` does."
     self.get_used_to(known, text)
     d, lines = DIMENSIONS.index("alignment"), mos.clone()
     lines[:, d] = float("nan")
-    fitted = self.fit(known, text, lines, penalty, named)
+    fitted = self.fit(known, text, lines, penalty)
     if mos[:, d].isnan().all(): return fitted
     for name, head in self.heads.items():
         head.weight[d], head.bias[d] = float(name == "match"), 0.
