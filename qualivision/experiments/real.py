@@ -410,8 +410,9 @@ def clip_scores(rows: dict, frame, mos) -> list:
     told = {"people": mos, "frames": rows["frames"], "drawings only": rows["drawings only"]}
     def said(n, scores): return {DIMENSIONS[d]: round(float(scores[n, d]), 3)
                                  for d in np.flatnonzero(~np.isnan(mos[n]))}
-    return [{"video": Path(row.path).name, "prompt": row.prompt, "generator": row.generator,
-             **{k: said(n, v) for k, v in told.items()}} for n, row in enumerate(frame.itertuples())]
+    about = zip(frame["path"], frame["prompt"], frame["generator"])
+    return [{"video": Path(v).name, "prompt": p, "generator": g,
+             **{k: said(n, x) for k, x in told.items()}} for n, (v, p, g) in enumerate(about)]
 
 # %% ../../nbs/experiments/58_real.ipynb #ba830c53
 def main(folder: str | Path = "datasets/fetv", params: str | Path = "params.yaml",
