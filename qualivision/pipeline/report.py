@@ -9,6 +9,7 @@ __all__ = ['SECTIONS', 'CURVES', 'provenance', 'seed_name', 'stamp', 'origin', '
 
 # %% ../../nbs/pipeline/55_report.ipynb #c446a942
 import textwrap
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +19,7 @@ from ..evaluation.plots import plot_curves, plot_rows, plot_scatter, save_figure
 from ..evaluation.protocol import (
     BASELINES, COLUMNS, ORACLES, best_baseline, differences_markdown, markdown_table, title)
 from ..files import value_hash
+from ..models.registry import entry_of
 from .params import read_json, run_stage
 from .road import plot_road
 from .table import (
@@ -114,10 +116,12 @@ def text_table(results: dict, about: dict) -> str:
     return "\n".join(lines) + "\n"
 
 # %% ../../nbs/pipeline/55_report.ipynb #ac7c5da9
-def _but_seed(train: dict) -> dict:  # train.json → its parameters
+def _but_seed(model: str, train: dict) -> dict:  # train.json → its parameters, of today's names
     "What decided a training, but for the seed."
-    return {k: {n: v for n, v in part.items() if n != "seed"} if k in ("train", "trunk") else part
-            for k, part in train["parameters"].items()}
+    out = {k: {n: v for n, v in part.items() if n != "seed"} if k in ("train", "trunk") else part
+           for k, part in train["parameters"].items()}
+    if "model" in out: out["model"] = asdict(entry_of(model).config.of(out["model"]))
+    return out
 
 def seeds(
     folder: str | Path = "results",  # with seed-N/metrics.json and seed-N/MODEL/train.json
@@ -127,7 +131,7 @@ def seeds(
     models = read_json(folder/"compare.json")["models"]
     for f in (folder, *sorted(folder.glob("seed-*"))):
         trains = {m: read_json(f/m/"train.json") for m in models}
-        about = {m: (t["data_hash"], value_hash(_but_seed(t))) for m, t in trains.items()}
+        about = {m: (t["data_hash"], value_hash(_but_seed(m, t))) for m, t in trains.items()}
         code = value_hash({m: t["code_hash"] for m, t in trains.items()})
         if f == folder: first, own = about, code
         if about != first:
