@@ -187,11 +187,14 @@ tests() {
     cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
     each=$((cores / 2)); [ "$each" -ge 1 ] || each=1
     status=0
-    export OMP_NUM_THREADS="$each" OPENBLAS_NUM_THREADS="$each" MKL_NUM_THREADS="$each"     # both run two processes
+    export OMP_NUM_THREADS="$each" OPENBLAS_NUM_THREADS="$each" MKL_NUM_THREADS="$each"
+    processes=2     # a third one uses what two leave while they wait for disks and children; each may take 2.5 GB
+    memory=$(($(getconf _PHYS_PAGES 2>/dev/null || echo 0) / 1024 * $(getconf PAGESIZE 2>/dev/null || echo 0) / 1024))     # MB
+    [ "$memory" -lt 12000 ] || processes=3
     say "notebooks"
-    "$PY" -c 'from nbdev.test import nbdev_test; nbdev_test()' --path nbs --n_workers 2 ||
+    "$PY" -c 'from nbdev.test import nbdev_test; nbdev_test()' --path nbs --n_workers $processes ||
         { status=1; say "notebooks: FAILED (above)"; }
-    MPLBACKEND=Agg "$PY" -m pytest -ra -n 2 --dist loadfile --no-loadscope-reorder tests "$@" || status=$?     # a file's tests stay together
+    MPLBACKEND=Agg "$PY" -m pytest -ra -n $processes --dist loadfile --no-loadscope-reorder tests "$@" || status=$?     # a file's tests stay together
     return "$status"
 }
 

@@ -13,7 +13,6 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from test_tools import Small
 from typer.testing import CliRunner
 
 from qualivision.cli import app
@@ -69,8 +68,8 @@ def five(here):
 @pytest.fixture(scope="module")
 def branches():
     torch.manual_seed(0)
-    scorer = OfficialScorer(Small(), "dover", dict(file="small.pth", sha256="0" * 64, licence="none", trained_on="nothing"))
-    def cut(video, seed): return {v: torch.full((1, 3, 4, 32, 32), len(Path(video).read_bytes()) % 97 / 97) for v in Small.views}
+    scorer = OfficialScorer(tiny.Mobile(), "dover", dict(file="small.pth", sha256="0" * 64, licence="none", trained_on="nothing"))
+    def cut(video, seed): return {v: torch.full((1, 3, 4, 32, 32), len(Path(video).read_bytes()) % 97 / 97) for v in tiny.Mobile.views}
     scorer.cut = cut       # in place of decoding
     return scorer
 

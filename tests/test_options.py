@@ -13,6 +13,7 @@ from qualivision.models.dover_mos import DoverPlusPlus
 from qualivision.models.text import TextEncoder
 from qualivision.pipeline.params import ParamsError
 from qualivision.pretraining.tasks import asking
+from qualivision.toy import toy_set
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_an_option_that_a_model_has_not(model):
 def ground(tmp_path_factory, model):
     "A tiny data set, a tiny body, and parameters for two steps of each run."
     at = tmp_path_factory.mktemp("options")
-    tiny.data_set(at/"data", train=2, val=3)
+    toy_set(at/"data", train=2, val=3)
     about = {"config": asdict(model.config), "trained_on": "nothing", "text_encoder": "minilm", "text_encoder_key": TextEncoder("minilm").key}
     save_body(at/"body", model, about)
     given = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(tiny.CONFIG).items() if k not in ("causes", "attributes")}

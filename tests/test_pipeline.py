@@ -71,7 +71,7 @@ class Repository:
         own = Path(sys.executable).parent
         env = {**os.environ, "PATH": f"{own}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1", "MPLBACKEND": "Agg",
                "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a",
-               "GIT_COMMITTER_EMAIL": "a@b", "PYTHONPYCACHEPREFIX": str(self.at.parent/"pycache")}
+               "GIT_COMMITTER_EMAIL": "a@b"}
         for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"): env.pop(name, None)     # set where a hook runs the tests
         done = subprocess.run(command, cwd=self.at, capture_output=True, text=True, env=env)
         assert done.returncode == status, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

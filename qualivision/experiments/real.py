@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.model_selection import GroupKFold
 
 from ..data.clips import DecodeEachTime
 from ..data.container import write_video
@@ -282,6 +281,7 @@ def table(rated: dict, mos, prompts, generators, resamples=1000, model="frames")
 # %% ../../nbs/experiments/58_real.ipynb #2a0adca3
 def ten_seeds(fit, mos, prompts, generators, fitted, seeds=10, folds=5) -> dict:
     "Median and quartiles of all figures over drawings of folds of whole prompts."
+    from sklearn.model_selection import GroupKFold
     out = {}
     for name in fitted:
         d, found = DIMENSIONS.index(name), {k: [] for k in FIGURES}
