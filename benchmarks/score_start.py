@@ -56,7 +56,7 @@ def main():
         if video is None:
             waves = np.sin(np.linspace(0, 20, 48)[:, None, None, None] + np.arange(640)[None, None, :, None] / 30 + np.zeros((1, 480, 1, 3)))
             video = write_video(Path(folder)/"clip.mp4", (127 + 100 * waves).astype(np.uint8), fps=24)
-        command = "from qualivision.cli import main; main()"
+        command = "from qualivision.cli import program; program()"       # as the console script
         score = [sys.executable, "-c", command, "score", str(video), "--prompt", "a red boat on a calm sea", "--checkpoint", args.checkpoint]
         for k in range(args.rounds + 1):                                           # the first turn warms the disk's cache and is dropped
             env = os.environ | {"QUALIVISION_CACHE": str(Path(folder)/f"cache-{k}")}

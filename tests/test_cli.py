@@ -73,6 +73,15 @@ print(time.perf_counter() - start)
 """
 
 
+
+@pytest.mark.parametrize("argument,status", [("--help", 0), ("nothing", 2)])
+def test_the_console_script_leaves_nothing_undone(argument, status):
+    "It skips Python's clean-up of memory, but not what was registered for the end, nor what was not yet written."
+    code = "import atexit; atexit.register(print, 'x' * 100_000); from qualivision.cli import program; program()"
+    done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == status and done.stdout.endswith("x" * 100_000 + "\n") and (done.stderr or "Usage" in done.stdout)
+
+
 def test_help_is_quick_and_imports_no_torch(here):
     r = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     for command in ("score", "evaluate", "predict", "train", "doctor"): assert command in r.stdout
