@@ -185,12 +185,12 @@ tests() {
     setup test
     [ ! -f data.dvc ] || fetch_data
     cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
-    each=$((cores / 2)); [ "$each" -ge 1 ] || each=1
-    status=0
-    export OMP_NUM_THREADS="$each" OPENBLAS_NUM_THREADS="$each" MKL_NUM_THREADS="$each"
     processes=2     # a third one uses what two leave while they wait for disks and children; each may take 2.5 GB
     memory=$(($(getconf _PHYS_PAGES 2>/dev/null || echo 0) / 1024 * $(getconf PAGESIZE 2>/dev/null || echo 0) / 1024))     # MB
     [ "$memory" -lt 12000 ] || processes=3
+    each=$((cores / processes)); [ "$each" -ge 1 ] || each=1
+    status=0
+    export OMP_NUM_THREADS="$each" OPENBLAS_NUM_THREADS="$each" MKL_NUM_THREADS="$each"     # all processes share the cores
     say "notebooks"
     "$PY" -c 'from nbdev.test import nbdev_test; nbdev_test()' --path nbs --n_workers $processes ||
         { status=1; say "notebooks: FAILED (above)"; }

@@ -1,16 +1,12 @@
 "The certificate of official weights, with stand-ins: a tiny network for the weights, a local clip for the one on the network."
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from typer.testing import CliRunner
 
-from qualivision.cli import app
 from qualivision.data.container import write_video
-from qualivision.evaluation.ranks import relative_ranks
 from qualivision.models.weights import WeightsError
 from qualivision.official import certify, scorer
 
@@ -27,13 +23,11 @@ def call(tmp_path, monkeypatch):
     torch.save(tiny.Mobile().state_dict(), tmp_path/"small.pth")
     rated = scorer.OfficialScorer.from_weights("dover", "small.pth", device="cpu").score("clip.mp4")
     scores = {b: rated[b] for b in ("technical", "aesthetic")}
-    ranks = {s: {b: (k["percent"], k["normalised"]) for b, k in of.items()} for s, of in relative_ranks(scores, "dover").items()}
-    known = replace(certify.CERTIFICATES["dover"], scores=scores, ranks=ranks)
+    known = replace(certify.CERTIFICATES["dover"], scores=scores, ranks=certify._ranks(scores, "dover"))
     monkeypatch.setitem(certify.CERTIFICATES, "dover", known)
     def run(*args):
-        r = CliRunner().invoke(app, ["weights", "certify", *args])
-        assert r.exception is None or isinstance(r.exception, SystemExit), r.exception
-        return r.exit_code, json.loads(r.stdout) if "--json" in args and r.stdout else r.stdout, " ".join(r.stderr.split())
+        status, said, err = tiny.command("weights", "certify", *args)
+        return status, said, " ".join(err.split())
     run.known = known
     return run
 
@@ -42,7 +36,7 @@ GIVEN = "--weights", "small.pth", "--device", "cpu", "--seeds", "1"
 
 
 def test_the_numbers_agree_or_are_named(call, monkeypatch):
-    "Twenty-two of them; another score is found, and every rank that hangs on it."
+    "Twenty-two of them; a published score that is another is named, and a rank."
     status, about, _ = call("DOVER", *GIVEN, "--clip", "clip.mp4", "--json")
     assert status == 0 and about["agrees"] and len(about["numbers"]) == 22 and about["seeds"] == 1 and "non-commercial" in about["weights"]["licence"]
     other = {**call.known.scores, "technical": call.known.scores["technical"] + 1}
@@ -51,6 +45,11 @@ def test_the_numbers_agree_or_are_named(call, monkeypatch):
     assert status == 1 and [r["what"] for r in about["numbers"] if not r["agrees"]] == ["technical"]
     status, text, _ = call("dover", *GIVEN, "--clip", "clip.mp4")
     assert status == 1 and "21 of 22 published numbers agree" in text and text.count("  differs") == 1
+    at = call.known.ranks["LIVE-VQC"]
+    ranks = {**call.known.ranks, "LIVE-VQC": {**at, "aesthetic": (-1, at["aesthetic"][1])}}
+    monkeypatch.setitem(certify.CERTIFICATES, "dover", replace(call.known, ranks=ranks))
+    status, about, _ = call("dover", *GIVEN, "--clip", "clip.mp4", "--json")
+    assert status == 1 and [r["what"] for r in about["numbers"] if not r["agrees"]] == ["LIVE-VQC, aesthetic, percent"]
 
 
 def test_the_clip_comes_from_its_address_once(call, tmp_path, monkeypatch):

@@ -73,13 +73,22 @@ print(time.perf_counter() - start)
 """
 
 
-
 @pytest.mark.parametrize("argument,status", [("--help", 0), ("nothing", 2)])
 def test_the_console_script_leaves_nothing_undone(argument, status):
     "It skips Python's clean-up of memory, but not what was registered for the end, nor what was not yet written."
     code = "import atexit; atexit.register(print, 'x' * 100_000); from qualivision.cli import program; program()"
     done = subprocess.run([sys.executable, "-c", code, argument], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == status and done.stdout.endswith("x" * 100_000 + "\n") and (done.stderr or "Usage" in done.stdout)
+
+
+def test_the_console_script_waits_for_work_that_goes_on():
+    "A thread that is no daemon ends in its own time, as it does in any Python."
+    code = """import threading, time
+from qualivision.cli import program
+threading.Thread(target=lambda: (time.sleep(1), print("written by a thread"))).start()
+program()"""
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.endswith("written by a thread\n") and not done.stderr
 
 
 def test_help_is_quick_and_imports_no_torch(here):

@@ -17,9 +17,10 @@ import pytest
 import yaml
 from packaging.specifiers import SpecifierSet
 
-from chapters import PACKAGE, ROOT, modules
+from chapters import PACKAGE, ROOT, chapters, modules
 
 NOTEBOOK_BYTES = 150_000        # a committed notebook, outputs included
+WORDS = 28_000                  # of Part I
 CELL_LINES = 40                 # of an exported cell, blank and comment lines not counted
 LINE_LENGTH = 100               # of code in notebooks: what a cell shows without scrolling
 FUNCTION_LINES = 60
@@ -143,6 +144,14 @@ def test_links_lead_where_they_say():
 
 
 # ---- the size of things ---------------------------------------------------------------------------------------------
+
+def test_part_one_can_be_read_in_a_day():
+    "The tour, the ground floor, the road and the index: words between blanks in Markdown, tables and code blocks counted."
+    read = [c.notebook for c in chapters() if c.part in ("tour", "ground", "road")] + [ROOT/"nbs"/"index.ipynb"]
+    text = prose()
+    words = {path.name: len(text[path].split()) for path in read}
+    assert len(words) > 50 and sum(words.values()) <= WORDS, f"{sum(words.values())} words; the longest: {sorted(words, key=words.get)[-5:]}"
+
 
 class Cell(NamedTuple):
     "One code cell of a chapter."

@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from tiny import command
 
-from qualivision.cli import app
 from qualivision.data.collection import read_opinions, recognised_set
 from qualivision.data.opinions import OPINION_SETS, LabelError, opinion_set
 from qualivision.files import FileError
@@ -203,17 +202,20 @@ def test_raters_of_fetv_and_a_file_for_each_dimension(tmp_path):
 @pytest.fixture
 def call(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-    def run(*args):
-        r = CliRunner().invoke(app, [*map(str, args)])
-        assert r.exception is None or isinstance(r.exception, SystemExit), r.exception
-        return r.exit_code, json.loads(r.stdout) if "--json" in args and r.stdout else r.stdout, r.stderr
-    return run
+    return command
 
 
 def predictions(**scores):
     five = pd.DataFrame(scores, index=MOS_COLUMNS).T.rename_axis("video_name").reset_index()
     five.assign(Prompt="p").to_csv("p.csv", index=False)
+
+
+@pytest.mark.parametrize("text,at", [("[1, 2", "line 1: it is no JSON"), ("[\n{},\n]", "line 3: it is no JSON"),
+                                     ("{}\n7\n", "line 2: it is no object")])
+def test_broken_prompts_are_refused_by_line(call, text, at):
+    Path("annotator_001.json").write_text(FILES["phyground"][1])
+    Path("phyground.json").write_text(text)
+    with pytest.raises(LabelError, match=f"phyground.json {at}"): read_opinions(".", "phyground")
 
 
 def test_evaluate_on_pairs(call):
@@ -227,7 +229,8 @@ def test_evaluate_on_pairs(call):
     r = result["temporal"]          # -1, -1, -2; same, B, B
     assert (r["ties"], r["accuracy"], r["accuracy_with_ties"]) == (1, 1, pytest.approx(2 / 3)) and r["opinions"]["columns"] == "MQ"
     r = result["alignment"]         # 0, 1, 1; same, A, A: a threshold of 0 is right everywhere
-    assert (r["accuracy"], r["accuracy_with_ties"], r["threshold"]) == (1, 1, 0) and len(r["ci"]["accuracy"]) == 2
+    assert (r["accuracy"], r["accuracy_with_ties"], r["threshold"]) == (1, 1, 0) and len(r["ci"]["accuracy_with_ties"]) == 2
+    assert r["ci"]["accuracy"] is None and "of the resamples have no value" in r["reasons"]["ci accuracy"]     # p alone has no choice in it
     assert result["overall"]["n"] == 2 and result["aesthetic"] == result["aesthetic"] | {"n": 0, "accuracy": None, "accuracy_with_ties": None}
     assert result["aesthetic"]["reasons"]["accuracy"] == "people were not asked"
     assert read_opinions("pairs.csv").generator_b.tolist() == ["y"] * 3
@@ -288,7 +291,7 @@ def test_registry_of_fetv():
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
+def small(tmp_path, monkeypatch):
     "FETV's stand-in: two clips on a server of this machine."
     (tmp_path/"site"/"x").mkdir(parents=True)
     clips = {"a.gif": b"GIF89a one", "b.gif": b"GIF89a another"}
@@ -308,9 +311,9 @@ def tiny(tmp_path, monkeypatch):
     server.server_close()
 
 
-def test_pull_fetv(call, tiny):
+def test_pull_fetv(call, small):
     "The licence first; both clips and their labels; again nothing is asked; what is of another content is neither taken nor overwritten."
-    site, asked = tiny
+    site, asked = small
     status, about, err = call("data", "pull", "fetv", "--json")
     assert status == 0 and about["fetched"] == 2 and "CC BY 4.0" in err and "Yuanxin Liu" in err
     folder = Path("datasets/fetv")

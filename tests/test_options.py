@@ -10,6 +10,7 @@ import tiny
 from qualivision.experiments import ablation
 from qualivision.models.bodies import save_body
 from qualivision.models.dover_mos import DoverPlusPlus
+from qualivision.models.measures import filter_statistics, grid_tokens, input_channels, pool_statistics
 from qualivision.models.text import TextEncoder
 from qualivision.pipeline.params import ParamsError
 from qualivision.pretraining.tasks import asking
@@ -50,6 +51,19 @@ def test_what_is_held_is_zero_and_nothing_else(option, count, model):
         assert zeros == count
     other = outputs["dover_model.pooled_norm" if option != "mean" else "fusion.token_norm"]
     assert (other != 0).float().mean() > .5
+
+
+def test_columns_are_where_the_network_puts_them(model):
+    "Each statistic computed alone stands in the columns of its name; so do the means in a token."
+    c, frames, names = model.config, torch.randint(0, 256, (2, 3, 4, 32, 32), dtype=torch.uint8), ablation.columns_of(model)
+    with torch.no_grad():
+        known, (stem, *maps) = model.look(frames), model.dover_model.backbone(input_channels(frames), stem=True)
+    want = {n: torch.cat([pool_statistics(maps[s], (n,), c.log_statistics) for s in c.stages], 1) for n in c.statistics}
+    for name, values in {"wide": filter_statistics(stem), **want}.items():
+        here = torch.tensor([n == name for n in names["dover_model.pooled_norm"]])
+        assert torch.allclose(known["pooled"][:, here], values), name
+    means = torch.tensor([n == "" for n in names["fusion.token_norm"]])
+    assert torch.allclose(known["tokens"][..., means], grid_tokens([maps[s] for s in c.token_stages], c.grid, False))
 
 
 def test_an_option_that_a_model_has_not(model):

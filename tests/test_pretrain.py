@@ -253,6 +253,14 @@ def test_values_that_would_fail_after_hours_are_refused(wrong):
     with pytest.raises(PretrainError, match=f"pretrain.{next(iter(wrong))}"): PretrainConfig.of(wrong)
 
 
+def test_a_run_does_not_go_on_with_other_settings(tmp_path):
+    def go(**more):
+        settings, encode = PretrainConfig.of({**SHORT, "masked_windows": 0, **more}), plain_encoder(TextEncoder("minilm"))
+        return pretrain(VJepaMos(asking(config())), settings, Sampling(4, 48), encode, tmp_path, progress=False, stop_after=1)
+    go()
+    with pytest.raises(PretrainError, match="with other settings: .*lr"): go(lr=2e-3)
+
+
 def test_a_damaged_state_is_named(tmp_path):
     (tmp_path/"state.pt").write_bytes(b"")
     with pytest.raises(PretrainError, match="state.pt.*damaged"):

@@ -1,6 +1,7 @@
 "doctor --self-test: silent where all is as recorded, and it names the part that differs."
 import copy
 import json
+import math
 import shutil
 
 import pytest
@@ -51,3 +52,15 @@ def test_what_cannot_be_computed_is_named(tmp_path, monkeypatch):
     status, found = call("--json")
     assert status == 1 and [d["part"] for d in found["differ"]] == ["reader, steady.mp4", "scores, steady.mp4"]
     assert all("steady.mp4" in d["what"] for d in found["differ"]) and "steady.mp4" in call()[1]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_what_is_no_number_is_never_close(here, monkeypatch, number):
+    "NaN compares false with everything, and strict JSON has neither."
+    for name in ("tower", "text"): monkeypatch.setattr(machine, f"_{name}_numbers", lambda name=name: dict(here[name]))
+    for name in ("reader", "scores"): monkeypatch.setattr(machine, f"_{name.removesuffix('s')}_numbers", lambda c, name=name: here[f"{name}, {c}"])
+    assert call("--json")[0] == 0
+    monkeypatch.setattr(machine, "_tower_numbers", lambda: here["tower"] | {"features, mean": number})
+    status, found = call("--json")
+    assert status == 1 and [(d["part"], d["what"]) for d in found["differ"]] == [("tower", "features, mean: no finite number")]
+    assert "tower: features, mean: no finite number" in call()[1]

@@ -64,9 +64,8 @@ def call(videos, monkeypatch, tmp_path):
     "The command in an empty folder, with small models in the place of the large ones."
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("QUALIVISION_WEIGHTS", str(tmp_path/"w"))
-    for kinds in (official.NETWORKS, training.KINDS):
-        monkeypatch.setitem(kinds, "dover", Small)
-        monkeypatch.setitem(kinds, "dover-mobile", Other)
+    monkeypatch.setitem(official.NETWORKS, "dover", Small)
+    monkeypatch.setitem(official.NETWORKS, "dover-mobile", Other)
     def run(*args):
         r = CliRunner().invoke(cli.app, [*map(str, args)])
         assert r.exception is None or isinstance(r.exception, SystemExit), r.exception

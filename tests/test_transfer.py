@@ -27,7 +27,7 @@ from qualivision.models.weights import WeightsError, load_strict, read_state, sa
 from qualivision.quality import QualiVisionError
 from qualivision.official.scorer import NETWORKS
 from qualivision.official.transfer import (
-    KINDS, DoverSampling, FrozenBackbones, TransferConfig, cached_scores, split_views, train_heads)
+    DoverSampling, FrozenBackbones, TransferConfig, cached_scores, split_views, train_heads)
 from qualivision.official.ratings import hold_out, preset_settings, read_ratings
 from qualivision.official.raw_scores import (
     RatingsError, limited_view_loss, plcc_loss, predicted_mos, rank_loss, view_loss)
@@ -237,7 +237,7 @@ def videos(tmp_path_factory):
 def test_command(videos, tmp_path, monkeypatch):
     "With a small network of DOVER-Mobile's form."
     monkeypatch.chdir(tmp_path)
-    for table in (NETWORKS, KINDS): monkeypatch.setitem(table, "dover-mobile", tiny.Mobile)
+    monkeypatch.setitem(NETWORKS, "dover-mobile", tiny.Mobile)
     def call(*args):
         r = CliRunner().invoke(app, ["transfer", "--data", str(videos), "--model", "dover-mobile", *map(str, args)])
         assert r.exception is None or isinstance(r.exception, SystemExit), r.exception

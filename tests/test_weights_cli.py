@@ -1,14 +1,13 @@
 "qualivision weights: what a user asks of published weights and of a file that somebody sent."
-import json
 import os
+from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import command
 from torch import nn
-from typer.testing import CliRunner
 
-from qualivision.cli import app
 from qualivision.commands.app import OFFICIAL
 from qualivision.files import file_sha256
 from qualivision.models.store import REGISTRY, Entry
@@ -22,11 +21,7 @@ def call(tmp_path, monkeypatch):
     monkeypatch.setenv("QUALIVISION_WEIGHTS", str(tmp_path/"w"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path/"hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    def run(*args):
-        r = CliRunner().invoke(app, ["weights", *map(str, args)])
-        assert r.exception is None or isinstance(r.exception, SystemExit), r.exception
-        return r.exit_code, json.loads(r.stdout) if "--json" in args and r.stdout else r.stdout, r.stderr
-    return run
+    return partial(command, "weights")
 
 
 def test_list(call, tmp_path):

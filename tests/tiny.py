@@ -1,9 +1,12 @@
-"A model and a checkpoint small enough for tests, beside the toys of chapter 04: seconds to train, milliseconds to score."
+"A model and a checkpoint small enough for tests, beside the toys of chapter 04: seconds to train, milliseconds to score; and a command's call."
+import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from typer.testing import CliRunner
 
+from qualivision.cli import app
 from qualivision.data.sampling import Sampling
 from qualivision.models.dover_mos import DoverPlusPlus
 from qualivision.models.weights import save_checkpoint
@@ -32,6 +35,13 @@ def checkpoint(folder: Path, trained_on="simulated labels (tiny)") -> Path:
     save_checkpoint(folder, DoverPlusPlus(CONFIG), dict(model="dover++", config=asdict(CONFIG), sampling=asdict(Sampling(CONFIG.frames, CONFIG.size)),
                                                         text_encoder="minilm", trained_on=trained_on, licence="MIT"))
     return folder
+
+
+def command(*args) -> tuple:
+    "A command in this process: its status; what it said, read where it is JSON; stderr. No error of a program passes for a refusal."
+    r = CliRunner().invoke(app, [*map(str, args)])
+    assert r.exception is None or isinstance(r.exception, SystemExit), r.exception
+    return r.exit_code, json.loads(r.stdout) if "--json" in args and r.stdout else r.stdout, r.stderr
 
 
 class Mobile(Branches):

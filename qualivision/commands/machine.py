@@ -7,6 +7,7 @@ __all__ = ['commands', 'weights', 'PACKAGES', 'TEST', 'TEST_CLIPS', 'TEST_PROMPT
            'weights_inspect', 'weights_certify', 'examine', 'measured', 'record_due', 'self_test', 'doctor']
 
 # %% ../../nbs/commands/93_machine.ipynb #291c0034
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -241,6 +242,8 @@ def measured() -> dict:     # part → its numbers, or the reason why there are 
     for part, numbers in parts.items():
         with caught(part) as wrong: out[part] = numbers()
         if wrong: out[part] = str(wrong.error)
+        elif lost := [k for k, v in out[part].items() if not isfinite(v)]:
+            out[part] = f"{', '.join(lost)}: no finite number"
     return out
 
 def record_due():

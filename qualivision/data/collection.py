@@ -21,9 +21,9 @@ from statistics import fmean, stdev
 import pandas as pd
 
 from .opinions import (
-    MAKER, OPINION_SETS, LabelError, OpinionSet, opinion_set, rated_row)
+    MAKER, OPINION_SETS, LabelError, OpinionSet, opinion_set, place_of, rated_row)
 from ..files import (
-    NAMES, FileError, is_address, read_lines, read_rows, read_table, read_text)
+    NAMES, FileError, read_lines, read_rows, read_table, read_text)
 from ..quality import DIMENSIONS, QualiVisionError
 
 # %% ../../nbs/data/16_collection.ipynb #ea67f94e
@@ -92,9 +92,7 @@ def _reason(name: str, patterns) -> str:
 # %% ../../nbs/data/16_collection.ipynb #4313ed6d
 def _place(folder: Path, name: str) -> str:
     "Where the video of a manifest lies; beside it, if nowhere. An address stays what it is."
-    if is_address(name): return name
-    places = [folder / name, folder / "videos" / name, folder.parent / "videos" / name]
-    return str(next((p for p in places if p.is_file()), places[0]))
+    return place_of(name, [folder, folder / "videos", folder.parent / "videos"])
 
 def _columns(file: Path, header: list[str], prompts: bool) -> tuple[int, int | None]:
     "Where a table has its names, and its prompts if any. Raises BulkError."
@@ -138,14 +136,15 @@ def read_manifest(file: str | Path,
     return (row[1:] for row in listed(Path(file), prompts, encoding))
 
 # %% ../../nbs/data/16_collection.ipynb #1f1a7655
-def _json(file, line: int, text: str) -> dict:
-    "An object in JSON. Raises `LabelError` with line and column."
+def _json(file, line: int, text: str, kind: type = dict):
+    "An object in JSON, or a list. Raises `LabelError` with line and column."
     try: found = json.loads(text)
     except ValueError as e:
         raise LabelError(f"{file} line {line + e.lineno - 1}",
                          f"it is no JSON (column {e.colno}: {e.msg})", "Save it again.") from e
-    if isinstance(found, dict): return found
-    raise LabelError(f"{file} line {line}", "it is no object in braces", "Save it again.")
+    if isinstance(found, kind): return found
+    meant = "object in braces" if kind is dict else "list in brackets"
+    raise LabelError(f"{file} line {line}", f"it is no {meant}", "Save it again.")
 
 
 def _flat(cells: dict, before: str = "") -> dict:
@@ -231,8 +230,9 @@ def _prompts(s: OpinionSet, folder: Path, encoding) -> dict:     # key: prompt
     near = [folder / name, folder.parent / name, folder.parent / "prompts" / name]
     if (file := next((p for p in near if p.is_file()), None)) is None: return {}
     text = read_text(file, encoding)
-    rows = json.loads(text) if text.lstrip().startswith("[") else [
+    rows = _json(file, 1, text, list) if text.lstrip().startswith("[") else [
         _json(file, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    rows = [r for r in rows if isinstance(r, dict)]
     return {str(r[key]): str(r["prompt"]) for r in rows if key in r and "prompt" in r}
 
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'EVALUATED', 'MetricError', 'checked', 'srocc', 'plcc', 'krcc', 'rmse', 'mae', 'challenge', 'logistic',
-           'fit_logistic', 'plcc_logistic', 'group_weights', 'bootstrap', 'paired_bootstrap', 'interval', 'by_video',
-           'numbers_in', 'evaluate_frames', 'groups_of', 'or_reason', 'evaluate_files', 'format_metrics']
+           'fit_logistic', 'plcc_logistic', 'group_weights', 'percentile_interval', 'bootstrap', 'paired_bootstrap',
+           'interval', 'by_video', 'numbers_in', 'evaluate_frames', 'groups_of', 'or_reason', 'evaluate_files',
+           'format_metrics']
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #b446426b
 import math
@@ -231,7 +232,10 @@ def _resampled(name: str, pred, target, weights) -> np.ndarray:  # (R,)
     return np.concatenate([METRICS[name][1](p, t, weights[i:i + step])
                            for i in range(0, len(weights), step)])
 
-def _interval(values: np.ndarray, what: str) -> tuple[float, float]:
+def percentile_interval(values: np.ndarray,   # (R,) of resamples, NaN: undefined
+                        what: str             # the metric, for the message
+                       ) -> tuple[float, float]:
+    "The middle 95 %. Raises `MetricError` where over 5 % of the resamples are undefined."
     undefined = np.isnan(values).mean()
     if undefined > 0.05:
         raise MetricError(what, f"{undefined:.0%} of the resamples have no value",
@@ -252,7 +256,7 @@ def bootstrap(
 
     This is the cluster bootstrap (Efron & Tibshirani 1993, ch. 13). Raises MetricError."""
     weights = group_weights(groups, len(pred), n, seed)
-    return {m: _interval(_resampled(m, pred, target, weights), m) for m in metrics}
+    return {m: percentile_interval(_resampled(m, pred, target, weights), m) for m in metrics}
 
 def paired_bootstrap(
     pred_a,                        # (N,) scores of one model
@@ -268,7 +272,7 @@ def paired_bootstrap(
     for m in metrics:
         a, b = (_resampled(m, p, target, weights) for p in (pred_a, pred_b))             # (n,) each
         result[m] = (METRICS[m][0](pred_a, target) - METRICS[m][0](pred_b, target),
-                     *_interval(a - b, f"difference of {m}"))
+                     *percentile_interval(a - b, f"difference of {m}"))
     return result
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #c4ff840d

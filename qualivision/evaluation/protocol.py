@@ -321,7 +321,6 @@ def held_out(model: FramesMos, known: dict, text, mos, groups,     # N clips; se
     "Raw scores (N,5) by heads that saw no clip of the group; NaN where 8 opinions are missing."
     d, out = DIMENSIONS.index("alignment"), np.full(mos.shape, np.nan)
     def some(rows): return {k: v[rows] for k, v in known.items()}
-    def raw(rows): return model.score_under(model.encode_video(some(rows)), text[rows])[0]
     names = np.random.default_rng(seed).permutation(np.unique(groups))
     for k in range(min(parts, len(names))):
         left = np.isin(groups, names[k::parts])
@@ -332,10 +331,11 @@ def held_out(model: FramesMos, known: dict, text, mos, groups,     # N clips; se
         y[:, d] = torch.nan
         if y.isnan().all(): continue
         model.learn(some(rows), text[rows], y)
-        out[left] = (raw(left) - logit_of(y).nanmean(0)).numpy()
-    if not mos[:, d].isnan().all():
-        model.learn(known, text, mos)
-        out[:, d] = raw(slice(None))[:, d].numpy()
+        raw = model.score_under(model.encode_video(some(left)), text[left])[0]
+        out[left] = (raw - logit_of(y).nanmean(0)).numpy()
+    if not mos[:, d].isnan().all():                     # its order owes nothing to opinions
+        model.get_used_to(known, text)
+        out[:, d] = model.match(known["words"].float(), text)[:, 0].numpy()
     return out
 
 # %% ../../nbs/evaluation/37_protocol.ipynb #cbdfc252

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from .metrics import (
-    MetricError, by_video, group_weights, groups_of, numbers_in, or_reason)
+    MetricError, by_video, group_weights, groups_of, numbers_in, or_reason, percentile_interval)
 from ..files import number, read_table, readable, write_whole
 from ..quality import DIMENSIONS, MOS_COLUMNS, QualiVisionError
 
@@ -234,12 +234,11 @@ def pair_accuracy(difference,    # (N,) score of the first clip minus that of th
     right, one, reasons = (np.sign(d) == c) * (c != 0) * 1., np.ones((1, len(d))), {}
     shares, threshold = _with_ties(d, c, right, one)
     values = [_without_ties(c, right, one)[0], shares[0]]
-    ci = {}
-    weights = or_reason(reasons, "ci", lambda: group_weights(groups, len(d), n, seed))
+    ci, weights = {}, or_reason(reasons, "ci", lambda: group_weights(groups, len(d), n, seed))
     if weights is not None:
         drawn = _without_ties(c, right, weights), _with_ties(d, c, right, weights)[0]
-        ci = {m: np.nanpercentile(x, [2.5, 97.5]).tolist() for m, x in zip(PAIRED, drawn)
-              if not np.isnan(x).all()}
+        ci = {m: or_reason(reasons, f"ci {m}", lambda m=m, x=x: list(percentile_interval(x, m)))
+              for m, x in zip(PAIRED, drawn)}
     if np.isnan(values[0]): reasons["accuracy"] = "people prefer neither clip of any pair"
     return {"n": len(d), "ties": int((c == 0).sum()),
             **{m: None if np.isnan(v) else float(v) for m, v in zip(PAIRED, values)},

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEFAULT', 'VARIANTS', 'UNCHANGED', 'PRETRAINED', 'JUDGED', 'SECTIONS', 'Bench', 'trunk_state', 'run_variant',
-           'summarised', 'schedules', 'bench_of', 'run_seed', 'freezing', 'pooled_columns', 'token_columns',
+           'differences', 'schedules', 'bench_of', 'run_seed', 'freezing', 'pooled_columns', 'token_columns',
            'dover_columns', 'vjepa_columns', 'columns_of', 'zeroed', 'hold', 'fine_tuned', 'pretrained', 'Trial',
-           'fine_tunings', 'pretrainings', 'trials', 'differences', 'options', 'main']
+           'fine_tunings', 'pretrainings', 'trials', 'options', 'main']
 
 # %% ../../nbs/experiments/66_ablation.ipynb #01f71d56
 import shutil
@@ -87,16 +87,17 @@ def run_variant(bench: Bench, change: dict, state: dict, folder: Path) -> dict:
     return {d: row[f"val_{d}_srocc"] for d in DIMENSIONS} | {"mean": row["val_score"]}
 
 # %% ../../nbs/experiments/66_ablation.ipynb #d94e28c3
-def summarised(found: dict) -> dict:     # variant → seed → dimension → SROCC
-    "Each variant's intervals, and those of its difference to the default."
-    out, default = {}, found[DEFAULT]
-    def over(seeds, value):
-        return {k: interval([value(n, k) for n in seeds]) for k in (*DIMENSIONS, "mean")}
-    for name, seeds in found.items():
-        out[name] = {"srocc": over(seeds, lambda n, k, s=seeds: s[n][k])}
-        if name != DEFAULT:
-            out[name]["difference"] = over(
-                seeds, lambda n, k, s=seeds: s[n][k] - default[n][k])
+def differences(found: dict, default: str, what: str = "figures") -> dict:
+    "Of option → seed → figure → value: intervals, and those of the difference to the default."
+    out, base = {}, found[default]
+    for option, rows in found.items():
+        seeds = [s for s in rows if s in base]
+        if len(seeds) < 2: continue
+        def over(value, seeds=seeds): return {k: interval([value(s, k) for s in seeds])
+                                              for k in base[seeds[0]]}
+        out[option] = {what: over(lambda s, k, rows=rows: rows[s][k])}
+        if option != default:
+            out[option]["difference"] = over(lambda s, k, rows=rows: rows[s][k] - base[s][k])
     return out
 
 # %% ../../nbs/experiments/66_ablation.ipynb #b67cef3f
@@ -135,9 +136,12 @@ def run_seed(bench: Bench, folder: Path) -> dict:  # variant → dimension → S
     return found
 
 
-def freezing(p: dict) -> dict:    # sections of the parameters → as of `summarised`
+def freezing(p: dict) -> dict:    # sections of the parameters → as of `differences`
     "Runs all variants with all seeds. Raises as `main`."
     section, settings, data = p["vjepa2"], p["ablation"], p["data"]
+    if len(settings["seeds"]) < 2:
+        raise ParamsError("ablation.seeds", "it names fewer than two seeds",
+                          "Give at least two: a difference needs an interval.")
     changes = p["scratch"].get("vjepa2")         # with published weights there are none
     if changes: section = from_noise(section, changes)
     section = {"trunk": None, "pretrained": None, **section}
@@ -149,7 +153,7 @@ def freezing(p: dict) -> dict:    # sections of the parameters → as of `summar
         bench = bench_of(seed, section, settings, data, encoder)
         for name, row in run_seed(bench, Path(f"runs/ablation/{key}/{seed}")).items():
             found[name][seed] = row
-    results = summarised(found)
+    results = differences(found, DEFAULT, "srocc")
     write_json("results/experiments/ablation.json", {
         "labels": label_source(data["root"], data.get("scale")), "split": "validation, last epoch",
         "seeds": settings["seeds"], "code_hash": code,
@@ -321,20 +325,6 @@ def trials(p: dict, code: str) -> list[Trial]:
     found = [t for name in models for t in fine_tunings(name, p, encoder, code)]
     return found + (list(pretrainings(p, encoder, code)) if settings.get("pretrain") else [])
 
-
-def differences(found: dict) -> dict:    # option → seed → figure → value
-    "Each option's intervals, and those of its difference to the unchanged model, seed by seed."
-    out, base = {}, found[UNCHANGED]
-    for option, rows in found.items():
-        seeds = [s for s in rows if s in base]
-        if len(seeds) < 2: continue
-        def over(value, seeds=seeds): return {k: interval([value(s, k) for s in seeds])
-                                              for k in base[seeds[0]]}
-        out[option] = {"figures": over(lambda s, k, rows=rows: rows[s][k])}
-        if option != UNCHANGED:
-            out[option]["difference"] = over(lambda s, k, rows=rows: rows[s][k] - base[s][k])
-    return out
-
 # %% ../../nbs/experiments/66_ablation.ipynb #86049e3e
 def options(p: dict) -> dict:    # sections of the parameters → what options.json holds
     "Does all runs and writes what is known after each. Raises as `main`."
@@ -347,7 +337,8 @@ def options(p: dict) -> dict:    # sections of the parameters → what options.j
                  "judged_on": {"pretrain": "simulated clips of scenes that were not learned from",
                                "others": "validation, last epoch; mean of SROCC and PLCC"},
                  "code_hash": code, "parameters": p["options"],
-                 "differences": {name: differences(rows) for name, rows in found.items()},
+                 "differences": {name: differences(rows, UNCHANGED)
+                                 for name, rows in found.items()},
                  "not_run": [f"{t.group}: {t.option}, seed {t.seed}" for t in todo[i + 1:]]}
         write_json("results/experiments/options.json", about)
     return about

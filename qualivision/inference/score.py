@@ -169,8 +169,7 @@ def each(self: Scorer, how, pairs: Iterable[tuple]) -> Iterator:   # how: (video
     for video, prompt in pairs:
         with caught(video) as item: outcome = how(video, prompt)
         tally.add(item)
-        failed = item and ScoreRecord.failed(str(video), prompt, item.error, **self.about)
-        yield failed if item else outcome
+        yield ScoreRecord.failed(str(video), prompt, item.error, **self.about) if item else outcome
 
 # %% ../../nbs/inference/45_score.ipynb #5ebc0112
 STRANGERS = (

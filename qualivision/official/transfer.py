@@ -29,12 +29,13 @@ from ..models.dover_start import inherited_licence, weights_file
 from ..models.frozen import FeatureCache, state_hash
 from ..models.store import REGISTRY
 from ..models.weights import load_strict, read_state, save_checkpoint
-from .dover import DOVER, FUSION_WEIGHT, DOVERMobile, view_scores
+from .dover import FUSION_WEIGHT, view_scores
 from .heads import parts, save_head
 from .known_sets import known_set
 from .ratings import hold_out, read_ratings
 from .raw_scores import (
     RatingsError, held_out_metrics, limited_view_loss, over_splits)
+from .scorer import NETWORKS
 from .views import DOVER_VIEWS, dover_views
 from ..quality import Tally, caught, say
 from ..training.step import (
@@ -325,7 +326,7 @@ def train_all(model: nn.Module, table: pd.DataFrame, settings: TransferConfig, w
             "loss": [round(x, 6) for x in history], "after": metrics, "fusion": constants}
 
 # %% ../../nbs/official/83_transfer.ipynb #dc2533a8
-KINDS = {"dover": DOVER, "dover-mobile": DOVERMobile}
+KINDS = "dover", "dover-mobile"      # of NETWORKS
 
 
 def _refuse(model: str, out: Path, head_only: bool, from_scratch: bool, splits: int):
@@ -430,7 +431,7 @@ def transfer(data, out,                                 # `read_ratings`; file o
     source = None if from_scratch else weights or model
     with kept_rng():
         seed_all(s.seed)
-        net = KINDS[model](checkpointing=not head_only)
+        net = NETWORKS[model](checkpointing=not head_only)
     if source: load_strict(net, read_state(weights_file(source)), source=source)
     net = net.to(device)
     report = {"model": model, "mode": "head-only" if head_only else "end-to-end",

@@ -63,14 +63,16 @@ def read_rated(data: str | Path,         # table, folder with labels.csv, or Tao
         table = load_dataset(data, encoding)
         table = table.rename(columns={"Prompt": "prompt", **dict(zip(MOS_COLUMNS, DIMENSIONS))})
         table["raters"] = np.nan
+        at = table["file"].map(str) + " row " + table["row"].map(str)
     else:
         data = data / "labels.csv" if data.is_dir() else data
         table = _rated_file(data, videos and Path(videos), encoding)
+        at = f"{data} line " + table.index.map(str).to_series(index=table.index)
     (low, high), mos = scale_of(scale), table[list(DIMENSIONS)]
     for d in DIMENSIONS:
         if not (off := mos[d][(mos[d] < low) | (mos[d] > high)]).empty:
             cause = f"an opinion on {d} is {off.iloc[0]:g}, not from {low:g} to {high:g}"
-            raise LabelError(f"{data} line {off.index[0]}", cause,
+            raise LabelError(at[off.index[0]], cause,
                              "Correct it, or name the scale: --scale 0-100.")
     table[list(DIMENSIONS)] = 1 + 4 * (mos - low) / (high - low)
     return table[mos.notna().any(axis=1)].reset_index(drop=True)
