@@ -17,11 +17,11 @@ FOLDERS = {"pretraining": "experiments", "experiments": "experiments", "official
 class Chapter(NamedTuple):
     "A numbered notebook and the module that it writes, if it writes one."
     notebook: Path          # absolute
-    number: int             # the leading digits of its name
+    number: float           # the leading digits of its name; a letter adds a hundredth: 38a is 38.01
     module: str | None      # qualivision.data.video
 
     @property
-    def part(self) -> str: return next(name for name, last in PARTS.items() if self.number <= last)
+    def part(self) -> str: return next(name for name, last in PARTS.items() if int(self.number) <= last)
 
 
 class Import(NamedTuple):
@@ -41,10 +41,11 @@ def chapters() -> list[Chapter]:
     "All numbered notebooks, in reading order."
     found = []
     for path in sorted((ROOT/"nbs").rglob("*.ipynb")):
-        number = re.match(r"(\d+)_", path.name)
+        number = re.match(r"(\d+)([a-z]?)_", path.name)
         if not number or ".ipynb_checkpoints" in path.parts: continue
         named = re.search(r"^#\|\s*default_exp\s+(\S+)", "\n".join(code_cells(path)), re.M)
-        found.append(Chapter(path, int(number[1]), f"{PACKAGE}.{named[1]}" if named else None))
+        place = int(number[1]) + ("_abcdefghi".index(number[2] or "_")) / 100
+        found.append(Chapter(path, place, f"{PACKAGE}.{named[1]}" if named else None))
     return sorted(found, key=lambda c: (c.number, c.notebook))
 
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'EVALUATED', 'MetricError', 'checked', 'srocc', 'plcc', 'krcc', 'rmse', 'mae', 'challenge', 'logistic',
-           'fit_logistic', 'plcc_logistic', 'group_weights', 'percentile_interval', 'bootstrap', 'paired_bootstrap',
-           'interval', 'by_video', 'numbers_in', 'evaluate_frames', 'groups_of', 'or_reason', 'evaluate_files',
-           'format_metrics']
+           'fit_logistic', 'plcc_logistic', 'group_weights', 'resampled', 'percentile_interval', 'bootstrap',
+           'paired_bootstrap', 'interval', 'by_video', 'numbers_in', 'evaluate_frames', 'same_videos', 'groups_of',
+           'or_reason', 'evaluate_files', 'format_metrics']
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #b446426b
 import math
@@ -222,7 +222,7 @@ METRICS = {  # name → on clips, on resamples
 # what `evaluate` reports
 EVALUATED = ("srocc", "plcc", "plcc_logistic", "krcc", "rmse", "challenge")
 
-def _resampled(name: str, pred, target, weights) -> np.ndarray:  # (R,)
+def resampled(name: str, pred, target, weights) -> np.ndarray:  # (R,)
     "The metric of every resample; NaN where it is undefined."
     if name not in METRICS:
         raise MetricError(name, "there is no such metric", f"Known are {', '.join(METRICS)}.")
@@ -256,7 +256,7 @@ def bootstrap(
 
     This is the cluster bootstrap (Efron & Tibshirani 1993, ch. 13). Raises MetricError."""
     weights = group_weights(groups, len(pred), n, seed)
-    return {m: percentile_interval(_resampled(m, pred, target, weights), m) for m in metrics}
+    return {m: percentile_interval(resampled(m, pred, target, weights), m) for m in metrics}
 
 def paired_bootstrap(
     pred_a,                        # (N,) scores of one model
@@ -270,7 +270,7 @@ def paired_bootstrap(
     of their difference. Raises MetricError."""
     weights, result = group_weights(groups, len(target), n, seed), {}
     for m in metrics:
-        a, b = (_resampled(m, p, target, weights) for p in (pred_a, pred_b))             # (n,) each
+        a, b = (resampled(m, p, target, weights) for p in (pred_a, pred_b))             # (n,) each
         result[m] = (METRICS[m][0](pred_a, target) - METRICS[m][0](pred_b, target),
                      *percentile_interval(a - b, f"difference of {m}"))
     return result
@@ -342,7 +342,7 @@ def evaluate_frames(
         raise MetricError("evaluate", "one of the two columns --pred and --target is missing",
                           "Give both, or neither for the dimensions.")
     p, t = by_video(pred_df, names[0]), by_video(label_df, names[1])
-    order = _order(p, t, names)
+    order = same_videos(p, t, names)
     groups = None if group is None else groups_of((t, p.iloc[order]), group, names[1])
     columns = [(pred, target, target)]
     if pred is None:
@@ -360,7 +360,7 @@ def evaluate_frames(
     return result
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #15477b00
-def _order(p: pd.DataFrame, t: pd.DataFrame, names) -> np.ndarray:  # (N,)
+def same_videos(p: pd.DataFrame, t: pd.DataFrame, names: tuple) -> np.ndarray:  # (N,)
     "Where in the predictions the video of every label is. Raises MetricError for lone videos."
     for what, alone in ((names[0], p.index.difference(t.index)),
                         (names[1], t.index.difference(p.index))):
@@ -403,9 +403,9 @@ def _evaluate(pred, target, groups, n, seed) -> dict:
                 "reasons": dict.fromkeys(EVALUATED, _why_none(pred, target))}
     pred, target = pred[there], target[there]
     groups = None if groups is None else groups[there]
-    def resampled(m): return list(bootstrap(pred, target, groups, [m], n, seed)[m])
+    def span(m): return list(bootstrap(pred, target, groups, [m], n, seed)[m])
     values = {m: or_reason(reasons, m, lambda m=m: METRICS[m][0](pred, target)) for m in EVALUATED}
-    intervals = {m: or_reason(reasons, f"ci {m}", lambda m=m: resampled(m))
+    intervals = {m: or_reason(reasons, f"ci {m}", lambda m=m: span(m))
                  for m in EVALUATED if values[m] is not None}
     return {"n": len(target), **values, "ci": {m: intervals.get(m) for m in EVALUATED},
             "reasons": reasons}
