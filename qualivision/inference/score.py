@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 
 from ..data.sampling import Sampling
-from ..devices import announce, autocast, pick_device, resolve_precision
+from ..devices import Job, announce, autocast, flow, pick_device, resolve_precision
 from ..files import check_place
 from ..files import progress as with_progress
 from ..models.class_names import class_names
@@ -25,7 +25,8 @@ from ..models.five_mos import on_scale
 from ..models.registry import MODELS, ModelEntry
 from ..models.text import TextEncoder
 from ..models.weights import about_file, load_checkpoint, load_strict
-from ..quality import DIMENSIONS, QualiVisionError, ScoreRecord, Tally, caught
+from ..quality import (
+    DIMENSIONS, Caught, QualiVisionError, ScoreRecord, Tally, caught)
 
 # %% ../../nbs/inference/45_score.ipynb #1f345ea7
 CHECKPOINT = "qualivision/frames"   # of the package: no training, no network
@@ -109,17 +110,25 @@ def from_checkpoint(cls: Scorer, folder: str | Path = CHECKPOINT,
 
 # %% ../../nbs/inference/45_score.ipynb #50676a81
 @patch
-@torch.no_grad()
 def judge(self: Scorer,
           frames: torch.Tensor,       # (3,T,S,S) uint8, as `self.sampling` gives them
           prompt: str,                # the text it was generated from
           shown: int,                 # N, how many frames the video has
           ) -> tuple[list, dict, tuple]:  # five MOS or None; reasons for None; warnings
     "Scores a view, without what cannot be judged. Raises TextError for an unreadable prompt."
-    text = self.encoder.embed(prompt)[None].to(self.device)                   # (1,D)
+    return self.judge_many([(frames, shown)], [prompt])[0]
+
+
+@patch
+@torch.no_grad()
+def judge_many(self: Scorer, views: list[tuple], prompts: list[str]) -> list[tuple]:
+    "What `judge` returns of each of B clips, from their frames and counts, and their prompts."
+    text = torch.stack([self.encoder.embed(p) for p in prompts])              # (B,D)
+    frames = torch.stack([frames for frames, _ in views])                     # (B,3,T,S,S)
     with autocast(self.device, self.precision):
-        mos = self.model(frames[None].to(self.device), text)["mos"][0]        # (5,)
-    return self.explained(mos.float().cpu().tolist(), prompt, shown)
+        mos = self.model(frames.to(self.device), text.to(self.device))["mos"]     # (B,5)
+    return [self.explained(m, prompt, shown)
+            for m, prompt, (_, shown) in zip(mos.float().cpu().tolist(), prompts, views)]
 
 
 @patch
@@ -139,7 +148,12 @@ def score(self: Scorer,
     """Gives a video five scores.
     Raises VideoError for a bad file, TextError and ScoreError for a bad prompt."""
     frames, shown = self.opened(video, prompt)
-    scores, reasons, warnings = self.judge(frames, prompt, shown)
+    return self.record(video, prompt, *self.judge(frames, prompt, shown))
+
+
+@patch
+def record(self: Scorer, video, prompt: str, scores, reasons, warnings) -> ScoreRecord:
+    "The record of what `judge` returned."
     return ScoreRecord.of(str(video), prompt, scores, reasons=reasons, warnings=warnings,
                           **self.about)
 
@@ -156,20 +170,34 @@ def opened(self: Scorer, video: str | os.PathLike, prompt: str) -> tuple:    # a
 # %% ../../nbs/inference/45_score.ipynb #0010bb93
 @patch
 def score_many(self: Scorer, pairs: Iterable[tuple],  # of (video, prompt)
+               workers: int | None = None             # threads that decode ahead, see `flow`
                ) -> Iterator[ScoreRecord]:
     """Yields one record per pair, in order; a failure becomes a record with its error.
     Raises QualiVisionError where the first five fail alike in an unforeseen way."""
-    return self.each(self.score, pairs)
+    def opened(job): return self.opened(job.item, job.prompt)
+    def judged(jobs):
+        found = self.judge_many([j.views for j in jobs], [j.prompt for j in jobs])
+        return [self.record(j.item, j.prompt, *f) for j, f in zip(jobs, found)]
+    tally, jobs = Tally(), (Job(video, prompt) for video, prompt in pairs)
+    for job in flow(jobs, opened, judged, self.device, workers):
+        tally.add(job.wrong)
+        yield self.failed(job.item, job.prompt, job.wrong) if job.wrong else job.found
+
+
+@patch
+def failed(self: Scorer, video, prompt: str, wrong: Caught) -> ScoreRecord:
+    "The record of a video that has no scores."
+    return ScoreRecord.failed(str(video), prompt, wrong.error, **self.about)
 
 
 @patch
 def each(self: Scorer, how, pairs: Iterable[tuple]) -> Iterator:   # how: (video, prompt) → outcome
-    "What comes of each pair; of a failure, a record with its error."
+    "What comes of each pair, one after the other; of a failure, a record with its error."
     tally = Tally()
     for video, prompt in pairs:
         with caught(video) as item: outcome = how(video, prompt)
         tally.add(item)
-        yield ScoreRecord.failed(str(video), prompt, item.error, **self.about) if item else outcome
+        yield self.failed(video, prompt, item) if item else outcome
 
 # %% ../../nbs/inference/45_score.ipynb #5ebc0112
 STRANGERS = (
