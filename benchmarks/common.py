@@ -76,6 +76,15 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
+def command(argv: list, folder: str | None = None) -> dict:
+    "Runs a whole command, which must succeed; for `child`: the peak is the command's own."
+    start = time.perf_counter()
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode: raise RuntimeError(f"{' '.join(map(str, argv[:4]))} failed:\n{done.stderr[-2000:]}")
+    return {"seconds": seconds, "peak_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6}
+
+
 def in_this_process(function: str, given: dict) -> dict:
     "The sample of one call; see `child`."
     module, name = function.split(":")
@@ -96,6 +105,21 @@ def compared(samples: dict[str, list[dict]]) -> list[dict]:
         others = [k for k, v in own[0].items() if k != "seconds" and isinstance(v, (int, float))]
         rows.append(row | {k.replace("_mb", " MB"): statistics.median(s[k] for s in own) for k in others})
     return rows
+
+
+def written_clip(path, frames: int, height: int, width: int, seed: int = 0) -> Path:
+    "A pattern of blocks that moves, H.264 at 25 frames/s, written one frame after the other."
+    import av
+    import numpy as np
+    blocks = np.random.default_rng(seed).integers(0, 256, (height//8 + 64, width//8 + 64, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=25, options={"preset": "ultrafast", "crf": "30"})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for k in range(frames):
+            picture = np.ascontiguousarray(blocks[5*k % 500:][:height, 7*k % 500:][:, :width])
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        out.mux(stream.encode())
+    return Path(path)
 
 
 # ---------------------------------------------------------------- the machine

@@ -16,10 +16,12 @@ from qualivision.data.dataset import DatasetError, load_labels
 from qualivision.data.sampling import Sampling
 from qualivision.data.container import VideoError, write_video
 from qualivision.files import FileError
+from qualivision import devices
+from qualivision.inference.bulk import FiveMosScorer, score_set
 from qualivision.inference.score import ScoreError, Scorer, predict
 from qualivision.models.text import TextError
 from qualivision.models.weights import WeightsError
-from qualivision.quality import COLUMNS, DIMENSIONS, MOS_MAX, MOS_MIN, QualiVisionError
+from qualivision.quality import COLUMNS, DIMENSIONS, MOS_COLUMNS, MOS_MAX, MOS_MIN, QualiVisionError
 from qualivision.toy import toy_set
 
 
@@ -47,6 +49,22 @@ def test_scores_are_those_of_the_training_path(scorer, root):
     with torch.no_grad(): want = scorer.model(batch["frames"], batch["text"])["mos"]
     got = torch.tensor([[getattr(r, d) for d in DIMENSIONS] for r in scorer.score_many(zip(frame["path"], frame["Prompt"]))])
     assert torch.allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("size, batches", [(1, [1] * 5), (2, [2, 2, 1]), (32, [5])])
+def test_a_clip_scores_the_same_in_a_batch(scorer, root, tmp_path, monkeypatch, size, batches):
+    "In batches with an odd end, through `score_many` and through `score_set`, to 1e-5."
+    monkeypatch.setitem(devices.BATCH, "cpu", size * 3 * 4 * 32 * 32)
+    frame = load_labels(root, "train")
+    pairs, sizes = [(v, p) for v in frame["path"] for p in ("a red boat", "an old man", "snow")][:5], []
+    alone = [[getattr(scorer.score(*pair), d) for d in DIMENSIONS] for pair in pairs]
+    real = type(scorer.model).forward
+    monkeypatch.setattr(type(scorer.model), "forward", lambda self, frames, text: sizes.append(len(text)) or real(self, frames, text))
+    together = [[getattr(r, d) for d in DIMENSIONS] for r in scorer.score_many(pairs)]
+    assert np.allclose(together, alone, rtol=0, atol=1e-5) and sizes == batches
+    score_set(((f"{k}", str(v), p) for k, (v, p) in enumerate(pairs)), tmp_path/"out.csv", FiveMosScorer(scorer))
+    with open(tmp_path/"out.csv", newline="") as f: rows = [[float(r[c]) for c in MOS_COLUMNS] for r in csv.DictReader(f)]
+    assert np.allclose(rows, alone, rtol=0, atol=1e-5) and sizes == 2 * batches
 
 
 def test_bad_videos_become_rows_and_the_rest_go_on(scorer, root, tmp_path):
