@@ -59,7 +59,8 @@ def one(name: str, arguments: list[str]) -> int:
         return 0
     marks = [m for m, on in (("full", args.full), (args.device, args.device != "cpu")) if on]
     title = name + (f" ({', '.join(marks)})" if marks else "")
-    text = section(title, question(name), report, env, shlex.join(["python", "-m", "benchmarks", name, *arguments]))
+    shown = [a for k, a in enumerate(arguments) if not a.startswith("--out") and (k == 0 or arguments[k - 1] != "--out")]
+    text = section(title, question(name), report, env, shlex.join(["python", "-m", "benchmarks", name, *shown]))
     print(text, flush=True)
     write_section(title, text, args.out)
     return 0
