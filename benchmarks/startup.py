@@ -3,7 +3,6 @@
 Whole commands are timed: `qualivision score` with an empty cache of prompts, the same again with the prompt known, and as the baseline a Python
 that only imports sentence_transformers, loads the same text encoder with it and encodes the prompt, which is the usual way.
 """
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -33,4 +32,4 @@ def run(args) -> Report:
         ways = {"sentence_transformers alone": lambda: run_once([sys.executable, "-c", BASELINE]),
                 "score, new prompt": lambda: run_once(command, QUALIVISION_CACHE=str(Path(folder)/f"new-{next(turn)}")),
                 "score, known prompt": lambda: run_once(command, **known)}
-        return Report(compared(interleaved(ways, args.repeat)), [f"whole commands, the package's {os.cpu_count()} CPUs free for them"])
+        return Report(compared(interleaved(ways, args.repeat)))
