@@ -1,9 +1,9 @@
 """How much faster are many clips scored as they flow (decoded ahead, in batches) than in a loop as the published systems do it?
 
 The loop reads all frames at full size with decord, resizes those that are sampled with Pillow, encodes each prompt with sentence_transformers,
-and calls the network on one clip at a time, contiguous in memory. Both have the same weights, and what is loaded
-late is loaded before the clock starts. DOVER-Mobile's loop cuts its views from all frames. Beside them stands the floor: every file decoded once, and nothing kept. Each run is a process of its own.
-Without weights (checkpoints/NAME of the pipeline) they are random: the time is the same.
+and calls the network on one clip at a time, contiguous in memory; DOVER-Mobile's loop cuts its views from all frames. Both have the same weights,
+and what is loaded late is loaded before the clock starts. Beside them stands the floor: every file decoded once, and nothing kept.
+Each run is a process of its own. Without weights (checkpoints/NAME of the pipeline) they are random: the time is the same.
 """
 import os
 import shutil

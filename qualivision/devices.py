@@ -265,7 +265,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 # %% ../nbs/03_devices.ipynb #8d49fe8a
-ROOM, MOST = 2 ** 28, 32        # bytes of views that wait; items that are ahead, or in a batch
+ROOM, MOST = 2 ** 27, 32        # bytes of views that wait; items that are ahead, or in a batch
 
 @dataclass
 class Job:
