@@ -91,8 +91,7 @@ def score(
     with caught(checkpoint, MEANT) as wrong:      # of the whole; a video's own is in its record
         scorer = Scorer.from_checkpoint(checkpoint, device, precision)
         pairs = ((v, prompt) for v in videos)
-        scored = scorer.each(scorer.contrasted, pairs) if contrast else scorer.score_many(pairs)
-        for outcome in scored:
+        for outcome in scorer.score_many(pairs, contrast=contrast):
             r, ranks = outcome if isinstance(outcome, tuple) else (outcome, None)
             records.append(r)
             rows.append(r.to_dict() | ({"contrast": ranks} if contrast else {}))

@@ -300,32 +300,29 @@ class _Run:
         out = cells(self.scorer, self.form, row.name, row.prompt, scores, error, row.sha or None)
         return _line(out, self.form)
 
-    def prepare(self, row: _Row):
-        "The views of one video; None if its known scores hold. Runs in a thread."
-        settings, sha, mark, scores, _ = row.known
-        row.sha, row.mark = _content(row.item, sha, mark)
-        row.kept = settings == self.settings and scores is not None and row.sha == sha
-        if not row.kept: return self.scorer.prepare(row.item)
-        scores = json.loads(scores)
-        row.found = scores, self.line(row, scores)
-
-    def rate(self, rows: list[_Row]) -> list[tuple]:       # of one form → scores, row as CSV
-        many, pairs = getattr(self.scorer, "rate_many", None), [(r.views, r.prompt) for r in rows]
-        found = many(*zip(*pairs)) if many else [self.scorer.rate(*pair) for pair in pairs]
-        return [(scores, self.line(row, scores)) for row, scores in zip(rows, found)]
-
     def keep(self, row: _Row, scores: dict | None, error: str | None):
         "Writes one video into the journal."
         values = (os.fsencode(row.name), _kept(row.prompt), self.settings, row.sha, row.mark,
                   json.dumps(scores) if scores else None, error and readable(error))
         self.db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
-    def rows(self, workers: int | None) -> Iterator[_Row]:
-        "Every video once: known, scored, or failed."
-        jobs = (_Row(path, prompt, name=name, known=tuple(known))
-                for name, path, prompt, *known in _items(self.db))
-        device = getattr(self.scorer, "device", "cpu")
-        return flow(jobs, self.prepare, self.rate, device, workers)
+# %% ../../nbs/inference/46_bulk.ipynb #10b45f0b
+def _flowing(run: _Run, workers: int | None) -> Iterator[_Row]:
+    "Every video once: known, scored, or failed."
+    def prepare(row):              # in a thread; None if its known scores hold
+        settings, sha, mark, scores, _ = row.known
+        row.sha, row.mark = _content(row.item, sha, mark)
+        row.kept = settings == run.settings and scores is not None and row.sha == sha
+        if not row.kept: return run.scorer.prepare(row.item)
+        scores = json.loads(scores)
+        row.found = scores, run.line(row, scores)
+    def rate(rows):
+        many, pairs = getattr(run.scorer, "rate_many", None), [(r.views, r.prompt) for r in rows]
+        found = many(*zip(*pairs)) if many else [run.scorer.rate(*pair) for pair in pairs]
+        return [(scores, run.line(row, scores)) for row, scores in zip(rows, found)]
+    rows = (_Row(path, prompt, name=name, known=tuple(known))
+            for name, path, prompt, *known in _items(run.db))
+    return flow(rows, prepare, rate, getattr(run.scorer, "device", "cpu"), workers)
 
 # %% ../../nbs/inference/46_bulk.ipynb #7858476a
 def _score_all(run: _Run, out: Path, workers: int | None, total: int | None, count: dict):
@@ -334,7 +331,7 @@ def _score_all(run: _Run, out: Path, workers: int | None, total: int | None, cou
     table = _Table(out, head) if out.suffix.lower() == ".csv" else None
     whole, tally = False, Tally(run.report or say)
     try:
-        with closing(run.rows(workers)) as rows:
+        with closing(_flowing(run, workers)) as rows:
             for row in progress(rows, total, "scoring", total is not None):
                 kept, wrong = row.kept and not row.wrong, row.wrong
                 error = " ".join(str(wrong.error).split()) if wrong else None

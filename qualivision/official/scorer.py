@@ -263,7 +263,7 @@ def rate_many(self: OfficialScorer, views: list[dict], prompts=None) -> list[dic
     def each(of): return [dict(zip(of, row)) for row in zip(*(x.chunk(n) for x in of.values()))]
     return [self.finished(*row) for row in zip(each(maps), each(features) or [{}] * n)]
 
-
+# %% ../../nbs/official/79_scorer.ipynb #50cdc070
 @patch
 def finished(self: OfficialScorer, maps: dict[str, Tensor], features: dict[str, Tensor]) -> dict:
     "The scores of one video from its maps; with heads of your own also from its features."
