@@ -52,11 +52,8 @@ class FiveMosScorer:
     def prepare(self, video) -> tuple[torch.Tensor, int]:   # (3,T,S,S) uint8; frames of the video
         return self.scorer.sampling.counted(video)
 
-    def rate(self, views: tuple, prompt: str) -> dict:      # MOS, 1–5, or None; reasons; warnings
-        "Five MOS. Raises TextError for a prompt that cannot be read."
-        return self.rate_many([views], [prompt])[0]
-
     def rate_many(self, views: list[tuple], prompts: list[str]) -> list[dict]:
+        "MOS, 1–5, or None; reasons; warnings. Raises TextError for a prompt that cannot be read."
         return [{**dict(zip(self.columns, scores)), "reasons": reasons, "warnings": list(warnings)}
                 for scores, reasons, warnings in self.scorer.judge_many(views, prompts)]
 
