@@ -3,11 +3,7 @@
 Both go through the same data set class, sampling, order and DataLoader, turn by turn in one run, and must give equal batches before
 anything is timed. The page cache is warm for both: the videos and the cached clips have just been read or written. Building the cache
 is timed apart. Without --data the clips are written here first: H.264, drifting colours and some noise.
-Usage: python benchmarks/data_loading.py [--clips 64] [--data DIR] [--count 16 --pixels 128] [--workers 0] [--rounds 5] [--json]
 """
-import argparse
-import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +13,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader
 
+from benchmarks.common import Report, compared, interleaved
 from qualivision.data.clips import (
     ClipCache, DecodeEachTime, EpochSampler, VideoQualityDataset, collate)
 from qualivision.data.dataset import load_dataset
@@ -52,9 +49,8 @@ def epoch(batches, number):
     return time.perf_counter() - start
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clips", type=int, default=64, help="how many videos to write, or to take from --data at most")
+def options(parser):
+    parser.add_argument("--clips", type=int, help="how many videos to write, or to take from --data at most")
     parser.add_argument("--frames", type=int, default=48, help="frames of a written video")
     parser.add_argument("--size", type=int, default=144, help="pixels a side of a written video")
     parser.add_argument("--data", help="a folder in the TaobaoVD-GC layout, in place of written videos")
@@ -62,13 +58,13 @@ def main():
     parser.add_argument("--pixels", type=int, default=128, help="pixels a side that they are resized to")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--workers", type=int, default=0, help="DataLoader workers, for both")
-    parser.add_argument("--rounds", type=int, default=5, help="epochs of each, in turn; the medians are compared")
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
 
+
+def run(args) -> Report:
+    torch.set_num_threads(1)
+    count = args.clips or (64 if args.full else 24)
     with tempfile.TemporaryDirectory() as folder:
-        frame = load_dataset(args.data)[:args.clips] if args.data else written_clips(folder, args.clips, args.frames, args.size)
+        frame = load_dataset(args.data)[:count] if args.data else written_clips(folder, count, args.frames, args.size)
         sampling, text = Sampling(args.count, args.pixels), torch.zeros(len(frame), 1)
         cache = ClipCache(Path(folder)/"cache", sampling)
         time.sleep(2.1)                        # a file that has just been written is hashed at every look, see FileHashes
@@ -77,19 +73,9 @@ def main():
         build = time.perf_counter() - start
         cached, decoded = VideoQualityDataset(frame, cache, text), VideoQualityDataset(frame, DecodeEachTime(sampling), text)
         for i in range(min(8, len(frame))): assert torch.equal(cached[i]["frames"], decoded[i]["frames"]), f"item {i} differs"
-        cached, decoded = loader(cached, args), loader(decoded, args)
-        epoch(cached, 0); epoch(decoded, 0)                                                                          # warm up
-        times = [(epoch(cached, r), epoch(decoded, r)) for r in range(1, args.rounds + 1)]
-    fast, slow = (statistics.median(t) for t in zip(*times))
-    ratio, n = slow/fast, len(frame)
-    if args.json:
-        return print(json.dumps({"ratio": ratio, "target": 10, "cached_s": fast, "decoded_s": slow, "build_s": build, "clips": n,
-                                 "sampling": sampling.key(), "workers": args.workers, "rounds": times}))
-    print(f"{n} videos -> {args.count} frames of {args.pixels}x{args.pixels}, batches of {args.batch}, {args.workers} workers, "
-          f"medians of {args.rounds} epochs, page cache warm")
-    print(f"decoding every epoch {1e3*slow/n:8.3f} ms/clip   cached {1e3*fast/n:8.3f} ms/clip, {stored.bytes/fast/1e9:.1f} GB/s   "
-          f"building the cache {1e3*build/n:.2f} ms/clip")
-    print(f"data_loading: cached is {ratio:.0f}x as fast as decoding (target: at least 10x)")
-
-
-if __name__ == "__main__": main()
+        ways, turns = {"decoded every epoch": loader(decoded, args), "clip cache": loader(cached, args)}, iter(range(10_000))
+        samples = interleaved({name: lambda batches=batches: epoch(batches, next(turns)) for name, batches in ways.items()}, args.repeat)
+    n = len(frame)
+    return Report(compared(samples), [
+        f"an epoch of {n} videos, {args.count} frames of {args.pixels}×{args.pixels}, batches of {args.batch}, {args.workers} workers",
+        f"the page cache is warm; the clip cache: {stored.bytes/1e6:.0f} MB, built in {1e3*build/n:.1f} ms a clip; the batches of both are equal"])

@@ -2,72 +2,54 @@
 
 Each way runs in a process of its own, which reports how far its largest size in memory rose above that after the imports. Both must give
 equal views. Without --video a clip is written here first: H.264, a pattern that moves.
-Usage: python benchmarks/views_memory.py [--view dover|cover|square|processor] [--video FILE] [--frames 125 --height 2160 --width 3840] [--json]
 """
-import argparse
-import json
-import subprocess
-import sys
+import hashlib
 import tempfile
 from pathlib import Path
 
+from benchmarks.common import Report, child, compared, interleaved, peak_mb, written_clip
+
 VIEWS = ("dover", "cover", "square", "processor")
-WAYS = {"frame by frame": "cut", "all frames first": "whole"}
-MEASURE = """
-import hashlib, json, resource, sys
-import numpy as np
-import torch
-from qualivision.data import sampling, video
-path, view, way = sys.argv[1:]
-
-def size(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)     # bytes
-def views(source):
-    if view in ("dover", "cover"): return getattr(sampling, f"{view}_views")(source)
-    return {"": sampling.Sampling(64, 640 if view == "square" else 384, view)(source)}
-def all_first(path, indices, reader="auto", damaged="error", each=None):
-    return [each(frame, k) for k, frame in enumerate(video.read_frames(path, indices, "pyav", damaged))]
-
-if way == "whole": sampling.read_frames = all_first
-before = size()
-made = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in views(path).values())).hexdigest()
-print(json.dumps({"bytes": size() - before, "sha256": made}))
-"""
 
 
-def written_clip(path, frames, height, width):
-    "A pattern of blocks that moves, one frame after the other."
-    import av
-    import numpy as np
-    blocks = np.random.default_rng(0).integers(0, 256, (height//8 + 64, width//8 + 64, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream("libx264", rate=25, options={"preset": "ultrafast", "crf": "30"})
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        for k in range(frames):
-            picture = np.ascontiguousarray(blocks[5*k % 500:][:height, 7*k % 500:][:, :width])
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        out.mux(stream.encode())
+def once(path: str, view: str, whole: bool) -> dict:
+    "The views of one file; `whole`: all frames that they show are in memory before the first is cut."
+    import time
+
+    from qualivision.data import sampling
+    from qualivision.data.video import read_frames
+    from qualivision.official import views
+
+    def all_first(path, indices, reader="auto", damaged="error", each=None):
+        return [each(frame, k) for k, frame in enumerate(read_frames(path, indices, "pyav", damaged))]
+    if whole: sampling.read_frames = views.read_frames = all_first
+    before, start = peak_mb(), time.perf_counter()
+    if view in ("dover", "cover"): made = list(getattr(views, f"{view}_views")(path).values())
+    else: made = [sampling.Sampling(64, 640 if view == "square" else 384, view)(path)]
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "above_imports_mb": peak_mb() - before,
+            "sha256": hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in made)).hexdigest()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--view", choices=VIEWS, default="dover")
+def options(parser):
+    parser.add_argument("--view", choices=VIEWS, action="append", help="may be given several times; dover without")
     parser.add_argument("--video", help="a file, in place of a written one")
-    parser.add_argument("--frames", type=int, default=125)
-    parser.add_argument("--height", type=int, default=2160)
-    parser.add_argument("--width", type=int, default=3840)
-    parser.add_argument("--json", action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("--frames", type=int, help="of the written one")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+
+
+def run(args) -> Report:
+    frames, height, width = (125, 2160, 3840) if args.full else (50, 1080, 1920)
+    frames, height, width = args.frames or frames, args.height or height, args.width or width
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        path = args.video or Path(folder)/"large.mp4"
-        if not args.video: written_clip(path, args.frames, args.height, args.width)
-        found = {name: json.loads(subprocess.run([sys.executable, "-c", MEASURE, str(path), args.view, way], check=True, capture_output=True,
-                                                 text=True).stdout) for name, way in WAYS.items()}
-    cut, whole = found.values()
-    assert cut["sha256"] == whole["sha256"], "the views differ"
-    ratio = whole["bytes"]/cut["bytes"]
-    if args.json: return print(json.dumps({"view": args.view, "ratio": ratio, **{name: f["bytes"] for name, f in found.items()}}))
-    for name, f in found.items(): print(f"{name:18}{f['bytes']/1e6:8,.0f} MB")
-    print(f"equal views; {ratio:.1f} times less")
-
-
-if __name__ == "__main__": main()
+        path = args.video or written_clip(Path(folder)/"large.mp4", frames, height, width)
+        for view in args.view or (VIEWS if args.full else VIEWS[:1]):
+            ways = {name: child("benchmarks.views_memory:once", path=str(path), view=view, whole=whole)
+                    for name, whole in (("all frames first", True), ("frame by frame", False))}
+            samples = interleaved(ways, args.repeat)
+            assert len({s["sha256"] for way in samples.values() for s in way}) == 1, "the views differ"
+            found = compared(samples)
+            rows += [{"view": view, **row, "times less memory": found[0]["above_imports MB"] / row["above_imports MB"]} for row in found]
+    return Report(rows, [f"{args.video or f'{frames} frames of {width}×{height}'}; the views of both ways are equal"])

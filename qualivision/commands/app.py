@@ -167,7 +167,8 @@ Head = Annotated[Optional[Path], option("Heads that `transfer` trained on these 
                                         "on the scale of their opinions.")]
 Seed = Annotated[int, typer.Option(help="Seed of frames and fragments: the same seed, the same "
                                         "scores.", min=0, max=2 ** 32 - 1)]
-Readers = Annotated[int, typer.Option("--workers", help="Threads that read ahead.", min=1)]
+Readers = Annotated[Optional[int], typer.Option(
+    "--workers", help="Threads that read ahead. [default: one a core, at most 4]", min=1)]
 
 Fused = Annotated[Literal["official", "corrected"],
                   option("official: its constants are exchanged between the branches; corrected: "

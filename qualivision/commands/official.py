@@ -193,7 +193,7 @@ def infer_datasets(
             help="Weight of the technical branch; default: the set's own.", min=0, max=1)] = None,
         out: Annotated[Path, option("Folder for the scores; a rerun goes on.")] = Path("scores"),
         weights: Weights = None, head: Head = None, clip: Clip = None, seed: Seed = 0,
-        workers: Readers = 1, device: Device = "auto", as_json: Json = False):
+        workers: Readers = None, device: Device = "auto", as_json: Json = False):
     "SROCC, PLCC, KRCC, RMSE of a published model on known data sets, fused over the set."
     if name and len(labels) > 1:
         raise typer.BadParameter("goes with one label file", param_hint="--set")

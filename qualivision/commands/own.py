@@ -90,8 +90,8 @@ def score(
     records, rows = [], []
     with caught(checkpoint, MEANT) as wrong:      # of the whole; a video's own is in its record
         scorer = Scorer.from_checkpoint(checkpoint, device, precision)
-        how = scorer.contrasted if contrast else scorer.score
-        for outcome in scorer.each(how, ((v, prompt) for v in videos)):
+        pairs = ((v, prompt) for v in videos)
+        for outcome in scorer.score_many(pairs, contrast=contrast):
             r, ranks = outcome if isinstance(outcome, tuple) else (outcome, None)
             records.append(r)
             rows.append(r.to_dict() | ({"contrast": ranks} if contrast else {}))
@@ -370,7 +370,7 @@ def score_set(
                                                       "tools: cover, dover.")] = "own",
         weights: Weights = None, head: Head = None, clip: Clip = None,
         checkpoint: Checkpoint = CHECKPOINT, seed: Seed = 0, fused: Fused = "official",
-        workers: Readers = 1, encoding: Encoding = None, device: Device = "auto",
+        workers: Readers = None, encoding: Encoding = None, device: Device = "auto",
         precision: Precision = "fp32", as_json: Json = False):
     "Scores every video of a folder or manifest; a rerun scores what is new or changed."
     _check_form(form, model, fused, head, out)

@@ -10,9 +10,8 @@ import json
 import os
 import sqlite3
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -23,10 +22,11 @@ import torch
 from ..data.collection import (
     PICTURES, VIDEOS, BulkError, find_videos, listed, matches, read_manifest)
 from ..data.container import MissingVideo
+from ..devices import Job, flow
 from ..files import check_place, file_sha256, is_address, progress, readable, staged
 from .score import Scorer
 from ..models.weights import about_file
-from ..quality import DIMENSIONS, MOS_COLUMNS, Caught, Tally, caught, say
+from ..quality import DIMENSIONS, MOS_COLUMNS, Tally, say
 
 # %% ../../nbs/inference/46_bulk.ipynb #4a17a86d
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class FiveMosScorer:
     name, columns, prompts = "qualivision", DIMENSIONS, True
 
     def __init__(self, scorer: Scorer):
-        self.scorer, about = scorer, scorer.about
+        self.scorer, self.device, about = scorer, scorer.device, scorer.about
         # raise `judged` when reasons or warnings change: older rows are scored again
         weights = about_file(about["checkpoint"]).get("sha256")
         self.settings = {"model": about["model"], "weights": weights,
@@ -52,10 +52,10 @@ class FiveMosScorer:
     def prepare(self, video) -> tuple[torch.Tensor, int]:   # (3,T,S,S) uint8; frames of the video
         return self.scorer.sampling.counted(video)
 
-    def rate(self, views: tuple, prompt: str) -> dict:      # MOS, 1–5, or None; reasons; warnings
-        "Five MOS. Raises TextError for a prompt that cannot be read."
-        scores, reasons, warnings = self.scorer.judge(views[0], prompt, views[1])
-        return {**dict(zip(self.columns, scores)), "reasons": reasons, "warnings": list(warnings)}
+    def rate_many(self, views: list[tuple], prompts: list[str]) -> list[dict]:
+        "MOS, 1–5, or None; reasons; warnings. Raises TextError for a prompt that cannot be read."
+        return [{**dict(zip(self.columns, scores)), "reasons": reasons, "warnings": list(warnings)}
+                for scores, reasons, warnings in self.scorer.judge_many(views, prompts)]
 
 # %% ../../nbs/inference/46_bulk.ipynb #0f7ab873
 # what is the disk's fault, not the file's
@@ -136,15 +136,6 @@ def _content(path: str, sha: str | None, mark: str | None) -> tuple[str, str]:  
         raise BulkError(path, f"it cannot be read ({e.strerror})",
                         "Check that it is a file and may be read.") from e
     return sha, found if now - max(s.st_mtime_ns, s.st_ctime_ns) > 2_000_000_000 else ""
-
-def _prepared(scorer, path, sha, mark, done: bool) -> tuple:
-    """One video up to the network; runs in a thread. Returns its SHA-256 and mark, its views (None
-    if its known scores hold), and what went wrong."""
-    now, views = ("", ""), None
-    with caught(path) as wrong:
-        now = _content(path, sha, mark)
-        if not done or now[0] != sha: views = scorer.prepare(path)
-    return *now, views, wrong
 
 # %% ../../nbs/inference/46_bulk.ipynb #91eb6c57
 def _prompts(scorer) -> bool: return getattr(scorer, "prompts", False)
@@ -231,23 +222,6 @@ def _write_parquet(db, out: Path, scorer, form: TableForm | None, page: int = 10
             if len(batch) == page: write()
         if batch: write()
 
-# %% ../../nbs/inference/46_bulk.ipynb #ddf3e07b
-def _ahead(items, job: Callable, workers: int) -> Iterator[tuple]:   # item, what the job returned
-    "Items in their order, the job of the next ones under way in threads."
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = deque()
-        try:
-            for item in items:
-                waiting.append((item, pool.submit(job, item)))
-                if len(waiting) > workers:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        finally:
-            for _, future in waiting: future.cancel()
-
 # %% ../../nbs/inference/46_bulk.ipynb #12574c08
 def _is_path(source) -> bool: return isinstance(source, (str, os.PathLike))
 
@@ -301,6 +275,15 @@ def _check_shared(db, source, scorer, encoding):
 
 # %% ../../nbs/inference/46_bulk.ipynb #0e3615e9
 @dataclass
+class _Row(Job):
+    "A video of a collection, and what the journal knows of it; found: scores, row as CSV."
+    name: str = ""
+    known: tuple = ()              # settings, SHA-256, mark, scores, error; None of a new one
+    sha: str = ""
+    mark: str = ""
+    kept: bool = False             # its known scores hold
+
+@dataclass
 class _Run:
     "One call of `score_set`: its journal, its scorer, and how its rows look."
     db: sqlite3.Connection
@@ -309,53 +292,52 @@ class _Run:
     form: TableForm | None         # None: our own
     report: Callable | None        # gets every error as it happens
 
-    def line(self, item: tuple, sha: str, scores: dict | None, error: str | None = None) -> str:
+    def line(self, row: _Row, scores: dict | None, error: str | None = None) -> str:
         "A row as CSV."
-        name, _, prompt = item
-        row = cells(self.scorer, self.form, name, prompt, scores, error, sha or None)
-        return _line(row, self.form)
+        out = cells(self.scorer, self.form, row.name, row.prompt, scores, error, row.sha or None)
+        return _line(out, self.form)
 
-    def prepare(self, row: tuple) -> tuple:
-        "What `_prepared` returns for a row of `_items`."
-        _, path, _, settings, sha, mark, scores, _ = row
-        known = settings == self.settings and scores is not None
-        return _prepared(self.scorer, path, sha, mark, known)
-
-    def rated(self, item: tuple, sha: str, views, scores: dict | None, wrong: Caught) -> tuple:
-        "Scores of one video, its row as CSV, what went wrong; empty where it went wrong before."
-        if wrong: return None, "", wrong
-        _, path, prompt = item
-        with caught(path) as wrong:
-            if views is not None: scores = self.scorer.rate(views, prompt)
-            return scores, self.line(item, sha, scores), wrong
-        return None, "", wrong
-
-    def keep(self, item: tuple, sha: str, mark: str, scores: dict | None, error: str | None):
+    def keep(self, row: _Row, scores: dict | None, error: str | None):
         "Writes one video into the journal."
-        name, _, prompt = item
-        row = (os.fsencode(name), _kept(prompt), self.settings, sha, mark,
-               json.dumps(scores) if scores else None, error and readable(error))
-        self.db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+        values = (os.fsencode(row.name), _kept(row.prompt), self.settings, row.sha, row.mark,
+                  json.dumps(scores) if scores else None, error and readable(error))
+        self.db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+# %% ../../nbs/inference/46_bulk.ipynb #10b45f0b
+def _flowing(run: _Run, workers: int | None) -> Iterator[_Row]:
+    "Every video once: known, scored, or failed."
+    def prepare(row):              # in a thread; None if its known scores hold
+        settings, sha, mark, scores, _ = row.known
+        row.sha, row.mark = _content(row.item, sha, mark)
+        row.kept = settings == run.settings and scores is not None and row.sha == sha
+        if not row.kept: return run.scorer.prepare(row.item)
+        scores = json.loads(scores)
+        row.found = scores, run.line(row, scores)
+    def rate(rows):
+        many, pairs = getattr(run.scorer, "rate_many", None), [(r.views, r.prompt) for r in rows]
+        found = many(*zip(*pairs)) if many else [run.scorer.rate(*pair) for pair in pairs]
+        return [(scores, run.line(row, scores)) for row, scores in zip(rows, found)]
+    rows = (_Row(path, prompt, name=name, known=tuple(known))
+            for name, path, prompt, *known in _items(run.db))
+    return flow(rows, prepare, rate, getattr(run.scorer, "device", "cpu"), workers)
 
 # %% ../../nbs/inference/46_bulk.ipynb #7858476a
-def _score_all(run: _Run, out: Path, workers: int, total: int | None, count: dict):
-    "Every video once: known, scored, or failed; `total` None: no bar."
+def _score_all(run: _Run, out: Path, workers: int | None, total: int | None, count: dict):
+    "Writes every video into journal and table; `total` None: no bar."
     head = _line(header(run.scorer, run.form), run.form)
     table = _Table(out, head) if out.suffix.lower() == ".csv" else None
     whole, tally = False, Tally(run.report or say)
-    done = _ahead(_items(run.db), run.prepare, workers)
     try:
-        for row, (sha, mark, views, wrong) in progress(done, total, "scoring", total is not None):
-            item, (_, _, old, scores, _) = row[:3], row[3:]
-            scores = json.loads(scores) if scores else None
-            scores, line, wrong = run.rated(item, sha, views, scores, wrong)
-            kept = views is None and not wrong
-            error = " ".join(str(wrong.error).split()) if wrong else None
-            count["kept" if kept else "failed" if wrong else "scored"] += 1
-            if not kept or mark != old: run.keep(item, sha, mark, scores, error)
-            if table: table.add(line or run.line(item, sha, None, error), not kept)
-            if wrong and run.report: run.report(error)
-            tally.add(wrong)
+        with closing(_flowing(run, workers)) as rows:
+            for row in progress(rows, total, "scoring", total is not None):
+                kept, wrong = row.kept and not row.wrong, row.wrong
+                error = " ".join(str(wrong.error).split()) if wrong else None
+                scores, line = (None, run.line(row, None, error)) if wrong else row.found
+                count["kept" if kept else "failed" if wrong else "scored"] += 1
+                if not kept or row.mark != row.known[2]: run.keep(row, scores, error)
+                if table: table.add(line, not kept)
+                if wrong and run.report: run.report(error)
+                tally.add(wrong)
         whole = True
     finally:
         if table: table.close(whole)
@@ -382,7 +364,7 @@ def score_set(
     scorer,                     # such as FiveMosScorer; see What scores them
     patterns=(),                # of file names in a folder; none: the usual endings
     form: str = "own",          # which columns; own, or one of the scorer's `tables`
-    workers: int = 1,           # threads that read ahead
+    workers: int | None = None, # threads that read ahead; None: one a core, at most 4
     progress: bool = False,     # how far it is, on stderr
     report: Callable[[str], None] | None = None,  # gets every error as it happens
     encoding: str | None = None # of a manifest; None: UTF-8, or UTF-16 with its mark
@@ -390,7 +372,8 @@ def score_set(
     "Scores a collection; what an earlier run finished is kept. Raises BulkError."
     out, over = Path(out), Counter()        # over: ending or reason -> how many
     form = None if form == "own" else _form_of(scorer, form)
-    if workers < 1: raise BulkError(f"{workers} workers", "there must be one", "Give 1 or more.")
+    if workers is not None and workers < 1:
+        raise BulkError(f"{workers} workers", "there must be one", "Give 1 or more.")
     videos, ordered = _videos(source, scorer, patterns, over, out, encoding)
     first = next(videos, None)              # before a journal is made: a wrong path leaves nothing
     if first is None: raise _no_video(source, over)

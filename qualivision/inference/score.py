@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 
 from ..data.sampling import Sampling
-from ..devices import announce, autocast, pick_device, resolve_precision
+from ..devices import Job, announce, autocast, flow, pick_device, resolve_precision
 from ..files import check_place
 from ..files import progress as with_progress
 from ..models.class_names import class_names
@@ -25,7 +25,7 @@ from ..models.five_mos import on_scale
 from ..models.registry import MODELS, ModelEntry
 from ..models.text import TextEncoder
 from ..models.weights import about_file, load_checkpoint, load_strict
-from ..quality import DIMENSIONS, QualiVisionError, ScoreRecord, Tally, caught
+from ..quality import DIMENSIONS, QualiVisionError, ScoreRecord, Tally
 
 # %% ../../nbs/inference/45_score.ipynb #1f345ea7
 CHECKPOINT = "qualivision/frames"   # of the package: no training, no network
@@ -109,18 +109,24 @@ def from_checkpoint(cls: Scorer, folder: str | Path = CHECKPOINT,
 
 # %% ../../nbs/inference/45_score.ipynb #50676a81
 @patch
-@torch.no_grad()
 def judge(self: Scorer,
           frames: torch.Tensor,       # (3,T,S,S) uint8, as `self.sampling` gives them
           prompt: str,                # the text it was generated from
           shown: int,                 # N, how many frames the video has
           ) -> tuple[list, dict, tuple]:  # five MOS or None; reasons for None; warnings
     "Scores a view, without what cannot be judged. Raises TextError for an unreadable prompt."
-    text = self.encoder.embed(prompt)[None].to(self.device)                   # (1,D)
-    with autocast(self.device, self.precision):
-        mos = self.model(frames[None].to(self.device), text)["mos"][0]        # (5,)
-    return self.explained(mos.float().cpu().tolist(), prompt, shown)
+    return self.judge_many([(frames, shown)], [prompt])[0]
 
+@patch
+@torch.no_grad()
+def judge_many(self: Scorer, views: list[tuple], prompts: list[str]) -> list[tuple]:
+    "What `judge` returns of each of B clips, from their frames and counts, and their prompts."
+    text = torch.stack([self.encoder.embed(p) for p in prompts])              # (B,D)
+    frames = torch.stack([frames for frames, _ in views])                     # (B,3,T,S,S)
+    with autocast(self.device, self.precision):
+        mos = self.model(frames.to(self.device), text.to(self.device))["mos"]     # (B,5)
+    return [self.explained(m, prompt, shown)
+            for m, prompt, (_, shown) in zip(mos.float().cpu().tolist(), prompts, views)]
 
 @patch
 def explained(self: Scorer, mos: list, prompt: str, shown: int) -> tuple:    # see `judge`
@@ -139,10 +145,13 @@ def score(self: Scorer,
     """Gives a video five scores.
     Raises VideoError for a bad file, TextError and ScoreError for a bad prompt."""
     frames, shown = self.opened(video, prompt)
-    scores, reasons, warnings = self.judge(frames, prompt, shown)
+    return self.record(video, prompt, *self.judge(frames, prompt, shown))
+
+@patch
+def record(self: Scorer, video, prompt: str, scores, reasons, warnings) -> ScoreRecord:
+    "The record of what `judge` returned."
     return ScoreRecord.of(str(video), prompt, scores, reasons=reasons, warnings=warnings,
                           **self.about)
-
 
 @patch
 def opened(self: Scorer, video: str | os.PathLike, prompt: str) -> tuple:    # as for `judge`
@@ -156,20 +165,22 @@ def opened(self: Scorer, video: str | os.PathLike, prompt: str) -> tuple:    # a
 # %% ../../nbs/inference/45_score.ipynb #0010bb93
 @patch
 def score_many(self: Scorer, pairs: Iterable[tuple],  # of (video, prompt)
+               workers: int | None = None,            # threads that decode ahead, see `flow`
+               contrast: bool = False                 # yield what `contrasted` returns
                ) -> Iterator[ScoreRecord]:
     """Yields one record per pair, in order; a failure becomes a record with its error.
     Raises QualiVisionError where the first five fail alike in an unforeseen way."""
-    return self.each(self.score, pairs)
-
-
-@patch
-def each(self: Scorer, how, pairs: Iterable[tuple]) -> Iterator:   # how: (video, prompt) → outcome
-    "What comes of each pair; of a failure, a record with its error."
-    tally = Tally()
-    for video, prompt in pairs:
-        with caught(video) as item: outcome = how(video, prompt)
-        tally.add(item)
-        yield ScoreRecord.failed(str(video), prompt, item.error, **self.about) if item else outcome
+    def opened(job): return self.opened(job.item, job.prompt)
+    def ranked(jobs): return [self.contrasted(j.item, j.prompt, j.views) for j in jobs]
+    def judged(jobs):
+        found = self.judge_many([j.views for j in jobs], [j.prompt for j in jobs])
+        return [self.record(j.item, j.prompt, *f) for j, f in zip(jobs, found)]
+    tally, jobs = Tally(), (Job(video, prompt) for video, prompt in pairs)
+    for job in flow(jobs, opened, ranked if contrast else judged, self.device, workers):
+        tally.add(job.wrong)
+        if job.wrong: job.found = ScoreRecord.failed(str(job.item), job.prompt, job.wrong.error,
+                                                     **self.about)
+        yield job.found
 
 # %% ../../nbs/inference/45_score.ipynb #5ebc0112
 STRANGERS = (
@@ -220,18 +231,19 @@ def rank_among(own: float, others: list[float]) -> dict:
 
 @patch
 @torch.no_grad()
-def contrasted(self: Scorer, video: str | os.PathLike, prompt: str) -> tuple[ScoreRecord, dict]:
+def contrasted(self: Scorer, video: str | os.PathLike, prompt: str,
+               views=None                    # what `opened` returns, where it is known
+               ) -> tuple[ScoreRecord, dict]:
     """The record of `score`, and where the prompt ranks by Alignment among others: strangers
     {rank, of}, changed {rank, of, prompts}. The clip is looked at once."""
-    frames, shown = self.opened(video, prompt)
+    frames, shown = views or self.opened(video, prompt)
     strangers, changed = [s for s in STRANGERS if s != prompt], changed_prompts(prompt)
     texts = [self.encoder.embed(p)[None] for p in (prompt, *strangers, *changed)]   # (1,D) each
     with autocast(self.device, self.precision):
         seen = self.model.encode_video(frames[None].to(self.device))
         raw = [self.model.score_under(seen, t.to(self.device))[0][0].float() for t in texts]
     scores, reasons, warnings = self.explained(on_scale(raw[0]).cpu().tolist(), prompt, shown)
-    record = ScoreRecord.of(str(video), prompt, scores, reasons=reasons, warnings=warnings,
-                            **self.about)
+    record = self.record(video, prompt, scores, reasons, warnings)
     if record.alignment is None:
         return record, {"strangers": None, "changed": None, "reason": reasons["alignment"]}
     d, n = DIMENSIONS.index("alignment"), 1 + len(strangers)

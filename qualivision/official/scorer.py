@@ -26,12 +26,12 @@ from ..evaluation.ranks import read_sets, relative_ranks, why_no_ranks
 from .cover import COVER, IMAGE_ENCODER, CLIPImage, clip_from_transformers
 from .dover import DOVER, Branches, DOVERMobile
 from .heads import about_head, load_head, parts
-from ..devices import announce, autocast, pick_device, resolve_precision
+from ..devices import Job, announce, autocast, flow, pick_device, resolve_precision
 from ..files import file_sha256, writing
 from ..models.store import Entry, entry, find, verify, weights_folder
 from ..models.weights import (
     WeightsError, about_file, load_checkpoint, load_strict, read_state)
-from ..quality import QualiVisionError, Tally, caught
+from ..quality import QualiVisionError, Tally
 from .raw_scores import predicted_mos
 from ..inference.bulk import TableForm
 
@@ -242,17 +242,31 @@ def prepare(self: OfficialScorer,
 
 
 @patch
-@torch.no_grad()
 def rate(self: OfficialScorer, views: dict[str, Tensor],
          prompt=None                        # no official model reads a prompt
         ) -> dict[str, float]:              # one number for each of `columns`
     "Scores of prepared views. Raises OfficialError for a score that is not finite."
-    views = {name: x.to(self.device) for name, x in views.items()}
+    return self.rate_many([views])[0]
+
+
+@patch
+@torch.no_grad()
+def rate_many(self: OfficialScorer, views: list[dict], prompts=None) -> list[dict]:
+    "`rate` of several videos whose views have equal shapes."
+    n, names = len(views), views[0]
+    joined = {name: torch.cat([v[name] for v in views]).to(self.device) for name in names}
     with autocast(self.device, self.precision):
-        if self.own is None: maps = self.model(views)
+        if self.own is None: features, maps = {}, self.model(joined)
         else:
-            features = self.model.features(views)
+            features = self.model.features(joined)
             maps = {v: self.model.get_submodule(f"{v}_head")(x) for v, x in features.items()}
+    def each(of): return [dict(zip(of, row)) for row in zip(*(x.chunk(n) for x in of.values()))]
+    return [self.finished(*row) for row in zip(each(maps), each(features) or [{}] * n)]
+
+# %% ../../nbs/official/79_scorer.ipynb #50cdc070
+@patch
+def finished(self: OfficialScorer, maps: dict[str, Tensor], features: dict[str, Tensor]) -> dict:
+    "The scores of one video from its maps; with heads of your own also from its features."
     scores = {name: m.double().mean().item() for name, m in maps.items()}
     if self.own: scores["mos"] = self.own.mos({name: x.float() for name, x in features.items()})
     if self.name == "cover": scores["overall"] = sum(scores.values())
@@ -284,11 +298,13 @@ def score(self: OfficialScorer, video: str | os.PathLike) -> dict:
 def score_many(self: OfficialScorer, videos: Iterable) -> Iterator[dict]:
     """One record per video, in order; a video that fails becomes a record with its error.
     Raises QualiVisionError where the first five fail alike in a way that nobody foresaw."""
+    def rated(jobs):
+        found = self.rate_many([job.views for job in jobs])
+        return [self.record(job.item, scores) for job, scores in zip(jobs, found)]
     tally = Tally()
-    for video in videos:
-        with caught(video) as item: record = self.score(video)
-        tally.add(item)
-        yield self.record(video, None, item.error) if item else record
+    for job in flow(map(Job, videos), lambda job: self.prepare(job.item), rated, self.device):
+        tally.add(job.wrong)
+        yield self.record(job.item, None, job.wrong.error) if job.wrong else job.found
 
 # %% ../../nbs/official/79_scorer.ipynb #b1c0898d
 def _cover_numbers(scores): return [round(scores[c], 4) for c in (*COVER.views, "overall")]
