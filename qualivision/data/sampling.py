@@ -91,7 +91,7 @@ def processor_view(frames,     # (T,H,W,3) uint8, array or tensor on the CPU
     top, left = (tall - size) // 2, (wide - size) // 2
     return frames[..., top:top + size, left:left + size]                            # (T,3,S,S)
 
-# %% ../../nbs/data/10_sampling.ipynb #ca3c1477
+# %% ../../nbs/data/10_sampling.ipynb #688ca10b
 _RESIZE = {"square": resize_square, "square8": resize_square8, "processor": processor_view}
 
 def view_of(size: int   # S, pixels a side
@@ -99,6 +99,7 @@ def view_of(size: int   # S, pixels a side
     "The view of a new model that names none: the whole picture; in float32 below 256 pixels."
     return "square8" if size >= 256 else "square"
 
+# %% ../../nbs/data/10_sampling.ipynb #ca3c1477
 @dataclass(frozen=True)
 class Sampling:
     "How a video becomes a view: frames spread evenly, as squares or as V-JEPA 2 crops them."
