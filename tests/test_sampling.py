@@ -17,7 +17,7 @@ from qualivision.official.views import (
     COVER_VIEWS, DOVER_VIEWS, View, cover_views, dover_views, fragment_corners, fragment_offsets,
     fragment_view, is_picture, read_picture, segment_indices, view_indices)
 from qualivision.data.sampling import (
-    Sampling, SamplingError, processor_view, resize_square, uniform_indices)
+    Sampling, SamplingError, processor_view, resize_square, resize_square8, uniform_indices, view_of)
 from qualivision.data.container import EmptyVideo, VideoError, write_video
 from qualivision.data.video import probe, read_frames
 from qualivision.quality import QualiVisionError
@@ -63,6 +63,28 @@ def test_memory_maps_and_turned_arrays_are_taken_as_they_are(tmp_path):
     assert resize_square(frames[:, :, :H], H).shape == (4, 3, H, H) and W > H
     for wrong in (frames.astype(float), frames[0], frames[..., :2]):
         with pytest.raises(SamplingError): resize_square(wrong, 40)
+
+
+@pytest.mark.parametrize("height,width,size", [(90, 160, 64), (67, 31, 48), (33, 40, 96)])
+def test_whole_numbers_are_those_of_pillow(height, width, size):
+    "At least 70 dB from Pillow's bicubic, rows first (Pillow 13 may take the columns first); rounding once from float is not as near."
+    frames = np.stack([np.array(Image.fromarray(f).resize((width, height), Image.BICUBIC)) for f in formula(3, 20, 30)])
+    rows = [Image.fromarray(f).resize((size, height), Image.BICUBIC) for f in frames]
+    theirs = np.stack([np.array(r.resize((size, size), Image.BICUBIC)) for r in rows]).transpose(0, 3, 1, 2)
+    error = {f: np.square(f(frames, size).numpy() - theirs.astype(float)).mean() for f in (resize_square8, resize_square)}
+    assert error[resize_square8] <= 255 ** 2 / 1e7 < error[resize_square]
+    assert torch.equal(resize_square8(frames[:, :, ::-1], size), torch.cat([resize_square8(f[None, :, ::-1], size) for f in frames]))
+
+
+def test_a_file_in_whole_numbers(tmp_path):
+    "Each frame in its places, in memory of the view's own order; new models take it from 256 pixels on, old ones never."
+    frames = np.stack([picture(k) for k in range(5)])
+    clip, sampling = write_video(tmp_path / "a.mp4", frames), Sampling(8, 40, "square8")
+    view, n = sampling.counted(clip)
+    assert n == 5 and view.is_contiguous()
+    assert torch.equal(view, resize_square8(read_frames(clip, uniform_indices(5, 8)), 40).transpose(0, 1))
+    assert (sampling.key(), Sampling(8, 40).key()) == ("uniform8-square40-bicubic8", "uniform8-square40-bicubic")
+    assert [view_of(size) for size in (144, 224, 640)] == ["square", "square", "square8"] and Sampling().view == "square"
 
 
 VIEW = """
@@ -219,7 +241,8 @@ def test_a_file_gives_the_views_of_its_frames(tmp_path, views):
     assert not torch.equal(files[0]["technical"], files[2]["technical"])
 
 
-@pytest.mark.parametrize("make", [dover_views, cover_views, Sampling(64, 96), Sampling(64, 96, "processor")], ids=lambda m: getattr(m, "view", m))
+@pytest.mark.parametrize("make", [dover_views, cover_views, *(Sampling(64, 96, v) for v in ("square", "square8", "processor"))],
+                         ids=lambda m: getattr(m, "view", m))
 def test_no_video_stands_whole_in_memory(tmp_path, make):
     "48 frames are 133 MB. numpy tells of its arrays: whole frames, and the patches that are kept, 15 MB at most."
     frame = np.random.default_rng(0).integers(0, 256, (720, 1280, 3), dtype=np.uint8)
@@ -229,7 +252,7 @@ def test_no_video_stands_whole_in_memory(tmp_path, make):
     tracemalloc.start()
     try: make(clip, **more)
     finally: most = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
-    assert frame.nbytes <= most < 12 * frame.nbytes, f"{most / frame.nbytes:.1f} frames"
+    assert frame.nbytes / 2 <= most < 12 * frame.nbytes, f"{most / frame.nbytes:.1f} frames"
 
 
 def test_pictures(tmp_path):

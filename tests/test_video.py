@@ -85,6 +85,21 @@ def test_both_readers_return_equal_pixels(zoo, name):
         assert np.array_equal(read_frames(zoo / name, wanted, "decord"), read_frames(zoo / name, wanted, "pyav"))
 
 
+@pytest.mark.parametrize("name", SAFE)
+def test_one_decode_is_enough(zoo, tmp_path, monkeypatch, name):
+    "What decord reads rightly too is decoded once, by PyAV alone, and damage in it is seen all the same."
+    passes, one = [], V._pass
+    monkeypatch.setattr(V, "_pass", lambda *args, **how: passes.append(args) or one(*args, **how))
+    monkeypatch.setattr(V, "_open_decord", lambda *args: pytest.fail("decord was asked"))
+    for each in (None, lambda frame, at: number(frame)):
+        passes.clear()
+        read_frames(zoo / name, lambda n: [n - 1, 0, n // 3], each=each)
+        assert len(passes) == 1
+    if len(ZOO[name].shown) < N: return
+    path = flip(zoo / name, tmp_path / name)
+    with pytest.raises(C.CorruptVideo, match="frames are lost"): read_frames(path, [0])
+
+
 @needs_decord
 @pytest.mark.parametrize("name", WRONG)
 def test_decord_alone_would_have_returned_other_frames(zoo, name):

@@ -40,7 +40,10 @@ class _Shelf:
     def put(self, frame: np.ndarray, k: int):  # (H,W,3) uint8; its number
         "Fills the places of frame `k`; every call of `each` gets an array of its own."
         for at in self.places[k]:
-            self.kept[at] = self.each(np.array(frame, order="C"), at) if self.each else frame
+            if self.each:                  # the last gets the frame itself, those before copies
+                own = frame if at == self.places[k][-1] else frame.copy()
+                self.kept[at] = self.each(np.require(own, requirements="CW"), at)
+            else: self.kept[at] = frame
             self.filled[at] = True
 
     def get(self) -> np.ndarray | list:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..data.clips import ClipCache
 from ..data.dataset import data_hash, load_dataset, resolve_splits, validate
-from ..data.sampling import Sampling
+from ..data.sampling import Sampling, view_of
 from ..evaluation.lowlevel import feature_table
 from ..models.registry import compared
 from ..models.text import TextEncoder
@@ -41,9 +41,9 @@ def manifest(
 def views(
     sections: dict,           # model → its section, with model: {frames, size, view}
 ) -> dict[str, Sampling]:     # model → view
-    "How each model wants its clips; a view that is not named is the whole square."
+    "How each model wants its clips; a view that is not named is the whole picture."
     asked = {name: section["model"] for name, section in sections.items()}
-    return {name: Sampling(m["frames"], m["size"], m.get("view", "square"))
+    return {name: Sampling(m["frames"], m["size"], m.get("view") or view_of(m["size"]))
             for name, m in asked.items()}
 
 # %% ../../nbs/pipeline/49_prepare.ipynb #3e2d75da

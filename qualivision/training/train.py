@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..data.clips import ClipCache, VideoQualityDataset
 from ..data.dataset import data_hash, load_dataset, resolve_splits
-from ..data.sampling import Sampling
+from ..data.sampling import Sampling, view_of
 from ..devices import kept_rng, pick_device, seed_all
 from ..files import check_place, code_hash, value_hash
 from ..models.bodies import body_folder, config_for
@@ -49,7 +49,7 @@ def model_config(name: str = "embedded",         # one of CONFIGS
 
 def sampling_of(config) -> Sampling:   # DoverConfig or VJepaConfig
     "The clips that a model of this configuration takes."
-    return Sampling(config.frames, config.size, getattr(config, "view", "square"))
+    return Sampling(config.frames, config.size, getattr(config, "view", view_of(config.size)))
 
 # %% ../../nbs/training/44_train.ipynb #c10f217b
 @dataclass
