@@ -342,7 +342,7 @@ def test_a_result_that_fails_in_the_end_says_so_and_leaves_nothing(here, five, t
 def test_reasons_and_warnings_are_in_every_result(call, five, here, tmp_path, monkeypatch):
     "A video with one frame has no Temporal score, in each form of a result, and the status stays 0; a rerun keeps it."
     toy_clip(tmp_path/"still.mp4", (9, 99, 200), frames=1)
-    monkeypatch.setattr(Scorer, "judge", lambda self, *a, real=Scorer.judge: (*real(self, *a)[:2], ("the prompt was cut",)))
+    monkeypatch.setattr(Scorer, "explained", lambda self, *a, real=Scorer.explained: (*real(self, *a)[:2], ("the prompt was cut",)))
     why = "the video has one frame"
     status, (r,), err = call("score", tmp_path/"still.mp4", "--prompt", "a boat", "--json")
     assert status == 0 and r["temporal"] is None and why in r["reasons"]["temporal"] and r["warnings"] == ["the prompt was cut"] and not r["error"]
