@@ -175,8 +175,14 @@ class Block(nn.Sequential):
         self.register_parameter("gamma", gamma if gamma is None else nn.Parameter(gamma))
         self.residual, self.drop_path = residual, drop_path
 
-    def forward(self, x: Tensor) -> Tensor:                               # (B,C,T,H,W)
-        y = super().forward(x)                                            # (B,C,T,H,W)
+    def _thrifty(self, x):
+        "The layers; the wide ones frame by frame, and computed again when their gradient is asked."
+        dwconv, norm, *wide = self
+        frames, wide = norm(dwconv(x)).split(1, 2), nn.Sequential(*wide)  # T × (B,C,1,H,W)
+        return torch.cat([checkpoint(wide, f, use_reentrant=False) for f in frames], 2)
+
+    def forward(self, x: Tensor, thrifty=False) -> Tensor:                # (B,C,T,H,W); no grn
+        y = self._thrifty(x) if thrifty else super().forward(x)           # (B,C,T,H,W)
         if not self.residual: return y
         if self.gamma is not None: y = y * self.gamma.to(y.dtype).view(-1, 1, 1, 1)
         if self.training and self.drop_path:
@@ -288,7 +294,7 @@ class ConvNeXt3D(nn.Sequential):
         maps = []
         for i, layer in enumerate(self):
             twice = self.checkpointing and self.training and isinstance(layer, Block)
-            x = checkpoint(layer, x, use_reentrant=False) if twice else layer(x)
+            x = checkpoint(layer, x, True, use_reentrant=False) if twice else layer(x)
             if i == 0 and self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last_3d)
             if i in self.ends or (i == 0 and stem): maps.append(x)
