@@ -354,7 +354,7 @@ def test_eight_clips_by_heart():
 # ---------------------------------------------------------------- layers
 
 @pytest.mark.parametrize("kernel", [(1, 1, 1), (1, 7, 7), (3, 1, 1), (3, 5, 3), (7, 7, 7)])
-@pytest.mark.parametrize("shape", [(2, 5, 4, 9, 8), (1, 3, 1, 2, 2), (3, 4, 8, 5, 16)])
+@pytest.mark.parametrize("shape", [(2, 5, 4, 9, 8), (1, 3, 1, 2, 2), (3, 4, 8, 5, 16), (1, 2, 3, 5, 37)])     # the last one wider than a strip
 def test_depthwise_gradients(kernel, shape):
     torch.manual_seed(0)
     layer, x = DepthwiseConv3d(shape[1], kernel), torch.randn(shape, requires_grad=True)

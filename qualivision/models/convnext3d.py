@@ -33,8 +33,11 @@ class _Depthwise(torch.autograd.Function):
         grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last_3d)
         dx = _convolve(grad, weight.flip(2, 3, 4), None, ctx.padding) if of_x else None
         dw = _kernel_gradient(x, grad, weight.shape).to(weight.dtype) if of_weight else None
-        db = grad.sum((0, 2, 3, 4), dtype=torch.float32) if of_bias else None
+        db = grad.sum((0, 2, 3, 4), dtype=_wide(x)) if of_bias else None
         return dx, dw, db
+
+
+def _wide(x): return torch.promote_types(x.dtype, torch.float32)     # for sums
 
 
 def _convolve(x, weight, bias, padding):
@@ -43,24 +46,36 @@ def _convolve(x, weight, bias, padding):
         bias = bias if bias is None else bias.to(x.dtype)
         return F.conv3d(x, weight.to(x.dtype), bias, padding=padding, groups=weight.shape[0])
 
-
-def _frames(x, empty):   # (B,C,T,H,W) → (B·(T+empty),C,H,W), float32
-    "All frames of all clips in one row, each clip followed by empty frames."
-    x = F.pad(x.float().permute(0, 2, 3, 4, 1), (0, 0, 0, 0, 0, 0, 0, empty))
-    return x.flatten(0, 1).permute(0, 3, 1, 2)
-
 # %% ../../nbs/models/22_convnext3d.ipynb #dbaa442b
+_ROWS, _STRIP = 2, 16      # of the map of one product
+
+
+def _channel_rows(x, halo, width, kernel):   # (B,C,T,H,W) → (C,N,rows·(width+2·halo))
+    "All frames of each channel: strip by strip, clip by clip, empty ones after each clip."
+    (kt, kh), x = kernel, x.to(_wide(x)).permute(0, 2, 3, 4, 1)                  # (B,T,H,W,C)
+    below, right = kh // 2 + -x.shape[2] % _ROWS, halo + -x.shape[3] % width
+    x = F.pad(x, (0, 0, halo, right, kh // 2, below, 0, kt // 2))
+    x = x.unfold(3, width + 2 * halo, width).permute(3, 0, 1, 2, 5, 4)           # (n,B,T,h,w,C)
+    return x.reshape(-1, x.shape[-1]).t().contiguous().view(x.shape[-1], x.shape[:3].numel(), -1)
+
+
 def _kernel_gradient(x, grad, shape):
-    "Gradient (C,1,kt,kh,kw) of the depthwise kernel: one 2-D kernel gradient per time tap."
-    (C, _, _, kh, kw), r = shape, shape[2] // 2
-    x, grad = _frames(x, r), _frames(grad, r)
-    N, taps, empty = len(x), [], x.new_empty(C, 1, kh, kw)
-    for d in range(-r, r + 1):              # frame t of the gradient meets frame t+d of the input
-        a, b = (x[d:], grad[:N - d]) if d >= 0 else (x[:d], grad[-d:])
-        taps.append(torch.ops.aten.convolution_backward(
-            b, a, empty, [C], [1, 1], [kh // 2, kw // 2], [1, 1], False, [0, 0], C,
-            [False, True, False])[1])       # the second of three gradients: the kernel's
-    return torch.stack(taps, 2)             # (C,1,kt,kh,kw)
+    "Gradient (C,1,kt,kh,kw) of the depthwise kernel, by matrix products of rows of pixels."
+    (C, _, kt, kh, kw), w = shape, min(x.shape[4], _STRIP)
+    halo = kw // 2 if w < x.shape[4] else 0                 # a strip needs pixels of its neighbours
+    wide = w + 2 * halo
+    x = _channel_rows(x, halo, w, (kt, kh))                                      # (C,N,·)
+    grad = _channel_rows(grad, 0, w, (kt, 1))                                    # (C,N,·)
+    pairs = x.new_zeros(kt, C, _ROWS * w, (_ROWS + kh - 1) * wide)
+    for i, d in enumerate(range(-(kt // 2), kt // 2 + 1)):  # frame t of grad meets frame t+d of x
+        a, b = (x[:, d:], grad[:, :grad.shape[1] - d]) if d >= 0 else (x[:, :d], grad[:, -d:])
+        for y in range(0, b.shape[2] // w, _ROWS):
+            rows = b[:, :, y * w:(y + _ROWS) * w], a[:, :, y * wide:(y + _ROWS + kh - 1) * wide]
+            pairs[i].baddbmm_(rows[0].transpose(1, 2), rows[1])
+    pairs = pairs.view(kt, C, _ROWS, w, -1, wide)
+    pairs = sum(pairs[:, :, r, :, r:r + kh] for r in range(_ROWS))               # (kt,C,w,kh,wide)
+    taps = [pairs.diagonal(halo + d, 2, 4).sum(-1) for d in range(-(kw // 2), kw // 2 + 1)]
+    return torch.stack(taps, -1).transpose(0, 1).unsqueeze(1)
 
 # %% ../../nbs/models/22_convnext3d.ipynb #a5005a88
 class DepthwiseConv3d(nn.Conv3d):
@@ -160,8 +175,14 @@ class Block(nn.Sequential):
         self.register_parameter("gamma", gamma if gamma is None else nn.Parameter(gamma))
         self.residual, self.drop_path = residual, drop_path
 
-    def forward(self, x: Tensor) -> Tensor:                               # (B,C,T,H,W)
-        y = super().forward(x)                                            # (B,C,T,H,W)
+    def _thrifty(self, x):
+        "The layers; the wide ones frame by frame, and computed again when their gradient is asked."
+        dwconv, norm, *wide = self
+        frames, wide = norm(dwconv(x)).split(1, 2), nn.Sequential(*wide)  # T × (B,C,1,H,W)
+        return torch.cat([checkpoint(wide, f, use_reentrant=False) for f in frames], 2)
+
+    def forward(self, x: Tensor, thrifty=False) -> Tensor:                # (B,C,T,H,W); no grn
+        y = self._thrifty(x) if thrifty else super().forward(x)           # (B,C,T,H,W)
         if not self.residual: return y
         if self.gamma is not None: y = y * self.gamma.to(y.dtype).view(-1, 1, 1, 1)
         if self.training and self.drop_path:
@@ -273,7 +294,7 @@ class ConvNeXt3D(nn.Sequential):
         maps = []
         for i, layer in enumerate(self):
             twice = self.checkpointing and self.training and isinstance(layer, Block)
-            x = checkpoint(layer, x, use_reentrant=False) if twice else layer(x)
+            x = checkpoint(layer, x, True, use_reentrant=False) if twice else layer(x)
             if i == 0 and self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last_3d)
             if i in self.ends or (i == 0 and stem): maps.append(x)
