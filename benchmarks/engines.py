@@ -10,7 +10,6 @@ Usage: python benchmarks/engines.py [--models dover++ vjepa2 frames dover dover-
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -136,6 +135,13 @@ def compared(name: str, engine: str, precision: str, args) -> dict:
             if p: p.end()
 
 
+def described(r: dict) -> str:
+    "A comparison in one line."
+    ranks = "not defined" if r["spearman"] is None else f"{r['spearman']:.4f}"
+    return (f"{r['ratio']:5.2f}× ({r['least']:.2f}–{r['most']:.2f})  {r['seconds']:7.2f} s  scores differ by {r['largest']:.0e}, on average "
+            f"{r['mean']:.0e}, Spearman {ranks}  peak {r['peak']/1e9:.2f} GB, torch {r['peak of torch']/1e9:.2f}  prepared in {r['prepared']:.0f} s")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help="default: all but COVER; with --full COVER too")
@@ -151,11 +157,13 @@ def main():
     args = parser.parse_args()
     if args.worker: return worker(*json.loads(args.worker))
     import torch
+
+    from qualivision.official.engine import cpu_name
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         args.cache = args.cache or folder
         if not args.json:
-            print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+            print(f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}; "
                   f"{'published' if args.full else 'reduced'} sizes; ratio to torch in fp32: median (least–most) of {args.repeat} pairs")
         for name in args.models or MODELS[:len(MODELS) - (not args.full)]:
             for engine in args.engines:
@@ -164,11 +172,7 @@ def main():
                     r = compared(name, engine, precision, args)
                     rows.append(r)
                     if args.json: continue
-                    about = r.get("error") or (
-                        f"{r['ratio']:5.2f}× ({r['least']:.2f}–{r['most']:.2f})  {r['seconds']:7.2f} s  scores differ by {r['largest']:.0e}, on average "
-                        f"{r['mean']:.0e}, Spearman {r['spearman'] if r['spearman'] is None else round(r['spearman'], 4)}  peak {r['peak']/1e9:.2f} GB, "
-                        f"torch {r['peak of torch']/1e9:.2f}  prepared in {r['prepared']:.0f} s")
-                    print(f"{name:13}{engine:9}{precision:5} {about}", flush=True)
+                    print(f"{name:13}{engine:9}{precision:5} {r.get('error') or described(r)}", flush=True)
     if args.json: print(json.dumps(rows))
 
 

@@ -1,4 +1,4 @@
-"ONNX: the same scores at other batches and lengths, files that carry no paths, the command, and what is refused; engines compute what torch computes."
+"ONNX: the same scores at other batches and lengths, files that carry no paths, the command, refusals; engines compute what torch computes."
 import json
 import sys
 from dataclasses import replace
@@ -248,7 +248,9 @@ def test_whole_models(name, case, make, folder, official_numbers):
 
 # ---- engines, chapter 86: the network of each kind of model, recorded at one batch and run at others ------------------
 
-def dover_net(**kw): return DoverPlusPlus(replace(EMBEDDED, **{**dict(frames=5, size=45, dims=(8,), depths=(1,), grid=(2, 2, 2), stages=(0,), token_stages=(0,)), **kw}))
+def dover_net(**changes):
+    one_stage = dict(frames=5, size=45, dims=(8,), depths=(1,), grid=(2, 2, 2), stages=(0,), token_stages=(0,))
+    return DoverPlusPlus(replace(EMBEDDED, **one_stage | changes))
 
 
 def vjepa_net(): return VJepaMos(replace(VJEPA_EMBEDDED, frames=6, size=72, hidden_size=24, layers=2, encoder_heads=4, grid=(2, 2, 2), freeze=.5))
@@ -256,7 +258,7 @@ def vjepa_net(): return VJepaMos(replace(VJEPA_EMBEDDED, frames=6, size=72, hidd
 
 KINDS = {   # of model: how it is made; what it is recorded for, without the batch: odd numbers of frames, no squares
     "dover": (dover_net, (3, 5, 45, 63)),
-    "published": (lambda: dover_net(dims=(8, 12, 16, 20), depths=(1, 1, 1, 1), stages=(-1, 3), token_stages=(1, 3), size=144, kernel=(7, 7, 7)), (3, 7, 144, 117)),
+    "stages": (lambda: dover_net(dims=(8, 12, 16, 20), depths=(1, 1, 1, 1), stages=(-1, 3), token_stages=(1, 3), kernel=(7, 7, 7)), (3, 7, 144, 117)),
     "vjepa": (vjepa_net, (3, 6, 72, 72)),
     "frames": (FramesMos, (3, 97, 65)),
     "official": (Small, {"technical": (3, 7, 40, 36), "aesthetic": (3, 5, 33, 40)}),

@@ -15,9 +15,9 @@ import typer
 
 from qualivision.commands.app import (
     CHECKPOINT, LEARNING, MEANT, OFFICIAL, OPINIONS, Answer, App, Batch, Clip, Columns, Device,
-    Encoding, Engine, Epochs, Fused, GroupBy, Head, Json, Precision, Preset, RankWeight, Rate, Readers,
-    Scale, Seed, Share, SharedWeight, TrainSeed, Videos, Weights, WeightsFile, Workers, failed,
-    option, wrapped)
+    Encoding, Engine, Epochs, Fused, GroupBy, Head, Json, Precision, Preset, RankWeight, Rate,
+    Readers, Scale, Seed, Share, SharedWeight, TrainSeed, Videos, Weights, WeightsFile, Workers,
+    failed, option, wrapped)
 from .own import GOES_ON, fit_dover, fit_frames, on_engine, set_scorer
 from ..files import check_place, write_whole
 from ..quality import Tally, caught, say

@@ -15,8 +15,8 @@ from typing import Annotated, Literal, Optional
 import typer
 
 from .app import (
-    CHECKPOINT, MEANT, OFFICIAL, OPINIONS, Answer, App, Batch, Checkpoint, Clip, Columns,
-    Device, Encoding, Engine, Epochs, Fused, GroupBy, Head, Json, Precision, Preset, RankWeight, Rate,
+    CHECKPOINT, MEANT, OFFICIAL, OPINIONS, Answer, App, Batch, Checkpoint, Clip, Columns, Device,
+    Encoding, Engine, Epochs, Fused, GroupBy, Head, Json, Precision, Preset, RankWeight, Rate,
     Readers, Scale, Seed, Share, SharedWeight, TrainSeed, Videos, Weights, Workers, bar, failed,
     notice, option, unicode, wrapped)
 from ..files import check_place

@@ -254,7 +254,8 @@ def _cells(x: Tensor, h: int, w: int) -> Tensor:                            # (B
         cells = x.permute(0, 2, 3, 4, 1).unflatten(2, (h, -1)).unflatten(4, (w, -1))
         return cells.mean((3, 5), dtype=torch.float32)
     if torch.compiler.is_exporting():                     # ONNX has no such pooling
-        return (_shares(x.shape[3], h) @ x.float() @ _shares(x.shape[4], w).T).permute(0, 2, 3, 4, 1)
+        means = _shares(x.shape[3], h) @ x.float() @ _shares(x.shape[4], w).T
+        return means.permute(0, 2, 3, 4, 1)
     return F.adaptive_avg_pool3d(x.float(), (x.shape[2], h, w)).permute(0, 2, 3, 4, 1)
 
 
