@@ -10,6 +10,7 @@ __all__ = ['LARGEST', 'ExportError', 'onnx_packages', 'Graph', 'view_shapes', 'f
 import contextlib
 import json
 import logging
+import os
 import warnings
 from importlib import import_module
 from pathlib import Path
@@ -31,7 +32,8 @@ class ExportError(QualiVisionError):
 
 
 def onnx_packages() -> list:  # onnx, onnxruntime, onnxscript
-    "The packages of the extra `onnx`, imported. Raises `ExportError` that names it."
+    "The packages of the extra `onnx`, imported without reports. Raises `ExportError`."
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"     # else onnxruntime writes an identity into HOME
     try: return [import_module(name) for name in ("onnx", "onnxruntime", "onnxscript")]
     except ModuleNotFoundError as e:
         raise ExportError(f"package {e.name}",
