@@ -107,14 +107,14 @@ pip_install() {     # -qq: errors, no warnings
         die "pip could not install everything (above). The first set-up needs the network; run again to go on from here."
 }
 
-setup() {           # $1: base, or test with the optional trackers, ONNX and real clips as well
+setup() {           # $1: base, or test with the optional trackers, ONNX, OpenVINO and real clips as well
     find_env
     PATH=$ENV/bin:$PATH VIRTUAL_ENV=$ENV
     export PATH VIRTUAL_ENV
     unset PYTHONHOME
     case $1 in
         base) extras=dev; if stamped base test; then return; fi ;;
-        test) extras=dev,wandb,tensorboard,onnx,clips; if stamped test; then return; fi ;;
+        test) extras=dev,wandb,tensorboard,onnx,openvino,clips; if stamped test; then return; fi ;;
     esac
     [ -z "$OURS" ] || make_env
     "$PY" -m pip --version >/dev/null 2>&1 || die "there is no pip in $ENV. Run $PY -m ensurepip, and run again."

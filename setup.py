@@ -34,6 +34,7 @@ setup(
         "wandb": cfg["wandb_requirements"].split(),
         "tensorboard": cfg["tensorboard_requirements"].split(),
         "onnx": cfg["onnx_requirements"].split(),
+        "openvino": cfg["openvino_requirements"].split(),
         "clips": cfg["clips_requirements"].split(),
     },
     entry_points={

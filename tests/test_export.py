@@ -1,6 +1,8 @@
-"ONNX: the same scores at other batches and lengths, files that carry no paths, the command, and what is refused."
+"ONNX: the same scores at other batches and lengths, files that carry no paths, the command, refusals; engines compute what torch computes."
 import json
 import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,11 @@ from typer.testing import CliRunner
 
 from qualivision.cli import app
 from qualivision.files import FileError, file_sha256
+from qualivision.models.dover_mos import EMBEDDED, DoverPlusPlus
+from qualivision.models.frames_mos import FramesMos
+from qualivision.models.text import Kept
+from qualivision.models.vjepa_mos import VJEPA_EMBEDDED, VJepaMos
+from qualivision.official.engine import RUNNERS, Engine
 from qualivision.official.export import ExportError, Graph, OnnxModel, export_onnx, free_lengths, sources
 from qualivision.official.inflated import INFLATED, InflatedConvNeXt3D
 from qualivision.official.cover import COVER, CLIPImage
@@ -237,3 +244,50 @@ def test_whole_models(name, case, make, folder, official_numbers):
     maps = OnnxModel(made["file"])(views)
     for v in model.views: assert np.abs(maps[v].numpy() - official_numbers[f"{name}/{case}/{v}/score_map"]).max() < MAP
     Path(made["file"]).unlink()
+
+
+# ---- engines, chapter 86: the network of each kind of model, recorded at one batch and run at others ------------------
+
+def dover_net(**changes):
+    one_stage = dict(frames=5, size=45, dims=(8,), depths=(1,), grid=(2, 2, 2), stages=(0,), token_stages=(0,))
+    return DoverPlusPlus(replace(EMBEDDED, **one_stage | changes))
+
+
+def vjepa_net(): return VJepaMos(replace(VJEPA_EMBEDDED, frames=6, size=72, hidden_size=24, layers=2, encoder_heads=4, grid=(2, 2, 2), freeze=.5))
+
+
+KINDS = {   # of model: how it is made; what it is recorded for, without the batch: odd numbers of frames, no squares
+    "dover": (dover_net, (3, 5, 45, 63)),
+    "stages": (lambda: dover_net(dims=(8, 12, 16, 20), depths=(1, 1, 1, 1), stages=(-1, 3), token_stages=(1, 3), kernel=(7, 7, 7)), (3, 7, 144, 117)),
+    "vjepa": (vjepa_net, (3, 6, 72, 72)),
+    "frames": (FramesMos, (3, 97, 65)),
+    "official": (Small, {"technical": (3, 7, 40, 36), "aesthetic": (3, 5, 33, 40)}),
+    "cover": (lambda: COVER(CLIPImage(**TOWER)), {"semantic": (3, 2, 32, 32), "technical": (3, 4, 64, 64), "aesthetic": (3, 4, 64, 64)})}
+
+
+@pytest.mark.parametrize("kind", [k if k == "dover" else pytest.param(k, marks=pytest.mark.slow) for k in KINDS])
+def test_engines_compute_what_torch_computes(kind):
+    "To 1e-4 of features that are not flat, for a batch of one and of three."
+    make, shapes = KINDS[kind]
+    torch.manual_seed(0)
+    model, kept = make().eval(), {}
+    if kind in ("official", "cover"): fill(model)
+    if kind == "cover":
+        fill(model.clip)
+        model.technical_backbone, model.aesthetic_backbone = Swin3D(384, (1, 1), (6, 12), gated=(True, False)), InflatedConvNeXt3D((24, 768), (1, 1))
+    store = Kept(None)
+    store.get, store.put = kept.get, kept.__setitem__     # recorded once for both
+    def inputs(batch):
+        if isinstance(shapes, dict): return {v: view(i, (batch, *s)) for i, (v, s) in enumerate(shapes.items())}
+        return view(0, (batch, *shapes))
+    for name in RUNNERS:
+        if name == "openvino" and not find_spec("openvino"): continue
+        engine = Engine(model, inputs(1), name, kept=store)
+        for batch in (1, 3):
+            x = inputs(batch)
+            with torch.no_grad(): here = model.network(x)
+            there = engine(x)
+            assert list(there) == list(here) and not engine.told, "torch had no part in it"
+            for k, ours in here.items():
+                assert there[k].shape == ours.shape and there[k].dtype == ours.dtype and ours.std() > 1e-3
+                assert (there[k] - ours).abs().max() < CLOSE, (name, k)

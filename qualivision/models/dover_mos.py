@@ -138,17 +138,23 @@ def working_dtype(x: Tensor) -> torch.dtype:
 
 
 @patch
-def look(self: VideoBranch, frames: Tensor) -> dict[str, Tensor]:   # (B,3,T,H,W)
-    "Frames → what the backbone shows: pooled (B,P), tokens (B,N,·); statistics (B,864)."
+def network(self: VideoBranch, x: Tensor) -> dict[str, Tensor]:          # (B,3,T,H,W) normalised
+    "Pixels → what the backbone shows: pooled (B,P), tokens (B,N,·)."
     c = self.config
-    x = input_channels(frames, dtype=working_dtype(frames))              # (B,3,T,H,W)
     stem, *maps = self.backbone(x, stem=True)                            # 1 + 4 × (B,dim,T,h,w)
     pooled = [pool_statistics(x if s == -1 else maps[s], c.statistics, c.log_statistics)
               for s in c.stages]
     if c.wide: pooled = [filter_statistics(stem), *pooled]
     tokens = grid_tokens([maps[s] for s in c.token_stages], c.grid, c.token_spread)
-    out = {"pooled": torch.cat(pooled, 1), "tokens": tokens}             # (B,P), (B,N,·)
-    if c.bank: out["statistics"] = self.bank.statistics(frames)          # (B,864)
+    return {"pooled": torch.cat(pooled, 1), "tokens": tokens}            # (B,P), (B,N,·)
+
+
+@patch
+def look(self: VideoBranch, frames: Tensor,                         # (B,3,T,H,W)
+         engine=None) -> dict[str, Tensor]:                         # instead of `network`
+    "What `network` gives, and the fixed statistics (B,864)."
+    out = (engine or self.network)(input_channels(frames, dtype=working_dtype(frames)))
+    if self.config.bank: out["statistics"] = self.bank.statistics(frames)          # (B,864)
     return out
 
 
@@ -195,7 +201,9 @@ class DoverPlusPlus(FiveMos):
 
     def look(self, frames: Tensor) -> dict[str, Tensor]:     # (B,3,T,H,W)
         "What the backbone shows of each clip: pooled (B,P), tokens (B,N,·); statistics (B,864)."
-        return self.dover_model.look(frames)
+        return self.dover_model.look(frames, self.engine)
+
+    def network(self, x: Tensor) -> dict[str, Tensor]: return self.dover_model.network(x)
 
 # %% ../../nbs/models/28_dover_mos.ipynb #43e610c6
 @patch

@@ -131,6 +131,7 @@ class FiveMos(nn.Module):
     VIDEO: tuple = ()     # beginnings of the names of the layers that look at pixels,
     BODY: tuple = ()      # and of everything that pretraining leaves behind
     FEATURES = "video_features"      # the name of a video's features among what `forward` returns
+    engine = None         # runs the costly part (`network`, where a model has one) instead of torch
 
     def __init__(self, config, text_encoder=None):   # a CONFIG; for prompts given as strings
         super().__init__()

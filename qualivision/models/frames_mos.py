@@ -65,10 +65,13 @@ class FramesMos(FiveMos):
         "A name for what `prefix` computes."
         return f"frames {self.config.tower} {TOWERS[self.config.tower].sha256[:16]} evenness"
 
+    @property
+    def network(self) -> nn.Module: return load_tower(self.config.tower)     # beside the parameters
+
     @torch.no_grad()
     def look(self, frames: Tensor) -> dict[str, Tensor]:                     # (B,3,T,S,S)
         "What the tower says of each clip: picture (B,1280), change (B,48), words (B,384)."
-        tower, (B, _, T, _, _) = load_tower(self.config.tower).to(frames.device), frames.shape
+        (B, _, T, _, _), tower = frames.shape, self.engine or self.network.to(frames.device)
         seen = tower(frames.transpose(1, 2).flatten(0, 1))                   # (B·T,·) each
         per_frame = {k: v.unflatten(0, (B, T)) for k, v in seen.items()}
         stages = [v for k, v in per_frame.items() if k != "logits"]

@@ -253,7 +253,17 @@ def _cells(x: Tensor, h: int, w: int) -> Tensor:                            # (B
     if x.shape[3] % h == 0 and x.shape[4] % w == 0:       # whole pixels in a cell: a mean, and fast
         cells = x.permute(0, 2, 3, 4, 1).unflatten(2, (h, -1)).unflatten(4, (w, -1))
         return cells.mean((3, 5), dtype=torch.float32)
+    if torch.compiler.is_exporting():                     # ONNX has no such pooling
+        means = _shares(x.shape[3], h) @ x.float() @ _shares(x.shape[4], w).T
+        return means.permute(0, 2, 3, 4, 1)
     return F.adaptive_avg_pool3d(x.float(), (x.shape[2], h, w)).permute(0, 2, 3, 4, 1)
+
+
+def _shares(pixels: int, cells: int) -> Tensor:
+    "(cells,pixels): what each pixel weighs in the mean of a cell; cells may overlap by a pixel."
+    first, at = torch.arange(cells)[:, None] * pixels, torch.arange(pixels)
+    inside = (at >= first // cells) & (at < -((first + pixels) // -cells))
+    return inside / inside.sum(1, keepdim=True)
 
 
 def _log_spread(x: Tensor) -> Tensor:                                       # (B,T,h,w,C)

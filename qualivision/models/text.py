@@ -240,8 +240,10 @@ def text_cache() -> Path | None:
 
 
 class Kept:
-    "Small files that could be made again."
-    def __init__(self, folder: Path | None): self.folder = folder      # None: nothing is kept
+    "Files that could be made again."
+    def __init__(self, folder: Path | None,           # None: nothing is kept
+                 what: str = "Prompt embeddings"):    # they are, for the message
+        self.folder, self.what = folder, what
 
     def get(self, name: str) -> bytes | None:
         "The content of a file; None if it is not there, or damaged."
@@ -256,7 +258,7 @@ class Kept:
         checked = hashlib.sha256(data).digest() + data
         try: write_whole(self.folder / name, checked, sync=False)
         except FileError:
-            say(f"Prompt embeddings are not kept: nothing can be written in {self.folder}. "
+            say(f"{self.what} are not kept: nothing can be written in {self.folder}. "
                 "$QUALIVISION_CACHE can name another folder.")
             self.folder = None
 

@@ -188,12 +188,22 @@ def all_frozen(self: VJepaMos) -> bool:
 @patch
 def look(self: VJepaMos, frames: Tensor) -> dict[str, Tensor]:          # (B,3,T,H,W)
     "Frames → what frozen weights decide: statistics, tokens, or all that the second half needs."
-    tokens = self.video.embed(input_channels(frames).transpose(1, 2))           # (B,N,D)
     out = {name: path.statistics(frames) for name, path in self.paths.items()}  # (B,864), (B,52)
+    x = input_channels(frames)                                                  # (B,3,T,H,W)
+    if self.engine is not None: return out | self.engine(x)
+    tokens = self.video.embed(x.transpose(1, 2))                                # (B,N,D)
     if self.config.token_embedding: out["places"] = self.cells(tokens)          # (B,n,·)
     tokens = self.video.bottom(tokens)                      # (B,N,D) in the frozen layers' dtype
     if self.all_frozen: return out | self.learn(tokens.float())                 # (B,D), (B,n,·)
     return out | {"tokens": tokens}
+
+
+@patch
+def network(self: VJepaMos, x: Tensor) -> dict[str, Tensor]:            # (B,3,T,H,W) normalised
+    "Both halves at once: places, grid (B,n,·), features (B,D)."
+    tokens = self.video.embed(x.transpose(1, 2))                                # (B,N,D)
+    out = {"places": self.cells(tokens)} if self.config.token_embedding else {}
+    return out | self.learn(self.video.bottom(tokens).float())
 
 
 @patch

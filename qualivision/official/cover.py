@@ -241,10 +241,9 @@ def semantics(self: COVER, view: Tensor) -> Tensor:                     # (B,3,T
 
 
 @patch
-def features(self: COVER, views: dict[str, Tensor]) -> dict[str, Tensor]:
+def network(self: COVER, views: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the heads see: semantic (B,768,T,7,7), technical and aesthetic after their gates
-    (B,768,T,h,w). Raises `ViewError`."""
-    self.check(views)
+    (B,768,T,h,w)."""
     semantics = self.semantics(views["semantic"])                                     # (B,T,768)
     made = {"semantic": semantics.transpose(1, 2)[..., None, None].expand(-1, -1, -1, 7, 7)}
     gates = {"technical": self.smtc_gate_tech, "aesthetic": self.smtc_gate_aesc}

@@ -39,6 +39,7 @@ class QualityHead(nn.Module):
 class Branches(nn.Module):
     "One backbone and one head per view; views that are not given are not computed."
     views = ()          # their names, in the order of computation
+    engine = None       # runs `network` instead of torch
 
     def add(self, heads: dict[str, nn.Module], **backbones: nn.Module):
         "Name the parts as the official weight files do, in their order: backbones, then heads."
@@ -60,13 +61,17 @@ class Branches(nn.Module):
                 cause = "the weights expect normalised numbers, not pixels"
                 raise ViewError(f"{key} view in {x.dtype}", cause, "Normalise the view first.")
 
+    def network(self, views: dict[str, Tensor]) -> dict[str, Tensor]:     # see `features`
+        "The backbones: the costly part."
+        return {name: self.get_submodule(f"{name}_backbone")(views[name])[-1]
+                for name in self.views if name in views}
+
     def features(self,
                  views: dict[str, Tensor]  # name → (B,3,T,H,W), normalised
                 ) -> dict[str, Tensor]:    # name → (B,dim,T/2,H/32,W/32)
         "The feature map of each view. Raises `ViewError`."
         self.check(views)
-        return {name: self.get_submodule(f"{name}_backbone")(views[name])[-1]
-                for name in self.views if name in views}
+        return (self.engine or self.network)(views)
 
     def forward(self,
                 views: dict[str, Tensor]   # name → (B,3,T,H,W), normalised
