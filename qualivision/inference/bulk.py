@@ -18,8 +18,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import torch
-
 from ..data.collection import (
     PICTURES, VIDEOS, BulkError, find_videos, listed, matches, read_manifest)
 from ..data.container import MissingVideo
@@ -47,14 +45,14 @@ class FiveMosScorer:
         # raise `judged` when reasons or warnings change: older rows are scored again
         weights = about_file(about["checkpoint"]).get("sha256")
         self.settings = {"model": about["model"], "weights": weights,
-                         "sampling": scorer.sampling.key(), "judged": 2}
+                         "sampling": scorer.sampling.key(), "judged": 3}
+        if scorer.helpers: self.settings["helpers"] = [h.key for h in scorer.helpers]
 
-    def prepare(self, video) -> tuple[torch.Tensor, int]:   # (3,T,S,S) uint8; frames of the video
-        return self.scorer.sampling.counted(video)
+    def prepare(self, video) -> tuple: return self.scorer.look(video)
 
     def rate(self, views: tuple, prompt: str) -> dict:      # MOS, 1–5, or None; reasons; warnings
         "Five MOS. Raises TextError for a prompt that cannot be read."
-        scores, reasons, warnings = self.scorer.judge(views[0], prompt, views[1])
+        scores, reasons, warnings = self.scorer.judge(views[0], prompt, *views[1:])
         return {**dict(zip(self.columns, scores)), "reasons": reasons, "warnings": list(warnings)}
 
 # %% ../../nbs/inference/46_bulk.ipynb #0f7ab873
