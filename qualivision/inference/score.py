@@ -41,9 +41,9 @@ LAION = "laion-aesthetic-b16"       # a line on CLIP's features
 def unheard(dimension: str) -> str:
     "Why a dimension without opinions has no score, and what brings one."
     ways = [f"`qualivision weights pull {w}`" for w in (CLIP, LAION) if dimension == "aesthetic"]
-    bring = f"{' and '.join(ways)} bring one; so does " if ways else "one comes from "
-    return ("no human opinions on it were at hand for these weights; "
-            f"{bring}a model that has learned some, --checkpoint FOLDER, or --simulated {dimension}")
+    bring = f"{' and '.join(ways)} bring one; so does" if ways else "one comes from"
+    return (f"no human opinions on it were at hand for these weights; {bring} a model that has "
+            f"learned some, --checkpoint FOLDER, or --simulated {dimension}")
 
 class ScoreError(QualiVisionError):
     "A video cannot be scored, or there is nothing to score it with."
@@ -70,15 +70,19 @@ class Scorer:
                  licence: str = "",          # of the weights
                  device: str = "cpu",        # cpu | cuda | mps
                  precision: str = "fp32",    # fp32 | bf16 | fp16; records name any but fp32
-                 learned_on: dict | None = None,    # dimension → about its opinions; None: none
-                 helpers: tuple = ()):              # Helper: scores that the model has not learned
+                 learned_on: dict | None = None):   # dimension → about its opinions; None: none
         self.model, self.device = model.to(device).eval(), device
         self.sampling, self.encoder = sampling, encoder
-        self.licence, self.precision, self.helpers = licence, precision, helpers
+        self.licence, self.precision, self.helpers = licence, precision, ()
         shown = name if precision == "fp32" else f"{name} in {precision}"
         self.about = dict(model=shown, checkpoint=checkpoint, trained_on=trained_on,
                           learned_on=dict(learned_on or {}))
+
+    def ask(self, helpers: tuple):       # of Helper
+        "Lets helpers give scores that the model has not learned."
+        self.helpers = helpers
         for h in helpers: self.about["learned_on"] |= h.about
+        return self
 
 # %% ../../nbs/inference/45_score.ipynb #22c951bd
 NEEDED = ("model", "config", "sampling", "text_encoder", "trained_on")     # entries of a model.json
@@ -133,8 +137,9 @@ def from_checkpoint(cls: Scorer, folder: str | Path = CHECKPOINT,
     load_strict(model, state)
     learned = meta.get("learned_on") or {}
     helpers = cls.helpers_for(folder, learned, device, tuple(simulated), clip_score)
-    return cls(model, Sampling(**meta["sampling"]), encoder, meta["model"], str(folder),
-               meta["trained_on"], meta.get("licence", ""), device, choice.name, learned, helpers)
+    scorer = cls(model, Sampling(**meta["sampling"]), encoder, meta["model"], str(folder),
+                 meta["trained_on"], meta.get("licence", ""), device, choice.name, learned)
+    return scorer.ask(helpers)
 
 # %% ../../nbs/inference/45_score.ipynb #147dc152
 def _unfitted(data: str) -> dict:

@@ -110,7 +110,7 @@ REGISTRY = {e.name: e for e in (
     _hub("BAAI/bge-large-en-v1.5", "MIT", "pairs of English texts",
          "d4aa6901d3a41ba39fb536a557fa166f842b0e09"))}
 
-
+# %% ../../nbs/models/18_store.ipynb #1dfe58b0
 def is_published(name) -> bool:
     "True if the registry has weights of that name, in any case."
     return str(name).lower() in {known.lower() for known in REGISTRY}
