@@ -2,6 +2,7 @@
 import csv
 import re
 from dataclasses import replace
+from pathlib import Path
 
 
 import pytest
@@ -15,9 +16,9 @@ from transformers import CLIPModel
 from qualivision.data.sampling import Sampling
 from qualivision.inference.score import LAION, SIMULATED, STRANGERS, Scorer
 from qualivision.models import frames_mos
-from qualivision.models.store import REGISTRY
+from qualivision.models.store import REGISTRY, pull
 from qualivision.models.towers import CLIP, CLIP_LARGE, TOWERS, load_clip, load_tower
-from qualivision.models.weights import WeightsError
+from qualivision.models.weights import WeightsError, read_state
 from qualivision.official.cover import IMAGE_ENCODER
 from qualivision.quality import DIMENSIONS
 from qualivision.toy import toy_clip, toy_clip_model
@@ -148,3 +149,20 @@ def test_towers_say_what_they_are():
         tower, e = TOWERS[name], REGISTRY[name]
         assert (tower.licence, tower.trained_on) == (e.licence, e.trained_on) and len(e.revision) == 40 and tower.classes == 0
     with pytest.raises(Exception, match="names no classes"): frames_mos.FramesMos(frames_mos.FramesConfig(tower=CLIP))
+
+
+@pytest.mark.online
+def test_the_real_clip(room):
+    "Pulls the real weights. Not run here: no way to the hub. A flower is nearer to its name than to others; LAION's line stays within 1 to 10."
+    import matplotlib.pyplot as plt
+    import sklearn
+    from qualivision.data.sampling import resize_square
+    line = nn.Linear(512, 1)
+    line.load_state_dict(read_state(pull(LAION)))
+    pull(CLIP)
+    flower = plt.imread(Path(sklearn.__file__).parent/"datasets"/"images"/"flower.jpg")
+    towers = load_tower(CLIP)
+    with torch.no_grad():
+        seen = F.normalize(towers(resize_square(flower[None], 224))["features"], dim=1)
+        near = seen @ F.normalize(towers.embed(["a photo of a flower", "a photo of a dog", "a street at night"]), dim=1).T
+    assert near.argmax() == 0 and 1 < float(line(seen)) < 10
