@@ -412,6 +412,7 @@ def write_predictions(
     scores,                   # (rows,5) array or tensor in the order of DIMENSIONS
     path: str | Path,         # CSV file to write
     missing: str = "error",   # scores that are not there (NaN): "error", or "empty" cells
+    warnings: list | None = None,   # a text for each row, as an eighth column
 ) -> pd.DataFrame:            # what was written
     """Writes the seven-column CSV of the challenge.
     Raises `DatasetError` when scores do not fit the rows or are not finite."""
@@ -427,5 +428,6 @@ def write_predictions(
     table = pd.DataFrame(scores, columns=list(MOS_COLUMNS))
     for i, c in enumerate(("video_name", "Prompt")):
         table.insert(i, c, pd.Series(frame[c].to_numpy(), dtype=object))
+    if warnings: table["warnings"] = warnings
     write_whole(path, table.to_csv(index=False, float_format="%.6f", lineterminator="\n"))
     return table

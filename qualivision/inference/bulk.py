@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import torch
-
 from ..data.collection import (
     PICTURES, VIDEOS, BulkError, find_videos, listed, matches, read_manifest)
 from ..data.container import MissingVideo
@@ -47,10 +45,10 @@ class FiveMosScorer:
         # raise `judged` when reasons or warnings change: older rows are scored again
         weights = about_file(about["checkpoint"]).get("sha256")
         self.settings = {"model": about["model"], "weights": weights,
-                         "sampling": scorer.sampling.key(), "judged": 2}
+                         "sampling": scorer.sampling.key(), "judged": 3}
+        if scorer.helpers: self.settings["helpers"] = [h.key for h in scorer.helpers]
 
-    def prepare(self, video) -> tuple[torch.Tensor, int]:   # (3,T,S,S) uint8; frames of the video
-        return self.scorer.sampling.counted(video)
+    def prepare(self, video) -> tuple: return self.scorer.look(video)
 
     def rate_many(self, views: list[tuple], prompts: list[str]) -> list[dict]:
         "MOS, 1–5, or None; reasons; warnings. Raises TextError for a prompt that cannot be read."

@@ -54,6 +54,9 @@ class FramesMos(FiveMos):
             raise QualiVisionError(f"frames {config.frames}, text_dim {config.text_dim}",
                                    "a frames model takes 5 frames or more, and prompts of 384",
                                    "Change the configuration; the text encoder is minilm.")
+        if not TOWERS[config.tower].classes:
+            raise QualiVisionError(f"tower {config.tower}", "it names no classes, and the match "
+                                   "of clip and prompt is made of them", "Use efficientnet-lite0.")
         widths = {"picture": TOWERS[config.tower].features, "change": 8 * CHANGES, "match": 1}
         self.heads = nn.ModuleDict({k: zero_linear(w, len(DIMENSIONS)) for k, w in widths.items()})
         self.norms = nn.ModuleDict({k: RunningNorm(w) for k, w in widths.items() if k != "match"})

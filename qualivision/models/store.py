@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['S_LAB', 'REGISTRY', 'Entry', 'is_published', 'entry', 'weights_folder', 'verify', 'download', 'find',
-           'server_answers', 'pull', 'list_weights']
+           'server_answers', 'pull', 'pulled', 'list_weights']
 
 # %% ../../nbs/models/18_store.ipynb #23f7d2fb
 import json
@@ -58,9 +58,17 @@ def _ours(model):
                  shipped=f"pretrained/{model}")
 
 
-def _hub(repo, licence, trained_on, revision):
+def _hub(repo, licence, trained_on, revision, file="model.safetensors"):
     "A repository of the hub, named as there."
-    return Entry(repo, "model.safetensors", licence, trained_on, repo, revision, beside=_WITH)
+    return Entry(repo, file, licence, trained_on, repo, revision, beside=_WITH)
+
+
+def _laion(name, clip, size, sha256):
+    "A linear head on CLIP's embedding of a picture."
+    seen = "people's ratings of 4,000 AI pictures (Simulacra Aesthetic Captions)"
+    at = "https://raw.githubusercontent.com/LAION-AI/aesthetic-predictor"
+    file, commit = f"sa_0_4_vit_{clip}_linear.pth", "6d122adad522ab246644d9dc1c6d7a3810ee255f"
+    return Entry(name, file, "MIT", seen, url=f"{at}/{commit}/{file}", bytes=size, sha256=sha256)
 
 
 def _vjepa2(size, licence, revision, labels=""):
@@ -72,6 +80,7 @@ _DOVER_DATA = "LSVQ (train), one opinion score a video"
 _DOVER_PLUS_DATA = ("LSVQ (train) and DIVIDE-MaxWell (train), which holds DIVIDE-3k: "
                    "aesthetic, technical and overall opinions")
 _MOBILE_DATA = "data not stated; published beside DOVER, which was trained on LSVQ (train)"
+_CLIP_DATA = "400 million pictures and captions from the internet"
 _MOBILE = "https://github.com/VQAssessment/DOVER/releases/download/v0.5.0/DOVER-Mobile.pth"
 
 REGISTRY = {e.name: e for e in (
@@ -84,9 +93,14 @@ REGISTRY = {e.name: e for e in (
           "data not stated; its published results are on YouTube-UGC",
           url="https://github.com/vztu/COVER/raw/release/Model/COVER.pth", bytes=262_292_246,
           sha256="43a0fc777fe46e5e0513c50bf4b3dc5343fc82214e8f6e66b2bc068f0755875e"),
-    _hub("openai/clip-vit-large-patch14", "MIT",
-         "400 million pictures and captions from the internet",
+    _hub("openai/clip-vit-large-patch14", "MIT", _CLIP_DATA,
          "32bd64288804d66eefd0ccbe215aa642df71cc41"),
+    _hub("openai/clip-vit-base-patch16", "MIT", _CLIP_DATA,
+         "57c216476eefef5ab752ec549e440a49ae4ae5f3", "pytorch_model.bin"),
+    _laion("laion-aesthetic-b16", "b_16", 3_047,
+           "8ad3923d7ecf019df20ecd2ab5542a3075fbba0278d239c0371345f3d7fcbde0"),
+    _laion("laion-aesthetic-l14", "l_14", 4_071,
+           "2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba"),
     _vjepa2("vitl-fpc64-256", "MIT", "b3c1679b7c34d3255ef3547f27c7b226aefab26f"),
     _vjepa2("vith-fpc64-256", "MIT", "b5eac8703e3efdc1547fbb6ddfbeb133dc0bdee5"),
     _vjepa2("vitg-fpc64-256", "Apache-2.0", "875c192b7b704b87d1e1d99345769632dd5f739a"),
@@ -96,7 +110,7 @@ REGISTRY = {e.name: e for e in (
     _hub("BAAI/bge-large-en-v1.5", "MIT", "pairs of English texts",
          "d4aa6901d3a41ba39fb536a557fa166f842b0e09"))}
 
-
+# %% ../../nbs/models/18_store.ipynb #1dfe58b0
 def is_published(name) -> bool:
     "True if the registry has weights of that name, in any case."
     return str(name).lower() in {known.lower() for known in REGISTRY}
@@ -363,6 +377,18 @@ def pull(name: str,                   # of the registry
         with _alone(folder, e.name):          # of two processes the second waits and then finds it
             path = find(e, folder, complete=True)
             if path is None: return _checked(_obtain(e, folder, offline, progress), e, folder)
+    verify(path, e, folder)
+    return path
+
+# %% ../../nbs/models/18_store.ipynb #90f959de
+def pulled(name: str) -> Path:
+    "The file of weights that was pulled under a name, checked. Raises `WeightsError` without one."
+    e, folder = entry(name), weights_folder()
+    path = find(e, folder)
+    if path is None:
+        raise WeightsError(name, "its weights are not on this machine",
+                           f"`qualivision weights pull {name}` fetches them.")
+    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
     verify(path, e, folder)
     return path
 

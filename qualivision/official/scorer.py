@@ -27,8 +27,8 @@ from .cover import COVER, IMAGE_ENCODER, CLIPImage, clip_from_transformers
 from .dover import DOVER, Branches, DOVERMobile
 from .heads import about_head, load_head, parts
 from ..devices import Job, announce, autocast, flow, pick_device, resolve_precision
-from ..files import file_sha256, writing
-from ..models.store import Entry, entry, find, verify, weights_folder
+from ..files import file_sha256
+from ..models.store import Entry, entry, pulled
 from ..models.weights import (
     WeightsError, about_file, load_checkpoint, load_strict, read_state)
 from ..quality import QualiVisionError, Tally
@@ -41,19 +41,7 @@ NETWORKS = {"dover": DOVER, "dover++": DOVER, "dover-mobile": DOVERMobile,
 
 
 class OfficialError(QualiVisionError):
-    "A video cannot be scored by an official model, or its weights are not here."
-
-
-def _pulled(name: str) -> Path:
-    "The file of weights that was pulled under a name, checked. Raises OfficialError without one."
-    e, folder = entry(name), weights_folder()
-    path = find(e, folder)
-    if path is None:
-        raise OfficialError(name, "its weights are not on this machine",
-                            f"`qualivision weights pull {name}` fetches them.")
-    with writing(folder): folder.mkdir(parents=True, exist_ok=True)
-    verify(path, e, folder)
-    return path
+    "A video cannot be scored by an official model, or not with these weights."
 
 
 def _trained_weights(name: str, folder) -> tuple:     # state dict; what `_weights` tells of it
@@ -68,7 +56,7 @@ def _weights(name: str, path=None) -> tuple:  # state dict; file, sha256, licenc
     "Weights from a file, a checkpoint folder, or the registry."
     e: Entry = entry(name)
     if path is not None and Path(path).is_dir(): return _trained_weights(name, path)
-    file = _pulled(name) if path is None else Path(path)
+    file = pulled(name) if path is None else Path(path)
     state, shown, seen = read_state(file), file.name, e.trained_on
     if path is not None:
         shown, seen = str(path), f"not known of a file; {name} as published: {e.trained_on}"
@@ -112,7 +100,7 @@ def load_model(name: str,            # dover, dover++, dover-mobile or cover
     state, about = _weights(name, weights)
     if name != "cover": model = NETWORKS[name]()
     else:
-        file = _pulled(IMAGE_ENCODER) if clip is None else Path(clip)
+        file = pulled(IMAGE_ENCODER) if clip is None else Path(clip)
         model = NETWORKS[name](clip=clip_tower(read_state(file), file))
         about["clip_sha256"] = file_sha256(file)
     load_strict(model, state, getattr(model, "may_miss", ()), about["file"])
