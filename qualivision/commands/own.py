@@ -46,6 +46,7 @@ def _learned(about: dict) -> str:
     where = {"inside_generator": "of new prompts and generators", "new_prompts": "of new prompts"}
     where = where.get(about["judged"], "whose opinions set the scale alone")
     raters = f" ({about['raters']:g} raters a clip)" if about["raters"] else ""
+    if about["judged"] is None: return f"learned from {about['clips']} clips of {about['data']}"
     return f"{about['data']}{raters}; on {about['clips']} clips {where}: {srocc_text(about)}"
 
 def origin(records: list[ScoreRecord]) -> str:

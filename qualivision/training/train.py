@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLD', 'model_config', 'sampling_of', 'Task', 'Prepared', 'prepare_data', 'Beginning', 'build_model', 'origin',
-           'train_trunk', 'keep_features', 'joined', 'trunk_folder', 'train_phases', 'describe', 'publish',
+           'train_trunk', 'keep_features', 'joined', 'trunk_folder', 'train_phases', 'heard', 'describe', 'publish',
            'train_model']
 
 # %% ../../nbs/training/44_train.ipynb #476c8da1
@@ -26,7 +26,7 @@ from ..models.registry import CONFIGS, ModelEntry, Start, entry_of
 from ..models.text import TextEncoder, encoder_of_width
 from ..models.vjepa_mos import VJepaMos, settled
 from ..models.weights import about_file, load_checkpoint, load_strict
-from ..quality import say
+from ..quality import DIMENSIONS, say
 from .loop import TrainConfig, check_run, fit
 from .step import TrainError
 from .trackers import check_tracker, write_history
@@ -208,6 +208,13 @@ def train_phases(model: FiveMos, sets: Prepared, task: Task, phases: tuple, fold
     return result | {"history": joined(first["history"], result["history"])} if first else result
 
 # %% ../../nbs/training/44_train.ipynb #23c81efa
+def heard(sets: Prepared, labels: str) -> dict:   # {"learned_on": dimension → about or None}, or {}
+    "What is said of each dimension where the training clips have no opinions on some."
+    n = (~sets.train.mos.isnan()).sum(0).tolist()
+    if all(n): return {}
+    about = {"data": labels, "raters": None, "srocc": None, "interval": None, "judged": None}
+    return {"learned_on": {d: {**about, "clips": k} if k else None for d, k in zip(DIMENSIONS, n)}}
+
 def describe(task: Task, begin: Beginning, licence: str, encoder: TextEncoder, sets: Prepared,
              phases: tuple      # TrainConfig of the training, and of the trunk or None
              ) -> tuple[dict, dict]:   # model.json, and the parameters of the run
@@ -223,7 +230,7 @@ def describe(task: Task, begin: Beginning, licence: str, encoder: TextEncoder, s
             "text_encoder_key": encoder.key, "trained_on": f"{labels}, data {sets.hash[:12]}",
             "licence": licence, "data_hash": sets.hash, "params_hash": value_hash(params),
             "source_hash": code_hash("training.loop"), "splits": sets.note,
-            **origin(begin), **learned}
+            **origin(begin), **learned, **heard(sets, labels)}
     return meta, params
 
 def publish(source: str | Path,   # folder of the best weights, in a run
