@@ -21,7 +21,7 @@ from qualivision import files
 from qualivision.data.clips import (
     ClipCache, DecodeEachTime, EpochSampler, VideoQualityDataset, augmentation, collate, may_flip)
 from qualivision.data.dataset import (
-    DatasetError, DatasetWarning, data_hash, generator_of, load_dataset, load_labels,
+    checked, DatasetError, DatasetWarning, data_hash, generator_of, load_dataset, load_labels,
     resolve_splits, shared_prompts, split_by_prompt, validate, write_predictions)
 from qualivision.files import FileHashes
 from qualivision.data.sampling import Sampling

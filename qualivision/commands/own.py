@@ -263,7 +263,7 @@ def _check_train(model: str, data: Path | None, out: Path | None, profile: str |
 # %% ../../nbs/commands/91_own.ipynb #69589eb8
 @commands.command(stopped=GOES_ON)
 def train(
-        model: Annotated[str, option("dover or vjepa2; with --data dover or "
+        model: Annotated[str, option("dover, vjepa2 or frames; with --data dover or "
                                      "dover-mobile.")] = "dover",
         params: Annotated[Path, option("File with a section per profile.",
                                        "Five-MOS model")] = Path("params.yaml"),
@@ -299,6 +299,7 @@ def _train_five_mos(model: str, params: Path, profile: str | None, scale: str | 
     result = run(model, params=params, profile=profile, scale=scale)
     best = result["best"]
     score = f"{best['score']:.4f} in epoch {best['epoch']}" if best else "undefined"
+    if best and "over" in best: score += f", over {best['over'].replace(' ', ', ')}"
     return Answer(result, [
         f"{result['epoch']} epochs, {result['step']} steps; best validation score {score}",
         f"{result['checkpoint']}\n{wrapped(notice(result['trained_on']))}"])
