@@ -250,8 +250,8 @@ def _cell(compute, *args) -> dict:  # {value, low, high}: nulls and a reason whe
 
 def _complete(rows: dict, target: np.ndarray, models: tuple):
     for name, p in {**rows, "labels": target}.items():
-        lost = ~np.isfinite(p)
-        lost &= ~(np.isnan(p) if name == "labels" else np.isnan(p).all(0))    # no opinions at all
+        gone, lost = np.isnan(p), ~np.isfinite(p)
+        if not gone.all(): lost &= ~(gone if name == "labels" else gone.all(0))    # no opinions
         if p.shape != target.shape or lost.any():
             raise MetricError(name, f"shape {p.shape} for labels {target.shape}, "
                               f"{lost.sum()} values not finite", "Score every clip.")
