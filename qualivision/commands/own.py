@@ -294,6 +294,7 @@ def train(
     return fit_dover(out, model, False, preset, settings, data=data, from_scratch=weights is None,
                      device=device, workers=workers or 0, scale=scale, **opinions)
 
+# %% ../../nbs/commands/91_own.ipynb #29ecc025
 def _train_five_mos(model: str, params: Path, profile: str | None, scale: str | None) -> Answer:
     from qualivision.pipeline.train import main as run
     result = run(model, params=params, profile=profile, scale=scale)

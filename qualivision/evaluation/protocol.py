@@ -243,9 +243,11 @@ def title(row: str) -> str:  # of a row of the table
 # %% ../../nbs/evaluation/37_protocol.ipynb #ef1991d8
 TABLE_METRICS = ("srocc", "plcc", "mae", "rmse")
 
+def _none(why: str) -> dict: return {"value": None, "low": None, "high": None, "reason": why}
+
 def _cell(compute, *args) -> dict:  # {value, low, high}: nulls and a reason where there is no value
     try: value, low, high = compute(*args)
-    except MetricError as e: return {"value": None, "low": None, "high": None, "reason": str(e)}
+    except MetricError as e: return _none(str(e))
     return {"value": round(value, 6), "low": round(low, 6), "high": round(high, 6)}
 
 def _complete(rows: dict, target: np.ndarray, models: tuple):
@@ -284,9 +286,7 @@ def results_table(
     def difference(a, b, t, g, m): return paired_bootstrap(a, b, t, g, (m,), n, seed)[m]
     def cells(compute, k, *scores):
         there, why = _both(k, *scores, target)
-        if not there.any():
-            none = {"value": None, "low": None, "high": None, "reason": why}
-            return {m: none for m in TABLE_METRICS}
+        if not there.any(): return dict.fromkeys(TABLE_METRICS, _none(why))
         kept = slice(None) if there.all() else there
         columns = [s[kept, k] for s in (*scores, target)]
         return {m: _cell(compute, *columns, groups[kept], m) for m in TABLE_METRICS}

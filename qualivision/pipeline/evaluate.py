@@ -35,7 +35,7 @@ def model_scores(
     checkpoint: str | Path,
     clips: pd.DataFrame,                # rows with path and Prompt
     device: str,
-) -> np.ndarray:                        # (N,5) predicted MOS; NaN: the model has heard no opinions on it
+) -> np.ndarray:                        # (N,5) predicted MOS; NaN: it has learned no opinions
     """Scores one video after the other, as for a user.
 
     Raises VideoError, TextError, ScoreError, WeightsError."""

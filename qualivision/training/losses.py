@@ -41,7 +41,7 @@ def pairwise_ranking(
     """Hinge on the order of every pair of clips, in every dimension; 0 without a pair
     (QualiVision's published hybrid loss)."""
     n = (~target.isnan()).sum(0)                                       # (D,)
-    pairs = int((n * (n - 1)).sum()) / 2                               # B(B−1)/2 · D if all are there
+    pairs = int((n * (n - 1)).sum()) / 2                               # of all: B(B−1)/2 · D
     if not pairs: return pred.sum() * 0.0
     p, t = pred.T.contiguous(), target.T.contiguous()                  # (D,B)
     better = t[:, :, None] - t[:, None] > min_gap                      # (D,B,B) i is better than j
