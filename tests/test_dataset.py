@@ -21,7 +21,7 @@ from qualivision import files
 from qualivision.data.clips import (
     ClipCache, DecodeEachTime, EpochSampler, VideoQualityDataset, augmentation, collate, may_flip)
 from qualivision.data.dataset import (
-    DatasetError, DatasetWarning, data_hash, generator_of, load_dataset, load_labels,
+    checked, DatasetError, DatasetWarning, data_hash, generator_of, load_dataset, load_labels,
     resolve_splits, shared_prompts, split_by_prompt, validate, write_predictions)
 from qualivision.files import FileHashes
 from qualivision.data.sampling import Sampling
@@ -156,7 +156,7 @@ def test_generators():
 # ---- checking ---------------------------------------------------------------------------------------------------
 
 def break_mos(root): edit(root, "train", lambda t: t.__setitem__("Overall_MOS", t["Overall_MOS"].where(t.index != 2, 5.5)))
-def break_label(root): edit(root, "train", lambda t: t.__setitem__("Temporal_MOS", t["Temporal_MOS"].where(t.index != 3)))
+def break_label(root): edit(root, "train", lambda t: t.__setitem__(list(MOS_COLUMNS), t[list(MOS_COLUMNS)].where(t.index != 3)))
 def break_duplicate(root): edit(root, "train", lambda t: t.__setitem__("video_name", t["video_name"].replace("B_0000.mp4", "A_0000.mp4")))
 def break_twice(root): edit(root, "train", lambda t: t.__setitem__("video_name", t["video_name"].replace("B_0000.mp4", "./A_0000.mp4")))
 def break_address(root): edit(root, "test", lambda t: t.__setitem__("video_name", "https://x.org/" + t["video_name"]))
@@ -174,8 +174,23 @@ def break_cut(root):
     file.write_bytes(file.read_bytes()[:-500])
 
 
+def test_empty_cells_are_opinions_that_nobody_gave(root):
+    "Accepted, kept as NaN on any scale, hashed, and said in the note; whole labels leave the note as it was."
+    whole = load_dataset(root)
+    before = resolve_splits(whole, 0)["note"]
+    edit(root, "train", lambda t: t.__setitem__("Overall_MOS", np.nan))
+    edit(root, "train", lambda t: t.__setitem__("Temporal_MOS", t["Temporal_MOS"].where(t.index != 3)))
+    some = validate(load_dataset(root))
+    assert some["labelled"].equals(whole["labelled"]) and data_hash(some) != data_hash(whole)
+    train = resolve_splits(some, 0)["train"]
+    assert train["Overall_MOS"].isna().all() and train["Temporal_MOS"].isna().sum() == 1
+    note = resolve_splits(some, 0)["note"]
+    assert note == f"{before}; opinions on the {len(train)} videos of train: Temporal {len(train) - 1}, Overall no"
+    assert checked(some, [0, 5])["Overall_MOS"].isna().equals(some["Overall_MOS"].isna())
+
+
 BREAKS = [(break_mos, "MOS outside 1–5", [("train", 4, "C_0000.mp4", "Overall_MOS = 5.5")]),
-          (break_label, "missing label in a labelled split", [("train", 5, "A_0001.mp4", "Temporal_MOS")]),
+          (break_label, "no label in a labelled split", [("train", 5, "A_0001.mp4", "")]),
           (break_duplicate, "duplicate name", [("train", 2, "A_0000.mp4", ""), ("train", 3, "A_0000.mp4", "")]),
           (break_twice, "duplicate name", [("train", 2, "A_0000.mp4", ""), ("train", 3, "./A_0000.mp4", "")]),
           (break_address, "an address, not a file", [("test", i) for i in (2, 3, 4)]),

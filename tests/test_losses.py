@@ -4,7 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
+from qualivision.training.contrast import training_loss
 from qualivision.training.losses import HybridLoss, LossError
 
 PARITY = np.load(Path(__file__).parent / "fixtures" / "hybrid_loss_parity.npz")   # published code, torch 2.13, float32, CPU
@@ -21,6 +23,49 @@ def test_value_and_gradient(case):
     np.testing.assert_allclose(pred.grad.numpy(), PARITY[f"{case}/grad"], atol=1e-6)
     assert list(parts) == list(TERMS) and not any(v.requires_grad for v in parts.values())
     for term in TERMS: assert parts[term].item() == pytest.approx(float(PARITY[f"{case}/{term}"]), abs=1e-6), term
+
+
+def published(pred, target):
+    "The three terms as they were before opinions could be missing."
+    B, D = pred.shape
+    p, t = pred.T.contiguous(), target.T.contiguous()
+    hinge = F.relu(.2 - (p[:, :, None] - p[:, None])) * (t[:, :, None] - t[:, None] > .1)
+    w = torch.where((target < 2.5) | (target > 4.), 1.5, 1.)
+    ranking = hinge.sum() / (B * (B - 1) / 2 * D) if B > 1 else pred.sum() * 0.
+    return .7 * F.smooth_l1_loss(pred, target, beta=.1) + .3 * ranking + .1 * F.mse_loss(w * pred, w * target)
+
+
+@pytest.mark.parametrize("B", [1, 2, 16])
+def test_whole_opinions_give_the_same_bits(B):
+    torch.manual_seed(B)
+    target = (torch.rand(B, 5) * 12).round() / 3 + 1
+    pred = torch.rand(B, 5) * 4 + 1
+    a, b = pred.clone().requires_grad_(), pred.clone().requires_grad_()
+    one, other = HybridLoss()(a, target)[0], published(b, target)
+    one.backward(), other.backward()
+    assert torch.equal(one, other) and torch.equal(a.grad, b.grad)
+
+
+def test_missing_opinions_give_neither_value_nor_gradient():
+    "Each term by loops over what is there; the extra heads and the contrast too."
+    torch.manual_seed(3)
+    pred, target = (torch.rand(7, 5) * 4 + 1).requires_grad_(), torch.rand(7, 5) * 4 + 1
+    target[:, 1], target[2:, 3], target[4] = torch.nan, torch.nan, torch.nan
+    there = [(i, d) for i in range(7) for d in range(5) if not target[i, d].isnan()]
+    pairs = [(i, j, d) for i, d in there for j, e in there if e == d and i < j]
+    smooth = sum(F.smooth_l1_loss(pred[i, d], target[i, d], beta=.1) for i, d in there) / len(there)
+    lead = [(target[i, d] - target[j, d], pred[i, d] - pred[j, d]) for i, j, d in pairs]
+    ranking = sum(F.relu(.2 - gap.sign() * p) for gap, p in lead if abs(gap) > .1) / len(pairs)
+    total, parts = HybridLoss()(pred, target)
+    total.backward()
+    assert torch.isclose(parts["smooth_l1_loss"], smooth) and torch.isclose(parts["ranking_loss"], ranking)
+    assert torch.equal(pred.grad != 0, ~target.isnan()) and pred.grad.isfinite().all()
+    out = {"mos": pred, **{k: torch.rand(7, 1).requires_grad_() for k in ("aesthetic_score", "technical_score")},
+           "match_logits": torch.randn(7, 3).requires_grad_()}
+    loss, parts = training_loss(out, target, HybridLoss(), 1., 1.)
+    loss.backward()
+    assert loss.isfinite() and parts["contrast_loss"] == 0 and not out["match_logits"].grad.any()
+    assert out["aesthetic_score"].grad[:, 0].bool().tolist() == [True] * 4 + [False] + [True] * 2
 
 
 def test_the_fixture_exercises_every_term():

@@ -221,7 +221,7 @@ def test_sections(stage):
 def test_sections_are_used(stage):
     "SECTIONS says neither more nor less than the module takes out of its parameters."
     module = module_of(stage)
-    taken = words(module) | (set(model_names()) if taken_by_name(module) else set())
+    taken = words(module) | ({*model_names(), *ran_by(stage)[1]} if taken_by_name(module) else set())
     unused = [s for s in sections_of(stage) if s not in taken]
     assert not unused, f"{module}: {unused} in SECTIONS, and nothing in the module takes it"
 

@@ -2,6 +2,7 @@
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -15,11 +16,12 @@ from qualivision.models.frames_mos import FramesMos
 from qualivision.models.registry import CONFIGS, MODELS, compared, entry_of, load_body, register, unregister
 from qualivision.models.vjepa_mos import VJEPA_EMBEDDED, VJepaMos
 from qualivision.models.weights import WeightsError, save_checkpoint
+from qualivision.pipeline.params import read_json
 from qualivision.pretraining.lessons import CAUSE_NAMES
 from qualivision.pretraining.masked import PretrainConfig
 from qualivision.pretraining.tasks import CauseTasks, asking, silence
 from qualivision.quality import DIMENSIONS, QualiVisionError
-from qualivision.toy import toy_clip, toy_set
+from qualivision.toy import TOY, label_file, toy_clip, toy_set
 
 
 @pytest.fixture
@@ -89,22 +91,51 @@ def test_a_third_model_is_pretrained(third, tmp_path):
     register(third)
 
 
-def test_a_third_model_goes_the_whole_road(third, tmp_path, monkeypatch):
-    "Training, evaluation, comparison, report and score, by parameters alone."
+def unrated(root: Path, dimension: str):
+    "Takes all opinions on one dimension out of a data set, and one clip's on Temporal."
+    for split in ("train", "val", "test"):
+        file = label_file(root, split)
+        table = pd.read_csv(file)
+        table[f"{dimension.capitalize()}_MOS"] = None
+        if split == "train": table.loc[3, "Temporal_MOS"] = None
+        table.to_csv(file, index=False)
+
+
+TRAIN = dict(epochs=2, batch_size=8, accumulation=1, warmup_steps=1, aux_weight=0., precision="fp32", tracker="none", device="cpu", augment=False)
+
+
+def test_models_go_the_whole_road_with_opinions_on_some_dimensions(third, tmp_path, monkeypatch):
+    """Training, evaluation, comparison, report and score, by parameters alone; nobody judged Overall. So do the frames model's lines,
+    on a frozen tower."""
     from qualivision.pipeline import compare, evaluate, prepare, report, train
     monkeypatch.chdir(tmp_path)
-    toy_set(tmp_path/"data", train=8, val=4, test=6, rated=("train", "val", "test"))
+    unrated(toy_set(tmp_path/"data", train=8, val=4, test=6, rated=("train", "val", "test")), "overall")
     values = yaml.safe_load((Path(__file__).parents[1]/"params.yaml").read_text())
-    section = dict(model=dict(config="colours_tiny", width=8, frames=4, size=32), pretrained=None, train=dict(
-        epochs=2, batch_size=8, accumulation=1, warmup_steps=1, aux_weight=0., precision="fp32", tracker="none", device="cpu", augment=False))
-    values["embedded"] |= {third.name: section, "prepare": {"workers": 0}, "evaluate": {"device": "cpu", "resamples": 50, "seed": 0}}
+    section = dict(model=dict(config="colours_tiny", width=8, frames=4, size=32), pretrained=None, train=TRAIN)
+    frames = dict(values["embedded"]["frames"], model=dict(config="frames", **TOY["frames"]))
+    frames["train"] |= dict(epochs=2, warmup_steps=1, tracker="none", device="cpu")
+    values["embedded"] |= {third.name: section, "frames": frames, "prepare": {"workers": 0}}
+    values["embedded"]["evaluate"] |= {"device": "cpu", "resamples": 50}
     for model in ("dover", "vjepa2"): values["embedded"][model]["model"] |= {"frames": 4, "size": 32}
     (tmp_path/"params.yaml").write_text(yaml.safe_dump(values))
     prepare.main()
-    train.main(third.name, progress=False)
-    evaluate.main(third.name)
-    results = compare.main(models=(third.name,))
+    models = (third.name, "frames")
+    for name in models:
+        best = train.main(name, progress=False)["best"]
+        assert best["over"] == "traditional alignment aesthetic temporal" and best["score"] is not None
+        evaluate.main(name)
+        scorer = Scorer.from_checkpoint(tmp_path/"checkpoints"/name, "cpu")
+        record = scorer.score(tmp_path/"data"/"test"/"videos"/"A_0012.mp4", "a red boat")
+        assert record.model == MODELS[name].checkpoint and all(1 <= getattr(record, d) <= 5 for d in DIMENSIONS[:4])
+        assert record.overall is None and "opinions" in record.reasons["overall"] and record.learned_on["overall"] is None
+        assert [record.learned_on[d]["clips"] for d in DIMENSIONS[:4]] == [16, 16, 16, 15]
+    lines = scorer.model.heads
+    assert type(scorer.model) is FramesMos and lines["match"].weight[1] != 0 and all(lines[part].weight[0].any() for part in ("picture", "change"))
+    assert not any(head.weight[4].any() or head.bias[4] for head in lines.values())              # nobody taught it
+    results = compare.main(models=models)
     report.main()
-    assert third.name in results and third.title in (tmp_path/"results"/"README.md").read_text()
-    record = Scorer.from_checkpoint(tmp_path/"checkpoints"/third.name, "cpu").score(tmp_path/"data"/"test"/"videos"/"A_0012.mp4", "a red boat")
-    assert record.model == third.checkpoint and all(1 <= getattr(record, d) <= 5 for d in DIMENSIONS)
+    for row in (*models, "constant", "hand_crafted"): assert results[row]["overall"]["srocc"]["reason"] == "there is no label"
+    assert all(results[m][d]["mae"]["value"] is not None and results[m][d]["n"] == 12 for m in models for d in DIMENSIONS[:4])
+    assert read_json("results/summary.json")["frames"]["mean_over"] == list(DIMENSIONS[:4])
+    page = (tmp_path/"results"/"README.md").read_text()
+    assert third.title in page and "opinions on the 16 videos of train: Temporal 15, Overall no" in page and "of traditional, alignment" in page

@@ -284,7 +284,7 @@ def test_a_bad_label_names_its_video(sets, tmp_path):
     class Bad(torch.utils.data.Dataset):
         def __len__(self): return len(sets.train)
         def set_epoch(self, e): pass
-        def __getitem__(self, i): item = sets.train[i]; return {**item, "mos": item["mos"] * (float("nan") if i == 5 else 1)}
+        def __getitem__(self, i): item = sets.train[i]; return {**item, "mos": item["mos"] * (float("inf") if i == 5 else 1)}
     for adaptive in (False, True):
         with pytest.raises(TrainError, match=sets.train.names[5]):
             fit(model(), Bad(), None, tiny.settings(adaptive=adaptive), tmp_path, resume=False, progress=False)

@@ -51,6 +51,7 @@ def _learned(about: dict) -> str:
     where = {"inside_generator": "of new prompts and generators", "new_prompts": "of new prompts"}
     where = where.get(about["judged"], "whose opinions set the scale alone")
     raters = f" ({about['raters']:g} raters a clip)" if about["raters"] else ""
+    if about["judged"] is None: return f"learned from {about['clips']} clips of {about['data']}"
     return f"{about['data']}{raters}; on {about['clips']} clips {where}: {srocc_text(about)}"
 
 def origin(records: list[ScoreRecord]) -> str:
@@ -320,7 +321,7 @@ def _check_train(model: str, data: Path | None, out: Path | None, profile: str |
 # %% ../../nbs/commands/91_own.ipynb #69589eb8
 @commands.command(stopped=GOES_ON)
 def train(
-        model: Annotated[str, option("dover or vjepa2; with --data dover or "
+        model: Annotated[str, option("dover, vjepa2 or frames; with --data dover or "
                                      "dover-mobile.")] = "dover",
         params: Annotated[Path, option("File with a section per profile.",
                                        "Five-MOS model")] = Path("params.yaml"),
@@ -351,11 +352,13 @@ def train(
     return fit_dover(out, model, False, preset, settings, data=data, from_scratch=weights is None,
                      device=device, workers=workers or 0, scale=scale, **opinions)
 
+# %% ../../nbs/commands/91_own.ipynb #29ecc025
 def _train_five_mos(model: str, params: Path, profile: str | None, scale: str | None) -> Answer:
     from qualivision.pipeline.train import main as run
     result = run(model, params=params, profile=profile, scale=scale)
     best = result["best"]
     score = f"{best['score']:.4f} in epoch {best['epoch']}" if best else "undefined"
+    if best and "over" in best: score += f", over {best['over'].replace(' ', ', ')}"
     return Answer(result, [
         f"{result['epoch']} epochs, {result['step']} steps; best validation score {score}",
         f"{result['checkpoint']}\n{wrapped(notice(result['trained_on']))}"])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'Problem', 'DatasetError', 'DatasetWarning', 'normalise_prompt', 'prompt_group', 'generator_of',
            'load_labels', 'load_dataset', 'scale_of', 'scale_note', 'check_names', 'checked', 'validate',
-           'shared_prompts', 'split_by_prompt', 'resolve_splits', 'data_hash', 'write_predictions']
+           'shared_prompts', 'split_by_prompt', 'missing_note', 'resolve_splits', 'data_hash', 'write_predictions']
 
 # %% ../../nbs/data/13_dataset.ipynb #b47f8c93
 import hashlib
@@ -101,7 +101,8 @@ def _read_csv(file, encoding=None):
     if absent and absent != list(MOS_COLUMNS):
         has = ", ".join(header) or "none"
         cause = f"it lacks the columns {', '.join(absent)} (it has: {has})"
-        remedy = "a split without labels may leave out all five MOS."
+        remedy = ("a split without labels may leave out all five MOS; a dimension without opinions "
+                  "has empty cells.")
         raise DatasetError(file, cause, f"A label file has {', '.join(COLUMNS)}; {remedy}")
     return header, rows
 
@@ -218,16 +219,15 @@ def _check_names(frame) -> list[Problem]:
             + _rows(frame, twice, "duplicate name"))
 
 def _check_labels(frame, scale) -> list[Problem]:
-    "Labels outside the scale, or missing in a split that has labels."
+    "Labels outside the scale, and rows without any in a split that has labels."
     mos, (low, high) = frame[list(MOS_COLUMNS)].to_numpy(float), scale
     gone, outside = np.isnan(mos), (mos < low) | (mos > high)            # NaN is not outside
     labelled = pd.Series((~gone).any(1), index=frame.index).groupby(frame["split"])
     def off(r):
         return ", ".join(f"{c} = {r[c]:g}" for c in MOS_COLUMNS if r[c] < low or r[c] > high)
-    def none(r): return ", ".join(c for c in MOS_COLUMNS if math.isnan(r[c]))
-    incomplete = gone.any(1) & labelled.transform("any").to_numpy()
+    silent = gone.all(1) & labelled.transform("any").to_numpy()
     return (_rows(frame, outside.any(1), f"MOS outside {low:g}–{high:g}", off)
-            + _rows(frame, incomplete, "missing label in a labelled split", none))
+            + _rows(frame, silent, "no label in a labelled split"))
 
 # %% ../../nbs/data/13_dataset.ipynb #14075d8f
 def _unread(prompt, read) -> str:
@@ -362,6 +362,13 @@ def _given(split: str, frame: pd.DataFrame, labelled: bool) -> str | None:
     if split == "test" and len(frame):
         return f"test has no labels ({len(frame)} videos): for prediction only"
 
+def missing_note(split: str, frame: pd.DataFrame) -> str:     # "" where none is missing
+    "Which dimensions of a labelled split lack opinions, for people."
+    n = {c.removesuffix("_MOS"): int(frame[c].notna().sum()) for c in MOS_COLUMNS}
+    some = [f"{d} {k or 'no'}" for d, k in n.items() if k < len(frame)]
+    if not some or not any(n.values()): return ""
+    return f"opinions on the {len(frame)} videos of {split}: {', '.join(some)}"
+
 def resolve_splits(
     frame: pd.DataFrame,         # from `load_dataset`
     seed: int,                   # of the splits that have to be made
@@ -389,8 +396,9 @@ def resolve_splits(
             count = f"{part['Prompt'].map(normalise_prompt).nunique()} of them ({len(part)} videos)"
             note = f"{split} {why}: taken from the training prompts, {count}"
         notes.append(note)
-    note = "; ".join(filter(None, [*notes, scale_note(scale)]))
-    return {"train": rest, "val": have["val"], "test": have["test"], "note": note}
+    out = {"train": rest, "val": have["val"], "test": have["test"]}
+    notes += [scale_note(scale), *(missing_note(split, part) for split, part in out.items())]
+    return out | {"note": "; ".join(filter(None, notes))}
 
 # %% ../../nbs/data/13_dataset.ipynb #8c625e0a
 def data_hash(

@@ -100,14 +100,16 @@ def plot_rows(
 # %% ../../nbs/evaluation/47_plots.ipynb #8cda6a82
 def plot_scatter(
     pred: np.ndarray | dict,   # (N,5) predicted MOS; or title → (N,5), a row of panels for each
-    target: np.ndarray,        # (N,5) labels, MOS
+    target: np.ndarray,        # (N,5) labels, MOS; NaN: no label, and no point
     kinds=None,                # (N,) colours, such as the generator
     labels: str = "labels",    # whose opinion they are, for the axis: "simulated labels"
 ):                             # matplotlib Figure
     "Draws scores against labels, a panel for each dimension; the dashed line is equality."
     import seaborn as sns
     from matplotlib.figure import Figure
-    preds, last = pred if isinstance(pred, dict) else {"": pred}, len(DIMENSIONS) - 1
+    preds = pred if isinstance(pred, dict) else {"": pred}
+    known = ~np.isnan(target + next(iter(preds.values()))).all(0)               # (5,) has points
+    last = int(np.flatnonzero(known)[-1])
     palette = None if kinds is None else "colorblind"
     figure = Figure(figsize=(WIDTH, 0.3 + 2.1 * len(preds)), layout="constrained")
     grid = figure.subplots(len(preds), len(DIMENSIONS), sharex=True, sharey=True, squeeze=False)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'CEILING', 'RATERS', 'ORACLES', 'FROM_NOISE', 'TITLES', 'TABLE_METRICS', 'BETTER', 'NAMES', 'COLUMNS',
-           'Clips', 'Constant', 'GeneratorLookup', 'GroupedRidge', 'HandCrafted', 'run_baselines', 'is_from_noise',
-           'title', 'results_table', 'save_results', 'shown_cell', 'wins', 'markdown_table', 'differences_markdown',
-           'results_markdown', 'best_baseline', 'held_out', 'siblings', 'figure']
+           'Clips', 'opinion_means', 'Constant', 'GeneratorLookup', 'alike', 'GroupedRidge', 'HandCrafted',
+           'run_baselines', 'is_from_noise', 'title', 'results_table', 'save_results', 'shown_cell', 'wins',
+           'markdown_table', 'differences_markdown', 'results_markdown', 'judged', 'best_baseline', 'held_out',
+           'siblings', 'figure']
 
 # %% ../../nbs/evaluation/37_protocol.ipynb #1158a041
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from ..data.dataset import generator_of
 from .lowlevel import HAND_CRAFTED, LOW_LEVEL
 from .metrics import (
@@ -34,7 +36,7 @@ class Clips:
     features: pd.DataFrame | None = None  # (N,F) columns HAND_CRAFTED, rows in the order of `frame`
 
     @property
-    def mos(self) -> np.ndarray:         # (N,5), 1–5
+    def mos(self) -> np.ndarray:         # (N,5), 1–5, NaN: no opinion
         return self.frame[list(MOS_COLUMNS)].to_numpy(np.float64)
     @property
     def groups(self) -> np.ndarray:      # (N,) text
@@ -44,6 +46,13 @@ class Clips:
         return np.array([generator_of(n) for n in self.frame["video_name"]])
 
     def __len__(self) -> int: return len(self.frame)
+
+    def some(self, rows) -> "Clips":     # (N,) bool
+        "Some of the clips."
+        if rows.all(): return self
+        tables = (x if x is None else x[rows] for x in (self.frame, self.text, self.features))
+        return Clips(*(x.reset_index(drop=True) if isinstance(x, pd.DataFrame) else x
+                       for x in tables))
 
     def known(self, what: str) -> np.ndarray:  # (N,·) float64
         "The embeddings (`text`) or the features. Raises MetricError where they are not whole."
@@ -59,10 +68,15 @@ class Clips:
         return x
 
 # %% ../../nbs/evaluation/37_protocol.ipynb #e0c118ed
+def opinion_means(mos: np.ndarray) -> np.ndarray:    # (n,5), NaN: no opinion → (5,)
+    "The mean opinion on each dimension; NaN where there is none."
+    n = (~np.isnan(mos)).sum(0)                                          # (5,)
+    return np.divide(np.nansum(mos, 0), n, out=np.full(len(n), np.nan), where=n > 0)
+
 class Constant:
     "The mean of the training labels, for every clip."
     def fit(self, train: Clips):
-        self.mean = train.mos.mean(0)                                    # (5,)
+        self.mean = opinion_means(train.mos)                             # (5,)
         return self
 
     # (N,5)
@@ -71,13 +85,15 @@ class Constant:
 class GeneratorLookup:
     "The mean of the training labels of the clip's generator: A–E, the first letter of its name."
     def fit(self, train: Clips):
-        self.means = {g: train.mos[train.generators == g].mean(0)
+        self.known = ~np.isnan(opinion_means(train.mos))                 # (5,) learned at all
+        self.means = {g: opinion_means(train.mos[train.generators == g])
                       for g in np.unique(train.generators)}
         return self
 
     def predict(self, clips: Clips) -> np.ndarray:  # (N,5)
         "Raises `MetricError` for a generator that is not in the training labels."
-        if unknown := sorted(set(clips.generators) - set(self.means)):
+        whole = {g for g, mean in self.means.items() if not np.isnan(mean[self.known]).any()}
+        if unknown := sorted(set(clips.generators) - whole):
             raise MetricError("generator lookup", f"no training clip is by {', '.join(unknown)}",
                               "Leave this row out of the table.")
         return np.stack([self.means[g] for g in clips.generators])
@@ -98,6 +114,17 @@ def _text(clips: Clips) -> np.ndarray: return clips.known("text")
 def _low_level(clips: Clips) -> np.ndarray:
     return clips.known("features")[:, [HAND_CRAFTED.index(f) for f in LOW_LEVEL]]
 
+def alike(train: Clips):    # → columns of the five, the clips with opinions on them, these (n,K)
+    "The dimensions in groups with opinions on the same clips; all five, where none is missing."
+    there, groups = ~np.isnan(train.mos), {}
+    for k in range(len(DIMENSIONS)): groups.setdefault(there[:, k].tobytes(), []).append(k)
+    for columns in groups.values():
+        rows = there[:, columns[0]]
+        if rows.any():
+            y = np.ascontiguousarray(train.mos[rows][:, columns])
+            yield columns, train.some(rows), y
+
+# %% ../../nbs/evaluation/37_protocol.ipynb #6f51a778
 class GroupedRidge:
     "Ridge regression on standardised inputs; grouped cross-validation chooses its strengths."
     def __init__(self,
@@ -107,32 +134,50 @@ class GroupedRidge:
         self.inputs, self.with_generators = inputs, generators
         self.alphas, self.folds = alphas, folds
 
-    def _matrix(self, clips: Clips) -> np.ndarray:  # (N,D) or (N,D+G)
-        x = (self.inputs(clips) - self.mean) / self.scale
-        if not self.with_generators: return x
-        if unknown := sorted(set(clips.generators) - set(self.known)):
-            raise MetricError("text + generator", f"no training clip is by {', '.join(unknown)}",
-                              "Leave this row out of the table.")
-        return np.concatenate([x, 1000.0 * (clips.generators[:, None] == self.known)], 1)
+    def _reader(self, train: Clips):                # → Clips → (N,D) or (N,D+G)
+        x, generators = self.inputs(train), np.unique(train.generators)
+        mean, scale = x.mean(0), np.where(x.std(0) > 1e-9, x.std(0), 1.0)
+        def read(clips):
+            x = (self.inputs(clips) - mean) / scale
+            if not self.with_generators: return x
+            if unknown := sorted(set(clips.generators) - set(generators)):
+                raise MetricError("text + generator",
+                                  f"no training clip is by {', '.join(unknown)}",
+                                  "Leave this row out of the table.")
+            return np.concatenate([x, 1000.0 * (clips.generators[:, None] == generators)], 1)
+        return read
 
-    def fit(self, train: Clips):
+    def _fitted(self, train: Clips, y) -> tuple:    # (n,K) → strengths (K,), and Clips → (N,K)
         from sklearn.model_selection import GroupKFold
-        x, y, alphas = self.inputs(train), train.mos, np.asarray(self.alphas)
-        self.mean, self.scale = x.mean(0), np.where(x.std(0) > 1e-9, x.std(0), 1.0)
-        self.known = np.unique(train.generators)
-        x = self._matrix(train)
-        # (A,5) summed squared error on held-out prompts
-        errors = np.zeros((len(alphas), y.shape[1]))
+        if (n := len(set(train.groups))) < self.folds:
+            raise MetricError("ridge", f"opinions on clips of {n} prompts are too few",
+                              f"It needs at least {self.folds}.")
+        read, alphas = self._reader(train), np.asarray(self.alphas)
+        x, errors = read(train), np.zeros((len(alphas), y.shape[1]))    # squared, held-out prompts
         for fit, held in GroupKFold(self.folds).split(x, y, train.groups):
             solve = _ridge(x[fit], y[fit])
             for k, alpha in enumerate(alphas):
                 errors[k] += ((solve(alpha)(x[held]) - y[held]) ** 2).sum(0)
-        self.alpha = alphas[errors.argmin(0)]                            # (5,)
-        self.model = _ridge(x, y)(self.alpha)
-        return self
+        best = alphas[errors.argmin(0)]                                  # (K,)
+        model = _ridge(x, y)(best)
+        return best, lambda clips: model(read(clips))
 
-    # (N,5)
-    def predict(self, clips: Clips) -> np.ndarray: return self.model(self._matrix(clips)).round(6)
+# %% ../../nbs/evaluation/37_protocol.ipynb #640d9a7b
+@patch
+def fit(self: GroupedRidge, train: Clips) -> GroupedRidge:
+    "Raises `MetricError` for opinions on clips of too few prompts."
+    self.parts, self.alpha = [], np.full(len(DIMENSIONS), np.nan)        # (5,)
+    for columns, part, y in alike(train):
+        self.alpha[columns], model = self._fitted(part, y)
+        self.parts.append((columns, model))
+    return self
+
+@patch
+def predict(self: GroupedRidge, clips: Clips) -> np.ndarray:   # (N,5)
+    "Raises `MetricError` for a generator that is not in the training labels."
+    out = np.full((len(clips), len(DIMENSIONS)), np.nan)
+    for columns, model in self.parts: out[:, columns] = model(clips)
+    return out.round(6)
 
 # %% ../../nbs/evaluation/37_protocol.ipynb #7ac86ec2
 class HandCrafted:
@@ -150,12 +195,15 @@ class HandCrafted:
         def forest(d):
             return ExtraTreesRegressor(self.trees, min_samples_leaf=self.leaf,
                                        max_features=self.share, random_state=self.seed + d)
-        self.forests = [forest(d).fit(x, y[:, d]) for d in range(y.shape[1])]
+        there = ~np.isnan(y)
+        self.forests = {d: forest(d).fit(x[there[:, d]], y[there[:, d], d])
+                        for d in range(y.shape[1]) if there[:, d].any()}
         return self
 
     def predict(self, clips: Clips) -> np.ndarray:  # (N,5)
-        x = clips.known("features")
-        return np.stack([f.predict(x) for f in self.forests], 1)
+        x, out = clips.known("features"), np.full((len(clips), len(DIMENSIONS)), np.nan)
+        for d, forest in self.forests.items(): out[:, d] = forest.predict(x)
+        return out
 
 # %% ../../nbs/evaluation/37_protocol.ipynb #b8802e45
 BASELINES = {  # row of the results table → a fresh baseline
@@ -195,41 +243,55 @@ def title(row: str) -> str:  # of a row of the table
 # %% ../../nbs/evaluation/37_protocol.ipynb #ef1991d8
 TABLE_METRICS = ("srocc", "plcc", "mae", "rmse")
 
+def _none(why: str) -> dict: return {"value": None, "low": None, "high": None, "reason": why}
+
 def _cell(compute, *args) -> dict:  # {value, low, high}: nulls and a reason where there is no value
     try: value, low, high = compute(*args)
-    except MetricError as e: return {"value": None, "low": None, "high": None, "reason": str(e)}
+    except MetricError as e: return _none(str(e))
     return {"value": round(value, 6), "low": round(low, 6), "high": round(high, 6)}
 
 def _complete(rows: dict, target: np.ndarray, models: tuple):
     for name, p in {**rows, "labels": target}.items():
-        if p.shape != target.shape or not np.isfinite(p).all():
-            lost = np.sum(~np.isfinite(p))
+        gone, lost = np.isnan(p), ~np.isfinite(p)
+        if not gone.all(): lost &= ~(gone if name == "labels" else gone.all(0))    # no opinions
+        if p.shape != target.shape or lost.any():
             raise MetricError(name, f"shape {p.shape} for labels {target.shape}, "
-                              f"{lost} values not finite", "Score every clip.")
+                              f"{lost.sum()} values not finite", "Score every clip.")
     if lost := [m for m in models if m not in rows]:
         raise MetricError("results", f"no row of the model {lost[0]}", "Add its predictions.")
+
+def _both(k: int, *scores) -> tuple:    # (N,5) each, labels last → (N,) bool; why there are none
+    "The clips with every score and a label in dimension k."
+    gone = [np.isnan(s[:, k]) for s in scores]
+    why = "there is no label" if gone[-1].all() else "there is no score"
+    return ~np.any(gone, 0), why
 
 # %% ../../nbs/evaluation/37_protocol.ipynb #a7c520a8
 def results_table(
     rows: dict[str, np.ndarray],  # row → (N,5) predicted MOS: models, baselines, ceiling, in order
-    target: np.ndarray,           # (N,5) human MOS
+    target: np.ndarray,           # (N,5) human MOS, NaN: no opinion
     groups,                       # (N,) prompt of each clip
     models: tuple = ("dover",),   # which rows are models
     n: int = 1000, seed: int = 0, # resamples
 ) -> dict:                        # rows and `differences`, rounded to six decimals
     """Computes all rows with intervals, and each model's paired differences.
 
-    A model is compared with each baseline and with each model before it. Raises MetricError for
-    values that are not finite, for unequal shapes, and for a model without a row."""
-    target = np.asarray(target, np.float64)
+    A model is compared with each baseline and with each model before it. A row may be NaN in a
+    whole dimension; n counts the clips with score and label. Raises MetricError for other values
+    that are not finite, for unequal shapes, and for a model without a row."""
+    target, groups = np.asarray(target, np.float64), np.asarray(groups)
     rows = {name: np.asarray(p, np.float64) for name, p in rows.items()}
     _complete(rows, target, models)
-    def value(p, t, m): return METRICS[m][0](p, t), *bootstrap(p, t, groups, (m,), n, seed)[m]
-    def difference(a, b, t, m): return paired_bootstrap(a, b, t, groups, (m,), n, seed)[m]
+    def value(p, t, g, m): return METRICS[m][0](p, t), *bootstrap(p, t, g, (m,), n, seed)[m]
+    def difference(a, b, t, g, m): return paired_bootstrap(a, b, t, g, (m,), n, seed)[m]
     def cells(compute, k, *scores):
-        columns = [s[:, k] for s in (*scores, target)]
-        return {m: _cell(compute, *columns, m) for m in TABLE_METRICS}
-    results = {name: {d: cells(value, k, p) | {"n": len(target)} for k, d in enumerate(DIMENSIONS)}
+        there, why = _both(k, *scores, target)
+        if not there.any(): return dict.fromkeys(TABLE_METRICS, _none(why))
+        kept = slice(None) if there.all() else there
+        columns = [s[kept, k] for s in (*scores, target)]
+        return {m: _cell(compute, *columns, groups[kept], m) for m in TABLE_METRICS}
+    def size(k, p): return int(_both(k, p, target)[0].sum())
+    results = {name: {d: cells(value, k, p) | {"n": size(k, p)} for k, d in enumerate(DIMENSIONS)}
                for name, p in rows.items()}
     results["differences"] = {model: {} for model in models}
     for i, model in enumerate(models):
@@ -305,12 +367,19 @@ def results_markdown(
     return "\n\n".join([*values, differences_markdown(results, metrics)]) + "\n"
 
 # %% ../../nbs/evaluation/37_protocol.ipynb #091e58cc
+def judged(
+    results: dict,             # of `results_table`
+    row: str | None = None,    # None: the first
+) -> list[str]:
+    "The dimensions in which a row has scores and the clips have labels."
+    return [d for d in DIMENSIONS if results[row or next(iter(results))][d]["n"]]
+
 def best_baseline(
     results: dict,             # of `results_table`
     metric: str = "srocc",
-) -> str | None:               # a row; None where no baseline has a value in all five dimensions
-    "The baseline whose mean over the five dimensions is best."
-    def values(row): return [results[row][d][metric]["value"] for d in DIMENSIONS]
+) -> str | None:               # a row; None where no baseline has a value in all dimensions
+    "The baseline whose mean over the judged dimensions is best."
+    def values(row): return [results[row][d][metric]["value"] for d in judged(results)]
     known = [row for row in BASELINES if row in results and None not in values(row)]
     return max(known, key=lambda row: BETTER[metric] * sum(values(row)), default=None)
 

@@ -132,6 +132,7 @@ class FiveMos(nn.Module):
     BODY: tuple = ()      # and of everything that pretraining leaves behind
     FEATURES = "video_features"      # the name of a video's features among what `forward` returns
     engine = None         # runs the costly part (`network`, where a model has one) instead of torch
+    get_used_to: Callable | None = None  # (known, text): takes what is usual, before the first step
 
     def __init__(self, config, text_encoder=None):   # a CONFIG; for prompts given as strings
         super().__init__()

@@ -16,8 +16,8 @@ from ..data.dataset import DatasetError, write_predictions
 from ..files import code_hash
 from ..evaluation.metrics import MetricError
 from qualivision.evaluation.protocol import (
-    BASELINES, CEILING, FROM_NOISE, ORACLES, RATERS, Clips, results_table, run_baselines,
-    save_results)
+    BASELINES, CEILING, FROM_NOISE, ORACLES, RATERS, Clips, judged, results_table,
+    run_baselines, save_results)
 from ..models.registry import compared
 from ..models.text import TextEncoder
 from .params import (
@@ -41,9 +41,10 @@ def asked_split(
 def read_scores(
     file: str | Path,           # the challenge's seven columns
     clips: pd.DataFrame,        # rows with video_name
-) -> np.ndarray:                # (N,5) predicted MOS, in the order of the rows
+) -> np.ndarray:                # (N,5) predicted MOS, in the order of the rows; NaN: none
     "Scores of exactly these videos. Raises DatasetError where they are of others."
-    table = pd.read_csv(file, dtype={"video_name": str, "Prompt": str}, keep_default_na=False)
+    table = pd.read_csv(file, dtype={"video_name": str, "Prompt": str}, keep_default_na=False,
+                        na_values=dict.fromkeys(MOS_COLUMNS, ""))
     if table["video_name"].tolist() != clips["video_name"].tolist():
         raise DatasetError(file, "its videos are not those of the split", "Run `dvc repro`.")
     return table[list(MOS_COLUMNS)].to_numpy(float)
@@ -111,14 +112,17 @@ def scratch_rows(
 # %% ../../nbs/pipeline/52_compare.ipynb #53fd9327
 def summary(
     results: dict,      # of `results_table`
-) -> dict:              # model → metric → dimension → value, and the mean over the five
+) -> dict:              # model → metric → dimension → value, and the mean over those that are
+                       # judged: all five, or `mean_over`
     "Each model's row in a few numbers, and what share of the ceiling it reaches."
     def value(row, m, d): return results[row][d][m]["value"]
     def of(model):
         out = {m: {d: value(model, m, d) for d in DIMENSIONS} for m in ("srocc", "plcc", "mae")}
+        over = judged(results, model)
         for cells in out.values():
-            if None not in cells.values():
-                cells["mean"] = round(sum(cells.values()) / len(DIMENSIONS), 6)
+            known = [cells[d] for d in over]
+            if known and None not in known: cells["mean"] = round(sum(known) / len(known), 6)
+        if len(over) < len(DIMENSIONS): out["mean_over"] = over
         if CEILING in results:
             pairs = {d: (value(model, "srocc", d), value(CEILING, "srocc", d)) for d in DIMENSIONS}
             out["share_of_ceiling"] = {d: round(own / top, 4) for d, (own, top) in pairs.items()
@@ -187,7 +191,7 @@ def main(
     rows, omitted = all_rows(models, asked, split, train, clips, root)
     results = compare(rows, clips, settings["resamples"], settings["seed"], models)
     save_results(results, "results/metrics.json")
-    write_predictions(asked, rows[models[0]], "results/predictions.csv")
+    write_predictions(asked, rows[models[0]], "results/predictions.csv", "empty")
     rows_table(asked, rows).to_csv("results/rows.csv", index=False, float_format="%.6f",
                                    lineterminator="\n")
     write_json("results/summary.json", summary(results))

@@ -35,7 +35,7 @@ def model_scores(
     checkpoint: str | Path,
     clips: pd.DataFrame,                # rows with path and Prompt
     device: str,
-) -> np.ndarray:                        # (N,5) predicted MOS
+) -> np.ndarray:                        # (N,5) predicted MOS; NaN: it has learned no opinions
     """Scores one video after the other, as for a user.
 
     Raises VideoError, TextError, ScoreError, WeightsError."""
@@ -43,8 +43,8 @@ def model_scores(
     kept = ClipCache("cache", scorer.sampling)
     every = scorer.sampling.count       # people judged all five of every clip, however short
     rows = progress(zip(clips["path"], clips["Prompt"]), len(clips), "scoring")
-    return np.array([scorer.judge(kept.get(path), prompt, every)[0]
-                     for path, prompt in rows]).round(6)
+    scores = [scorer.judge(kept.get(path), prompt, every)[0] for path, prompt in rows]
+    return np.array(scores, float).round(6)
 
 # %% ../../nbs/pipeline/51_evaluate.ipynb #4e4fb31f
 SECTIONS = ("data", "evaluate")
@@ -75,7 +75,7 @@ def score_to(
     split, note = judged_split(splits)
     scores = model_scores(checkpoint, splits[split], device)
     results.mkdir(parents=True, exist_ok=True)
-    write_predictions(splits[split], scores, results/"predictions.csv")
+    write_predictions(splits[split], scores, results/"predictions.csv", missing="empty")
     about = {"split": split, "note": note, "videos": len(scores),
              "weights": about_file(checkpoint)["sha256"],
              "code_hash": code_hash("pipeline.evaluate")}

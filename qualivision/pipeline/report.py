@@ -16,8 +16,9 @@ import pandas as pd
 
 from ..evaluation.metrics import MetricError
 from ..evaluation.plots import plot_curves, plot_rows, plot_scatter, save_figure
-from ..evaluation.protocol import (
-    BASELINES, COLUMNS, ORACLES, best_baseline, differences_markdown, markdown_table, title)
+from qualivision.evaluation.protocol import (
+    BASELINES, COLUMNS, ORACLES, best_baseline, differences_markdown, judged, markdown_table,
+    title)
 from ..files import value_hash
 from ..models.registry import entry_of
 from .params import read_json, run_stage
@@ -160,16 +161,18 @@ def seeds_markdown(found: dict) -> str:  # of `seeds`
 
 # %% ../../nbs/pipeline/55_report.ipynb #324a8cd4
 def claim(results: dict, model: str) -> str:
-    "Which baselines a model beats on all five scores, and at most two exceptions by name."
+    "Which baselines a model beats on all scores that are judged, and at most two exceptions."
+    count = len(judged(results, model))
+    every = "all five scores" if count == len(DIMENSIONS) else f"all {count} scores that are judged"
     found = {row: v for row, v in verdicts(results, model).items() if row in BASELINES}
-    rest = {row: v for row, v in found.items() if len(v["better"]) < len(DIMENSIONS)}
+    rest = {row: v for row, v in found.items() if len(v["better"]) < count}
     beats = f"{title(model)} is better than"
-    if not rest: return f"{beats} every baseline on all five scores"
-    count = f"{beats} {len(found) - len(rest)} of {len(found)} baselines on all five scores"
-    if len(rest) > 2: return count
+    if not rest: return f"{beats} every baseline on {every}"
+    most = f"{beats} {len(found) - len(rest)} of {len(found)} baselines on {every}"
+    if len(rest) > 2: return most
     why = (f"against *{title(row)}*, {names(v[word])} {'is' if len(v[word]) == 1 else 'are'} {word}"
            for row, v in rest.items() for word in ("worse", "open") if v[word])
-    return f"{count} ({'; '.join(why)})"
+    return f"{most} ({'; '.join(why)})"
 
 def simulated(about: dict) -> bool: return "simulated" in about["compare"]["labels"]
 
@@ -252,7 +255,8 @@ def _phases(train: dict) -> str:
 def _chosen(train: dict) -> str:
     best = train["best"]
     if not best: return "the last epoch"
-    return f"epoch {best['epoch']}: mean of SROCC and PLCC on validation {best['score']:.4f}"
+    over = f" of {best['over'].replace(' ', ', ')}" if "over" in best else ""
+    return f"epoch {best['epoch']}: mean of SROCC and PLCC{over} on validation {best['score']:.4f}"
 
 def models_table(about: dict) -> str:  # of `provenance`
     "How each model was trained, a column for each."

@@ -8,7 +8,7 @@ __all__ = ['SHORT', 'HEADS', 'ROWS', 'NOISE', 'difference', 'mark', 'table', 'ma
 
 # %% ../../nbs/pipeline/53_table.ipynb #3686f565
 from ..evaluation.protocol import (
-    COLUMNS, NAMES, is_from_noise, markdown_table, shown_cell, title, wins)
+    COLUMNS, NAMES, is_from_noise, judged, markdown_table, shown_cell, title, wins)
 from ..models.registry import MODELS
 from ..quality import DIMENSIONS
 
@@ -136,8 +136,8 @@ def verdicts(
     out, (better, worse) = {}, MODELS[model].marks
     for row in results["differences"][model]:
         metric = "mae" if row == "constant" else "srocc"
-        marks = {d: mark(results, row, d, metric, model) for d in DIMENSIONS}
-        out[row] = {word: [d for d in DIMENSIONS if marks[d] == m]
+        marks = {d: mark(results, row, d, metric, model) for d in judged(results, model)}
+        out[row] = {word: [d for d in marks if marks[d] == m]
                     for word, m in (("better", better), ("worse", worse), ("open", ""))}
     return out
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..quality import DIMENSIONS, QualiVisionError
+from .losses import rated, smooth_l1
 
 # %% ../../nbs/training/41_contrast.ipynb #7577a169
 def _others(groups: list, own: int) -> list[str]:
@@ -73,9 +74,11 @@ class ContrastPrompts:
 
 # %% ../../nbs/training/41_contrast.ipynb #0753b9de
 def contrast_loss(match_logits: Tensor,   # (B,1+K) alignment before the sigmoid; own prompt first
-                  alignment: Tensor       # (B,) MOS, 1–5
+                  alignment: Tensor       # (B,) MOS, 1–5, NaN: no opinion
                  ) -> Tensor:             # 0-d, ≥ 0
     "Cross-entropy of choosing the clip's own prompt; weight 0 at a MOS of 3 and below, 1 at 5."
+    match_logits, alignment = rated(match_logits, alignment)
+    if not len(alignment): return match_logits.sum() * 0.
     weight = ((alignment - 3) / 2).clamp(0, 1)
     own = torch.zeros(len(match_logits), dtype=torch.long, device=match_logits.device)
     return (weight * F.cross_entropy(match_logits.float(), own, reduction="none")).mean()
@@ -84,7 +87,7 @@ def contrast_loss(match_logits: Tensor,   # (B,1+K) alignment before the sigmoid
 AUX = {"aesthetic_score": "aesthetic", "technical_score": "traditional"}  # extra head → dimension
 
 def training_loss(out: dict,          # of the model: mos (B,5); (B,1) each of AUX if it has them
-                  mos: Tensor,        # (B,5) float32, labels 1–5
+                  mos: Tensor,        # (B,5) float32, labels 1–5, NaN: none
                   hybrid: nn.Module,  # HybridLoss
                   aux_weight: float,  # of the two extra heads
                   contrast_weight: float = 0.,  # of contrast_loss, if there are other prompts
@@ -94,8 +97,7 @@ def training_loss(out: dict,          # of the model: mos (B,5); (B,1) each of A
     total, parts = hybrid(out["mos"].float(), mos)
     extra = {}
     if "aesthetic_score" in out:
-        aux = sum(F.smooth_l1_loss(out[key].float().flatten(), labels(d), beta=0.1)
-                  for key, d in AUX.items())
+        aux = sum(smooth_l1(out[key].float().flatten(), labels(d)) for key, d in AUX.items())
         total, extra = total + aux_weight * aux, {"aux_loss": aux.detach()}
     if "match_logits" in out:
         contrast = contrast_loss(out["match_logits"], labels("alignment"))

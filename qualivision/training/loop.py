@@ -356,7 +356,9 @@ def end_epoch(run: Run) -> dict:  # the row of the history
     run.history.append(row)
     score = row.get("val_score")
     new_best = score is not None and (run.best is None or score > run.best["score"])
-    if new_best: run.best = {"score": score, "epoch": epoch, "step": run.step}
+    if new_best:
+        run.best = {"score": score, "epoch": epoch, "step": run.step,
+                    **({"over": row["val_over"]} if "val_over" in row else {})}
     save_run(run, best=new_best)
     return row
 

@@ -23,16 +23,23 @@ from .step import TrainError
 
 # %% ../../nbs/training/42_trackers.ipynb #44ef7951
 def validation_metrics(pred: np.ndarray,    # (N,5) scores
-                       target: np.ndarray,  # (N,5) MOS 1–5
+                       target: np.ndarray,  # (N,5) MOS 1–5, NaN: no opinion
                        ) -> dict:           # val_score, val_DIMENSION_{srocc,plcc}; None: undefined
-    "SROCC and PLCC of each dimension, and their mean over all."
+    """SROCC and PLCC of each dimension, and their mean over those with three opinions or more;
+    val_over names these where they are not all five."""
+    there = ~np.isnan(target)
     def value(metric, i):
-        try: return float(metric(pred[:, i], target[:, i]))
+        rows = slice(None) if there[:, i].all() else there[:, i]
+        try: return float(metric(pred[rows, i], target[rows, i]))
         except MetricError: return None      # constant or too few
-    each = {f"val_{d}_{name}": value(metric, i) for i, d in enumerate(DIMENSIONS)
-            for name, metric in (("srocc", srocc), ("plcc", plcc))}
-    defined = None not in each.values()
-    return {"val_score": sum(each.values()) / len(each) if defined else None, **each}
+    each = {d: {f"val_{d}_{name}": value(metric, i)
+                for name, metric in (("srocc", srocc), ("plcc", plcc))}
+            for i, d in enumerate(DIMENSIONS)}
+    over = [d for i, d in enumerate(DIMENSIONS) if there[:, i].sum() >= 3]
+    counted = [v for d in over for v in each[d].values()]
+    score = sum(counted) / len(counted) if counted and None not in counted else None
+    named = {"val_over": " ".join(over)} if 0 < len(over) < len(DIMENSIONS) else {}
+    return {"val_score": score, **named, **{k: v for row in each.values() for k, v in row.items()}}
 
 # %% ../../nbs/training/42_trackers.ipynb #05635a85
 def write_history(path: Path, rows: list[dict]):
@@ -66,7 +73,8 @@ class Tracker:
     def close(self): pass
 
 def _numbers(row):
-    return {k: v for k, v in row.items() if v is not None and k not in ("epoch", "step")}
+    return {k: v for k, v in row.items()
+            if not isinstance(v, str | None) and k not in ("epoch", "step")}
 
 class DvcLiveTracker(Tracker):
     "Curves for `dvc plots`, in FOLDER/dvclive."
@@ -136,5 +144,6 @@ def epoch_line(row: dict,     # of the history
     "An epoch in one line."
     score = row.get("val_score", "not due")
     score = "undefined" if score is None else score if isinstance(score, str) else f"{score:.4f}"
+    if over := row.get("val_over"): score += f" of {over}"
     done = f"epoch {row['epoch']}/{epochs}"
     return f"{done}  loss {row['loss']:.4f}  val {score}  {rate:.1f} videos/s"

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['TOLD', 'model_config', 'sampling_of', 'Task', 'Prepared', 'prepare_data', 'Beginning', 'build_model', 'origin',
-           'train_trunk', 'keep_features', 'joined', 'trunk_folder', 'train_phases', 'describe', 'publish',
-           'train_model']
+           'train_trunk', 'keep_features', 'meet', 'joined', 'trunk_folder', 'train_phases', 'heard', 'describe',
+           'publish', 'train_model']
 
 # %% ../../nbs/training/44_train.ipynb #476c8da1
 import os
 import shutil
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+
+import torch
 
 from ..data.clips import ClipCache, VideoQualityDataset
 from ..data.dataset import data_hash, load_dataset, resolve_splits
@@ -26,7 +28,7 @@ from ..models.registry import CONFIGS, ModelEntry, Start, entry_of
 from ..models.text import TextEncoder, encoder_of_width
 from ..models.vjepa_mos import VJepaMos, settled
 from ..models.weights import about_file, load_checkpoint, load_strict
-from ..quality import say
+from ..quality import DIMENSIONS, say
 from .loop import TrainConfig, check_run, fit
 from .step import TrainError
 from .trackers import check_tracker, write_history
@@ -178,6 +180,16 @@ def keep_features(model: FiveMos, sets: Prepared, cache: Path, device: str = "au
         features.build(part.paths, (False, True) if part.augment else (False,), progress, workers)
         part.cache = features
 
+def meet(model: FiveMos, sets: Prepared):
+    "Shows a model the training clips before its first step, if it wants to get used to them."
+    if not model.get_used_to: return
+    part, device = sets.train, next(model.parameters()).device
+    clips = (part.cache.get(path) for path in part.paths)
+    known = [{k: v[None] for k, v in c.items()} if isinstance(c, dict)
+             else model.prefix(c[None].to(device)) for c in clips]              # (1,·) each
+    text = torch.stack(list(part.text))                                         # (n,D)
+    model.get_used_to({k: torch.cat([c[k] for c in known]).cpu() for k in known[0]}, text)
+
 def joined(trunk: list[dict], main: list[dict]) -> list[dict]:
     "One history of both phases: epochs and steps go on counting."
     last = trunk[-1] if trunk else {"epoch": 0, "step": 0}
@@ -203,11 +215,19 @@ def train_phases(model: FiveMos, sets: Prepared, task: Task, phases: tuple, fold
             rest = rest | {"stop_after": max(rest["stop_after"] - first["steps"], 1)}
     if task.feature_cache:
         keep_features(model, sets, task.cache, settings.device, rest["progress"], task.workers)
+    meet(model, sets)
     resume = resume and (folder / "run.json").exists()
     result = fit(model, sets.train, sets.val, settings, folder, resume=resume, **rest)
     return result | {"history": joined(first["history"], result["history"])} if first else result
 
 # %% ../../nbs/training/44_train.ipynb #23c81efa
+def heard(sets: Prepared, labels: str) -> dict:   # {"learned_on": dimension → about or None}, or {}
+    "What is said of each dimension where the training clips have no opinions on some."
+    n = (~sets.train.mos.isnan()).sum(0).tolist()
+    if all(n): return {}
+    about = {"data": labels, "raters": None, "srocc": None, "interval": None, "judged": None}
+    return {"learned_on": {d: {**about, "clips": k} if k else None for d, k in zip(DIMENSIONS, n)}}
+
 def describe(task: Task, begin: Beginning, licence: str, encoder: TextEncoder, sets: Prepared,
              phases: tuple      # TrainConfig of the training, and of the trunk or None
              ) -> tuple[dict, dict]:   # model.json, and the parameters of the run
@@ -223,7 +243,7 @@ def describe(task: Task, begin: Beginning, licence: str, encoder: TextEncoder, s
             "text_encoder_key": encoder.key, "trained_on": f"{labels}, data {sets.hash[:12]}",
             "licence": licence, "data_hash": sets.hash, "params_hash": value_hash(params),
             "source_hash": code_hash("training.loop"), "splits": sets.note,
-            **origin(begin), **learned}
+            **origin(begin), **learned, **heard(sets, labels)}
     return meta, params
 
 def publish(source: str | Path,   # folder of the best weights, in a run
