@@ -131,8 +131,7 @@ def from_checkpoint(cls: Scorer, folder: str | Path = CHECKPOINT,
                          "`./run.sh` or `qualivision train` makes one; --checkpoint names another "
                          "folder.")
     state, meta = load_checkpoint(folder)
-    entry = _entry(folder, meta)
-    encoder = _encoder(folder, meta)
+    entry, encoder = _entry(folder, meta), _encoder(folder, meta)
     model = entry.model(_computed_in(entry.config.of(meta["config"]), choice.name))
     load_strict(model, state)
     learned = meta.get("learned_on") or {}
@@ -143,8 +142,7 @@ def from_checkpoint(cls: Scorer, folder: str | Path = CHECKPOINT,
 
 # %% ../../nbs/inference/45_score.ipynb #147dc152
 def _unfitted(data: str) -> dict:
-    return {"data": data, "raters": None, "clips": None, "srocc": None, "interval": None,
-            "judged": None}
+    return {"data": data, **dict.fromkeys(("raters", "clips", "srocc", "interval", "judged"))}
 
 def simulated_helper(dimensions: tuple, device: str = "cpu") -> Helper:
     "Scores by the model that has learned from simulated clips alone. Raises ScoreError."

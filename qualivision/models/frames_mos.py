@@ -43,7 +43,7 @@ class FramesConfig(ModelConfig):
     causes: tuple = ()                      # this model names none,
     attributes: tuple = ()                  # nor parts of the prompt
 
-
+# %% ../../nbs/models/30_frames_mos.ipynb #5c2ebfbc
 class FramesMos(FiveMos):
     "Five MOS by lines from a tower's features, their changes, and their fit to the prompt."
     CONFIG, FEATURES, frozen = FramesConfig, "picture_features", True
