@@ -1,6 +1,6 @@
 """How often intervals hold the truth and tests raise false alarms, at the embedded set's number of prompts.
 
-    python benchmarks/intervals.py [--draws 2000] [--prompts 48] [--metric srocc]
+    python -m benchmarks.intervals [--draws 2000] [--prompts 48] [--metric srocc]
 
 Simulated opinions and two simulated models; half (or a fifth) of each variance belongs to the prompt, as part of each model's error is
 shared with the other. The truth is the metric of 24,000 clips, four times. The baseline is the percentile interval of resampled prompts
