@@ -156,7 +156,7 @@ def test_generators():
 # ---- checking ---------------------------------------------------------------------------------------------------
 
 def break_mos(root): edit(root, "train", lambda t: t.__setitem__("Overall_MOS", t["Overall_MOS"].where(t.index != 2, 5.5)))
-def break_label(root): edit(root, "train", lambda t: t.__setitem__(list(MOS_COLUMNS), t[list(MOS_COLUMNS)].where(t.index != 3)))
+def break_label(root): edit(root, "train", lambda t: t.loc.__setitem__((3, list(MOS_COLUMNS)), np.nan))
 def break_duplicate(root): edit(root, "train", lambda t: t.__setitem__("video_name", t["video_name"].replace("B_0000.mp4", "A_0000.mp4")))
 def break_twice(root): edit(root, "train", lambda t: t.__setitem__("video_name", t["video_name"].replace("B_0000.mp4", "./A_0000.mp4")))
 def break_address(root): edit(root, "test", lambda t: t.__setitem__("video_name", "https://x.org/" + t["video_name"]))
