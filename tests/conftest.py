@@ -46,11 +46,11 @@ def left_out(config, marker: str) -> bool:
     return not config.getoption(f"--{marker}")
 
 
-LONG = ("test_pipeline", "test_pretrain", "test_trainer", "test_train_dover", "test_video", "test_tools", "test_vjepa2")     # take minutes
+LONG = ("test_pipeline", "test_pretrain", "test_trainer", "test_hygiene", "test_train_dover", "test_video", "test_tools", "test_vjepa2")
 
 
 def pytest_collection_modifyitems(config, items):
-    # the long files first, so that of two processes none works on them alone at the end
+    # the long files first, so that of two processes none works on them alone at the end; test_hygiene early: see LOG.md, a worker that died
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     for marker, meaning in MARKERS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]

@@ -53,7 +53,14 @@ def encode(path, codec, n=N, fmt="yuv420p", pts=None, container=None, size=(W, H
             frame.pts, frame.time_base = (k if pts is None else pts[k]), base
             c.mux(s.encode(frame))
         c.mux(s.encode())
+    usual_turn()
     return Path(path)
+
+
+def usual_turn():
+    "libsvtav1, run as root, makes the thread that calls it a real-time one, before which nothing else has its turn."
+    if hasattr(os, "sched_setscheduler") and os.sched_getscheduler(0) != os.SCHED_OTHER:
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def copy(source, path, key=0, drop=0, zero=None, mux=None):
