@@ -211,7 +211,7 @@ def predictions(**scores):
 
 
 @pytest.mark.parametrize("text,at", [("[1, 2", "line 1: it is no JSON"), ("[\n{},\n]", "line 3: it is no JSON"),
-                                     ("{}\n7\n", "line 2: it is no object")])
+                                     ("{}\n7\n", "line 2: it is no object"), ("[{}, 7]", "entry 2: it is no object")])
 def test_broken_prompts_are_refused_by_line(call, text, at):
     Path("annotator_001.json").write_text(FILES["phyground"][1])
     Path("phyground.json").write_text(text)

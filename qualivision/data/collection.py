@@ -232,7 +232,8 @@ def _prompts(s: OpinionSet, folder: Path, encoding) -> dict:     # key: prompt
     text = read_text(file, encoding)
     rows = _json(file, 1, text, list) if text.lstrip().startswith("[") else [
         _json(file, n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    rows = [r for r in rows if isinstance(r, dict)]
+    if lost := [n for n, r in enumerate(rows, 1) if not isinstance(r, dict)]:
+        raise LabelError(f"{file} entry {lost[0]}", "it is no object in braces", "Save it again.")
     return {str(r[key]): str(r["prompt"]) for r in rows if key in r and "prompt" in r}
 
 
