@@ -50,7 +50,7 @@ LONG = ("test_pipeline", "test_pretrain", "test_trainer", "test_hygiene", "test_
 
 
 def pytest_collection_modifyitems(config, items):
-    # the long files first, so that of two processes none works on them alone at the end; test_hygiene early: see LOG.md, a worker that died
+    # the long files first, so that of two processes none works on them alone at the end
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     for marker, meaning in MARKERS.items():
         marked = [item for item in items if item.get_closest_marker(marker)]

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -50,9 +51,15 @@ def openvino_package():
         if quiet and before is not None: sys.modules[reports] = before
 
 
+@cache
+def _core(package):
+    "One for the process: two that end leave signals a stack that is gone."
+    return package.Core()
+
+
 def _openvino(graph: bytes, precision: str) -> Callable:     # arrays → arrays
     "A graph in OpenVINO. Raises `EngineError`."
-    core = openvino_package().Core()
+    core = _core(openvino_package())
     if precision != "fp32" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise EngineError(f"engine openvino in {precision}",
                           "this CPU has no bfloat16 instructions", "Use --precision fp32.")
