@@ -80,7 +80,7 @@ def resize_square8(frames,     # (T,H,W,3) uint8, array or tensor on the CPU
 # %% ../../nbs/data/10_sampling.ipynb #01168055
 def processor_box(height: int, width: int,     # of the source, pixels
                   size: int                    # S, of the model
-                 ) -> tuple:                   # height and width after the resize; where the crop is
+                 ) -> tuple:                   # height and width after the resize; the crop
     "The geometry of `processor_view`."
     edge, short = int(size * 256 / 224), min(height, width)
     tall = edge if height == short else int(edge * height / width)

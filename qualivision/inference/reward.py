@@ -183,8 +183,8 @@ class Percentile(nn.Module):
         return self.share[k - 1] + (scores - self.at[k - 1]) * slope
 
 # %% ../../nbs/inference/46a_reward.ipynb #46a00012
-def _checked(reward: Reward, weights: dict, reference: ReferenceSet, lower: float, widths: dict):
-    "Refuses weights that cannot be answered. Raises `RewardError`."
+def _checked(reward: Reward, weights: dict, reference: ReferenceSet, lower: float, widths):
+    "Refuses what cannot be answered. Raises `RewardError`."
     if not weights or not all(w > 0 for w in weights.values()) or lower < 0:
         raise RewardError("scalar", "weights are above zero, and lower is not below it",
                           "Leave out what does not count.")
@@ -196,7 +196,8 @@ def _checked(reward: Reward, weights: dict, reference: ReferenceSet, lower: floa
             why = unheard(d) if d in DIMENSIONS else f"the scores are {', '.join(DIMENSIONS)}"
             raise RewardError(f"weight of {d}", "there is no such score", why)
         if d not in reference.branches:
-            raise RewardError(reference.name, f"it has no scores of {d}", f"Build it from a table that holds {d}.")
+            raise RewardError(reference.name, f"it has no scores of {d}",
+                              f"Build it from a table that holds {d}.")
         if lower and not ((widths or {}).get(d) or 0) > 0:
             raise RewardError(f"lower={lower:g}", f"the width of the interval of {d} is not known",
                               "Give widths={dimension: MOS} from calibrated data, or lower=0.")

@@ -275,7 +275,7 @@ class ConvNeXt3D(nn.Sequential):
                  kernel=(7, 7, 7),               # depthwise kernel
                  layers=Layers(),                # what blocks and norms are
                  stem_init="random",             # "random" | "dct": see dct_filters
-                 checkpointing=False,            # with gradients, compute the inside of blocks twice
+                 checkpointing=False,            # for gradients: compute a block's inside twice
                  channels_last=False):           # after the stem, in memory (faster on a CPU)
         if stem_init not in ("random", "dct"):
             raise QualiVisionError(f"stem_init={stem_init!r}", "there is no such start",
