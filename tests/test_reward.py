@@ -19,6 +19,7 @@ from qualivision.evaluation.ranks import Distribution, ReferenceSet
 from qualivision.inference.reward import (
     Percentile, Reward, RewardError, flow_factory, t2v_turbo, unirl, verl_omni, videox_fun)
 from qualivision.inference.score import Scorer
+from qualivision.models import convnext3d
 from qualivision.models.dover_mos import EMBEDDED, DoverPlusPlus
 from qualivision.models.frames_mos import FramesConfig, FramesMos
 from qualivision.models.measures import ColourStatistics, FilterBank
@@ -34,15 +35,15 @@ PROMPTS = ["a red boat", "a green tree"]
 ENCODER = TextEncoder()
 
 
-def small(kind: str, learned_on=None, view="square") -> Reward:
+def small(kind: str, learned_on=None, **more) -> Reward:
     "A reward of random weights, the fixed statistics among what counts."
-    kind, config = KINDS[kind]
+    kind, config = KINDS[kind][0], replace(KINDS[kind][1], **more)
     torch.manual_seed(0)
     net = kind(config)
     with torch.no_grad():
         for name, p in net.named_parameters():
             if name.endswith("weight") and any(part in name for part in ("linear", "wide", "heads.")): p.normal_(0, .02)
-    return Reward(Scorer(net, Sampling(config.frames, config.size, view), ENCODER, "toy", "toy", "", learned_on=learned_on))
+    return Reward(Scorer(net, Sampling(config.frames, config.size), ENCODER, "toy", "toy", "", learned_on=learned_on))
 
 
 def noise(*shape, seed=1): return .05 + .9 * torch.rand(shape, generator=torch.Generator().manual_seed(seed))
@@ -98,8 +99,9 @@ def test_frames_in_memory_score_as_their_file(dover, tmp_path, view):
         assert (found.detach() - torch.tensor(by_file)).abs().max() < most
 
 
-def test_alone_as_in_a_batch(dover):
-    "Scores and gradients, by tensor and by list; the inside of a batch is computed twice and stays the same."
+def test_alone_as_in_a_batch(dover, monkeypatch):
+    """Scores and gradients, by tensor and by list; the inside of a batch is computed twice and stays the same, as that of each block where a
+    model says so."""
     x = noise(8, 3, 6, 40, 40).requires_grad_()
     scores = torch.stack(list(dover(x, PROMPTS * 4).values()))
     scores.sum().backward()
@@ -109,6 +111,11 @@ def test_alone_as_in_a_batch(dover):
         alone.sum().backward()
         assert (alone[:, 0] - scores[:, k]).abs().max() < 1e-5
         assert torch.allclose(one.grad.transpose(0, 1), x.grad[k], rtol=1e-4, atol=1e-5)
+    twice, plain = [], convnext3d.checkpoint
+    monkeypatch.setattr(convnext3d, "checkpoint", lambda *a, **k: twice.append(a) or plain(*a, **k))
+    again = x[:1].detach().requires_grad_()
+    torch.stack(list(small("dover", checkpointing=True)(again, PROMPTS[:1]).values())).sum().backward()
+    assert len(twice) >= 4 and torch.allclose(again.grad[0], x.grad[0], rtol=1e-4, atol=1e-5)
     assert all(p.grad is None and not p.requires_grad for p in dover.train().parameters()) and not dover.model.training
 
 
@@ -213,6 +220,8 @@ def test_plain_and_fastvideo(scalar, clips, plain):
             with torch.no_grad(): return self.reward(media, prompts)
     found = Rollout(scalar)(clips.requires_grad_(), PROMPTS)
     assert torch.equal(found, plain) and found.shape == (2,) and not found.requires_grad
+    with torch.inference_mode(): scalar(clips, ["a prompt of its own"] * 2)           # and its embedding can be used for a gradient
+    scalar(clips, ["a prompt of its own"] * 2).sum().backward()
     with torch.autocast("cpu", torch.bfloat16): assert torch.equal(Rollout(scalar)(clips, PROMPTS), plain)
 
 
