@@ -275,7 +275,7 @@ class ConvNeXt3D(nn.Sequential):
                  kernel=(7, 7, 7),               # depthwise kernel
                  layers=Layers(),                # what blocks and norms are
                  stem_init="random",             # "random" | "dct": see dct_filters
-                 checkpointing=False,            # in training, compute the inside of blocks twice
+                 checkpointing=False,            # for gradients: compute a block's inside twice
                  channels_last=False):           # after the stem, in memory (faster on a CPU)
         if stem_init not in ("random", "dct"):
             raise QualiVisionError(f"stem_init={stem_init!r}", "there is no such start",
@@ -293,7 +293,7 @@ class ConvNeXt3D(nn.Sequential):
         "The map of every stage; the last one is the feature map."
         maps = []
         for i, layer in enumerate(self):
-            twice = self.checkpointing and self.training and isinstance(layer, Block)
+            twice = self.checkpointing and x.requires_grad and isinstance(layer, Block)
             x = checkpoint(layer, x, True, use_reentrant=False) if twice else layer(x)
             if i == 0 and self.channels_last:
                 x = x.contiguous(memory_format=torch.channels_last_3d)

@@ -9,6 +9,7 @@ __all__ = ['TRADITIONAL', 'ALIGNMENT', 'AESTHETIC', 'on_scale', 'MosPredictor', 
 # %% ../../nbs/models/27_five_mos.ipynb #580ec069
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import ClassVar
 
@@ -225,8 +226,8 @@ def role(self: FiveMos, name: str) -> str:   # of a parameter → text | video |
 def clip_by_clip(compute: Callable,     # frames (1,3,T,H,W) → dict of tensors (1,…)
                  frames: Tensor         # (B,3,T,H,W)
                 ) -> dict[str, Tensor]:  # each (B,…)
-    "What a frozen part computes of each clip by itself, in full precision and without gradients."
-    with torch.no_grad(), outside_autocast(frames):
+    "What a frozen part computes of each clip by itself; gradients only where the frames ask."
+    with nullcontext() if frames.requires_grad else torch.no_grad(), outside_autocast(frames):
         clips = [compute(clip) for clip in frames.split(1)]
     return {name: torch.cat([clip[name] for clip in clips]) for name in clips[0]}
 

@@ -71,7 +71,6 @@ class FramesMos(FiveMos):
     @property
     def network(self) -> nn.Module: return load_tower(self.config.tower)     # beside the parameters
 
-    @torch.no_grad()
     def look(self, frames: Tensor) -> dict[str, Tensor]:                     # (B,3,T,S,S)
         "What the tower says of each clip: picture (B,1280), change (B,48), words (B,384)."
         (B, _, T, _, _), tower = frames.shape, self.engine or self.network.to(frames.device)

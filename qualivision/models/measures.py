@@ -141,7 +141,6 @@ class FilterBank(nn.Module):
         self.register_buffer("filters", filters, persistent=False)
         self.features = 9 * width
 
-    @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:    # (B,3,T,H,W) uint8 or [0,1] → (B,features)
         with outside_autocast(frames):
             stride = tuple(self.filters.shape[2:])
@@ -154,12 +153,12 @@ SHARES = (.05, .25, .5, .75, .95)
 def quantiles(values: Tensor,      # (…,N) float
               shares=SHARES        # of the values that are smaller, 0–1
              ) -> Tensor:          # (len(shares),…)
-    "Quantiles along the last axis, with linear interpolation; no gradient on a CPU."
+    "Quantiles along the last axis, with linear interpolation."
     share = torch.tensor(shares, dtype=values.dtype, device=values.device)
     at = share * (values.shape[-1] - 1)                         # places among the sorted values
     low, high = at.floor().long(), at.ceil().long()
-    on_cpu = values.device.type == "cpu"
-    x = torch.from_numpy(np.sort(values.numpy())) if on_cpu else values.sort(-1).values
+    by_numpy = values.device.type == "cpu" and not values.requires_grad       # faster
+    x = torch.from_numpy(np.sort(values.numpy())) if by_numpy else values.sort(-1).values
     return torch.lerp(x[..., low], x[..., high], at - at.floor()).movedim(-1, 0)
 
 # %% ../../nbs/models/26_measures.ipynb #8a1e25e1
@@ -169,7 +168,6 @@ class ColourStatistics(nn.Module):
         super().__init__()
         self.block, self.features = block, 6 * 8 + 4
 
-    @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:     # (B,3,T,H,W) uint8 or [0,1] → (B,52) float32
         with outside_autocast(frames):
             x = frames.float() / (255. if frames.dtype == torch.uint8 else 1.)
@@ -195,7 +193,9 @@ def _where(x: Tensor) -> Tensor:                                # (B,3,T,h,w) �
     size = size / size.sum((2, 3), keepdim=True)
     down, right = (torch.linspace(-1, 1, n, device=x.device) for n in x.shape[3:])
     cx, cy = (size * right).sum((2, 3)).mean(1), (size * down[:, None]).sum((2, 3)).mean(1)
-    return torch.stack([cx, cy, cx.abs(), (cx * cx + cy * cy).sqrt()], 1)
+    far = cx * cx + cy * cy
+    far = torch.where(far == 0, 0., torch.where(far == 0, 1., far).sqrt())      # slope 0 at zero
+    return torch.stack([cx, cy, cx.abs(), far], 1)
 
 # %% ../../nbs/models/26_measures.ipynb #2603da98
 def zero_linear(width: int, out: int) -> nn.Linear:
