@@ -115,10 +115,10 @@ def convolve(x: Tensor,               # (B,C,T,H,W), 16 or 32 bits; copied if ch
     taps = weight.detach().float().reshape(C, -1).t().contiguous()               # (taps,C)
     columns = min((32, 16, 8), key=lambda n: _blocks(W, n) * n)                  # least beside W
     channels = min(32, triton.next_power_of_2(C))
+    bias = bias if bias is None else bias.detach().float().contiguous()
     grid = (_blocks(W, columns) * _blocks(H, rows) * T * _blocks(C, channels) * B,)
-    _convolve[grid](x, taps, bias if bias is None else bias.detach().float(), y, T, H, W, C,
-                    *weight.shape[2:], rows, columns, channels, bias is not None,
-                    num_warps=max(1, columns * channels // 256), **_FUSED)
+    _convolve[grid](x, taps, bias, y, T, H, W, C, *weight.shape[2:], rows, columns, channels,
+                    bias is not None, num_warps=max(1, columns * channels // 256), **_FUSED)
     return y
 
 
