@@ -93,9 +93,10 @@ def _taps(x, grad, parts, B, T, H, W, C, PARTS,
                 column = more
             new = new + column
         sums = new
-    place = parts + (part * KT + dt + KT // 2) * KH * KW * C + c
+    place = (part * KT + dt + KT // 2) * KH * KW * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     for k in tl.static_range(KH * KW):
-        tl.store(place + (k % KH * KW + k // KH) * C, tl.sum(sums[k], 0, keep_dims=True), c < C)
+        tap = (k % KH * KW + k // KH) * COLUMNS
+        tl.store(parts + (place + tap) * C + c, sums[k], c < C)
 
 # %% ../../nbs/models/21a_depthwise_gpu.ipynb #b32990ed
 _LAST = torch.channels_last_3d
@@ -132,10 +133,10 @@ def kernel_gradient(x: Tensor,        # (B,C,T,H,W)
     columns, channels, rows = 16, min(16, triton.next_power_of_2(C)), min(7, H)
     tiles, across = B * T * _blocks(H, rows) * _blocks(W, columns), _blocks(C, channels)
     parts = max(1, min(tiles, 4096 // (kt * across)))
-    sums = torch.empty(parts, kt * kh * kw, C, device=x.device)
+    sums = torch.empty(parts, kt * kh * kw, columns, C, device=x.device)
     _taps[kt * across * parts,](x, grad, sums, B, T, H, W, C, parts, kt, kh, kw, rows, columns,
                                 channels, num_warps=4, **_FUSED)
-    return sums.sum(0).t().reshape(shape)
+    return sums.sum((0, 2)).t().reshape(shape)
 
 # %% ../../nbs/models/21a_depthwise_gpu.ipynb #5849fd93
 FORMATS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}   # error allowed
