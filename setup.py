@@ -35,6 +35,7 @@ setup(
         "tensorboard": cfg["tensorboard_requirements"].split(),
         "onnx": cfg["onnx_requirements"].split(),
         "openvino": cfg["openvino_requirements"].split(),
+        "gpu": cfg["gpu_requirements"].split(),
         "clips": cfg["clips_requirements"].split(),
     },
     entry_points={

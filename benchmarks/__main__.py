@@ -4,6 +4,7 @@
     python -m benchmarks                         all of them at reduced shapes, each in a process of its own
     python -m benchmarks --full                  at the published shapes
     python -m benchmarks NAME [--help | …]       one of them, with its own options
+    python -m benchmarks NAME NAME … [--full …]  these, with options that all have
 """
 import argparse
 import importlib
@@ -12,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 
 from benchmarks.common import RESULTS, Unavailable, environment, section, write_section
@@ -66,13 +68,13 @@ def one(name: str, arguments: list[str]) -> int:
     return 0
 
 
-def every(arguments: list[str]) -> int:
+def several(chosen: list[str], arguments: list[str]) -> int:
     "Each benchmark in a process of its own; one that fails does not stop the others."
     parser().parse_args(arguments)
     begin, bad = time.perf_counter(), []
-    for name in names():
+    for name in chosen:
         if subprocess.run([sys.executable, "-m", "benchmarks", name, *arguments]).returncode not in (0, 2): bad.append(name)
-    print(f"{len(names())} benchmarks in {(time.perf_counter() - begin) / 60:.1f} minutes" + (f"; failed: {', '.join(bad)}" if bad else ""))
+    print(f"{len(chosen)} benchmarks in {(time.perf_counter() - begin) / 60:.1f} minutes" + (f"; failed: {', '.join(bad)}" if bad else ""))
     return 1 if bad else 0
 
 
@@ -80,11 +82,12 @@ def main(arguments: list[str]) -> int:
     if "--list" in arguments:
         for name in names(): print(f"{name:16}{question(name)}")
         return 0
-    if arguments and not arguments[0].startswith("-"):
-        if arguments[0] in names(): return one(arguments[0], arguments[1:])
+    chosen = list(takewhile(lambda a: a in names(), arguments))
+    if not chosen and arguments and not arguments[0].startswith("-"):
         print(f"there is no benchmark {arguments[0]}; there are {', '.join(names())}", file=sys.stderr)
         return 1
-    return every(arguments)
+    if len(chosen) == 1: return one(chosen[0], arguments[1:])
+    return several(chosen or names(), arguments[len(chosen):])
 
 
 if __name__ == "__main__": sys.exit(main(sys.argv[1:]))

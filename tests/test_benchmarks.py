@@ -16,6 +16,17 @@ def test_the_list_tells_of_every_benchmark(capsys):
     assert main(["official"]) == 2 and "--checkout" in capsys.readouterr().err
 
 
+def test_several_take_the_same_options(monkeypatch):
+    "One call for a machine that is lent for minutes; each has a process of its own, and one that cannot run here is no failure."
+    calls = []
+    class Done: returncode = 2
+    monkeypatch.setattr("benchmarks.__main__.subprocess.run", lambda command: calls.append(command[3:]) or Done)
+    assert main(["depthwise3d", "training_step", "--device", "cuda", "--full"]) == 0
+    assert calls == [[name, "--device", "cuda", "--full"] for name in ("depthwise3d", "training_step")]
+    Done.returncode = 1
+    assert main(["decode", "engines"]) == 1
+
+
 def test_a_section_replaces_its_own_alone(tmp_path):
     "Sections before and behind keep every byte, also where their names begin alike; a new one goes to the end."
     file = tmp_path/"R.md"

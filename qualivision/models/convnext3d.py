@@ -19,30 +19,32 @@ from ..quality import QualiVisionError
 
 # %% ../../nbs/models/22_convnext3d.ipynb #0d366420
 class _Depthwise(torch.autograd.Function):
-    "Same-size depthwise 3-D convolution; both gradients take kernels that are fast on a CPU."
+    "Same-size depthwise 3-D convolution; both gradients take functions that are fast there."
     @staticmethod
-    def forward(ctx, x, weight, bias):
+    def forward(ctx, x, weight, bias, convolve, kernel_gradient):
         ctx.save_for_backward(x, weight)
-        ctx.padding = [k // 2 for k in weight.shape[2:]]
-        return _convolve(x, weight, bias, ctx.padding)
+        ctx.ways = convolve, kernel_gradient
+        return convolve(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        (x, weight), (of_x, of_weight, of_bias) = ctx.saved_tensors, ctx.needs_input_grad
+        (x, weight), (of_x, of_weight, of_bias, *_) = ctx.saved_tensors, ctx.needs_input_grad
+        convolve, kernel_gradient = ctx.ways
         grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last_3d)
-        dx = _convolve(grad, weight.flip(2, 3, 4), None, ctx.padding) if of_x else None
-        dw = _kernel_gradient(x, grad, weight.shape).to(weight.dtype) if of_weight else None
+        dx = convolve(grad, weight.flip(2, 3, 4), None) if of_x else None
+        dw = kernel_gradient(x, grad, weight.shape).to(weight.dtype) if of_weight else None
         db = grad.sum((0, 2, 3, 4), dtype=_wide(x)) if of_bias else None
-        return dx, dw, db
+        return dx, dw, db, None, None
 
 
 def _wide(x): return torch.promote_types(x.dtype, torch.float32)     # for sums
 
 
-def _convolve(x, weight, bias, padding):
+def _convolve(x, weight, bias):
     "A forward pass in the type of x, outside autocast (inside it, the gradient would change type)."
     with torch.autocast("cpu", enabled=False):
+        padding = [k // 2 for k in weight.shape[2:]]
         bias = bias if bias is None else bias.to(x.dtype)
         return F.conv3d(x, weight.to(x.dtype), bias, padding=padding, groups=weight.shape[0])
 
@@ -78,6 +80,17 @@ def _kernel_gradient(x, grad, shape):
     return torch.stack(taps, -1).transpose(0, 1).unsqueeze(1)
 
 # %% ../../nbs/models/22_convnext3d.ipynb #a5005a88
+_ON_CPU = _convolve, _kernel_gradient
+
+
+def _ways(x, kernel):
+    "Functions for output and kernel gradient; None: PyTorch's own."
+    if x.device.type == "cpu": return _ON_CPU if torch.is_grad_enabled() else None
+    if x.device.type != "cuda" or not x.numel(): return None
+    from qualivision.models.depthwise_gpu import fast
+    return fast(x.device, x.dtype, tuple(kernel))
+
+
 class DepthwiseConv3d(nn.Conv3d):
     "A depthwise convolution that keeps T, H and W. Raises `QualiVisionError` for an even size."
     def __init__(self,
@@ -90,8 +103,11 @@ class DepthwiseConv3d(nn.Conv3d):
         super().__init__(width, width, tuple(kernel), padding=middle, groups=width)
 
     def forward(self, x: Tensor) -> Tensor:                        # (B,C,T,H,W), in and out
-        if x.device.type != "cpu" or not torch.is_grad_enabled(): return super().forward(x)
-        return _Depthwise.apply(x, self.weight, self.bias)
+        if x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+            x = x.to(torch.get_autocast_dtype("cuda"))
+        ways = _ways(x, self.kernel_size)
+        if ways is None: return super().forward(x)
+        return _Depthwise.apply(x, self.weight, self.bias, *ways)
 
 # %% ../../nbs/models/22_convnext3d.ipynb #1a5051ee
 class PointwiseConv3d(nn.Conv3d):
