@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'CURVES', 'provenance', 'seed_name', 'stamp', 'origin', 'origins', 'asked', 'text_table', 'seeds',
-           'seeds_markdown', 'claim', 'simulated', 'meaning', 'limits', 'readme_results', 'compared', 'facts',
-           'models_table', 'settings_table', 'curve_note', 'captions', 'report', 'pictures', 'main']
+           'seeds_markdown', 'claim', 'simulated', 'meaning', 'limits', 'readme_results', 'reading', 'statements',
+           'compared', 'facts', 'models_table', 'settings_table', 'curve_note', 'captions', 'report', 'texts',
+           'pictures', 'main']
 
 # %% ../../nbs/pipeline/55_report.ipynb #c446a942
 import textwrap
@@ -19,9 +20,10 @@ from ..evaluation.plots import plot_curves, plot_rows, plot_scatter, save_figure
 from qualivision.evaluation.protocol import (
     BASELINES, COLUMNS, ORACLES, best_baseline, differences_markdown, judged, markdown_table,
     title)
-from ..files import value_hash
+from ..files import value_hash, write_whole
 from ..models.registry import entry_of
-from .params import read_json, run_stage
+from .page import results_page
+from .params import read_json, read_params, read_splits, run_stage
 from .road import plot_road
 from .table import (
     explained, legend, markdown, names, rows_explained, short, text_block, verdicts, words)
@@ -221,18 +223,23 @@ def readme_results(folder: str | Path = "results") -> str:  # Markdown
         stamp(about), meaning(results, about), limits(about)]) + "\n"
 
 # %% ../../nbs/pipeline/55_report.ipynb #a7a399c8
+def reading(about: dict) -> str:   # of `provenance`
+    "How the table is read."
+    return (f"In brackets: 95 % intervals from {about['compare']['parameters']['resamples']} "
+            f"resamples of whole prompts. {legend(about['models'])}")
+
+def statements(results: dict, folder: str | Path, about: dict) -> list[str]:   # Markdown
+    "What each model beats, and whether other seeds agree."
+    summary = read_json(Path(folder)/"summary.json")
+    return ["*Better* and *worse*: the marks. *Open*: the interval includes zero, so the two "
+            "cannot be told apart.",
+            *(words(results, summary, m) for m in about["models"]), seeds_markdown(seeds(folder))]
+
 def compared(folder: str | Path = "results") -> str:   # Markdown
     "SROCC of all rows with marks, the statements, the seeds. Raises ParamsError without results."
-    results, summary = (read_json(Path(folder)/f"{f}.json") for f in ("metrics", "summary"))
-    about = provenance(folder)
-    n = about["compare"]["parameters"]["resamples"]
-    parts = [asked(about), markdown(results, "srocc"),
-             f"In brackets: 95 % intervals from {n} resamples of whole prompts. "
-             f"{legend(about['models'])}", stamp(about),
-             "*Better* and *worse*: the marks. *Open*: the interval includes zero, so the two "
-             "cannot be told apart.",
-             *(words(results, summary, m) for m in about["models"]),
-             seeds_markdown(seeds(folder))]
+    results, about = read_json(Path(folder)/"metrics.json"), provenance(folder)
+    parts = [asked(about), markdown(results, "srocc"), reading(about), stamp(about),
+             *statements(results, folder, about)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 # %% ../../nbs/pipeline/55_report.ipynb #05aec4a5
@@ -318,8 +325,23 @@ def report(folder: str | Path = "results") -> str:
         parts += [f"![{Path(file).stem}]({file})", caption]
     return "\n\n".join([*parts, "## Parameters", settings_table(about["settings"])]) + "\n"
 
+# %% ../../nbs/pipeline/55_report.ipynb #4d0da078
+def texts(results: dict, folder: str | Path, about: dict) -> dict:   # name → Markdown
+    "The sentences and plain tables of results/report.html."
+    omitted = [f"No row *{title(r)}*: {why}" for r, why in about["compare"]["omitted"].items()]
+    note = [f"Note: {n}."] if (n := about["compare"]["note"]) else []
+    parts = {"asked": [asked(about)], "meaning": [meaning(results, about), *note],
+             "limits": [limits(about)], "marks": [reading(about)],
+             "rows": [rows_explained(results), *omitted],
+             "verdicts": statements(results, folder, about),
+             "differences": ["The models' paired differences; one in bold excludes zero in the "
+                             "model's favour.", differences_markdown(results)],
+             "training": [origins(about), models_table(about)], "facts": [facts(about)],
+             "settings": [settings_table(about["settings"])]}
+    return {name: "\n\n".join(filter(None, part)) for name, part in parts.items()}
+
 # %% ../../nbs/pipeline/55_report.ipynb #3d909fb6
-SECTIONS = ()      # it reads what the others wrote, and no parameters
+SECTIONS = ("data",)   # where the clips are; all else is in what the other stages wrote
 CURVES = {"loss": ["loss", "val_loss"], "validation": ["val_overall_srocc", "val_score"],
           "learning rate": ["lr"]}
 
@@ -335,14 +357,21 @@ def pictures(folder: Path, results: dict, about: dict) -> dict:  # file name →
                                         about["compare"]["labels"]),
             "curves.png": plot_curves(curves, CURVES, note=textwrap.fill(curve_note(about), 110))}
 
-def main(folder: str | Path = "results") -> str:   # the table for the terminal
-    "Writes the page, the table and the pictures. Raises ParamsError where a stage has not run."
+def main(
+    folder: str | Path = "results",
+    params: str | Path = "params.yaml",
+) -> str:                               # the table for the terminal
+    "Writes the pages, the table, the pictures. Raises ParamsError where a stage has not run."
     folder = Path(folder)
     about, results = provenance(folder), read_json(folder/"metrics.json")
-    shown = text_table(results, about)
+    shown, drawn = text_table(results, about), pictures(folder, results, about)
     (folder/"README.md").write_text(report(folder), encoding="utf-8")
     (folder/"table.txt").write_text(shown, encoding="utf-8")
-    for name, figure in pictures(folder, results, about).items(): save_figure(figure, folder/name)
+    for name, figure in drawn.items(): save_figure(figure, folder/name)
+    under, said = captions(about), texts(results, folder, about)
+    splits, rows = read_splits(read_params(SECTIONS, params)["data"]), pd.read_csv(folder/"rows.csv")
+    drawn = {Path(n).stem: (figure, under.get(n, "")) for n, figure in drawn.items()}
+    write_whole(folder/"report.html", results_page(results, about, splits, rows, said, drawn))
     return shown
 
 if __name__ == "__main__" and "__file__" in globals(): run_stage(main)    # not in the notebook
