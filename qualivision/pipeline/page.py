@@ -51,7 +51,8 @@ def sortable(head: list[str], lines: list[list[Cell]], caption: str) -> str:
         first, *rest = (f'data-v="{escape(str(c.value))}">{c.html}' for c in cells)
         return f'<tr><th scope="row" {first}</th>' + "".join(f"<td {r}</td>" for r in rest) + "</tr>"
     heads = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
-    return (f'<div class="wide"><table class="sort"><caption>{escape(caption)}</caption>'
+    return (f'<p class="soft">{escape(caption)}</p><div class="wide">'
+            f'<table class="sort" aria-label="{escape(caption)}">'
             f"<thead><tr>{heads}</tr></thead><tbody>\n" + "\n".join(map(line, lines))
             + "\n</tbody></table></div>")
 
@@ -126,18 +127,18 @@ STYLE = """
 :root{--bg:#15171b;--ink:#e6e6e6;--soft:#a9aeb7;--line:#3a3f48;--tint:#1f2329}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--bg);color:var(--ink);font:1rem/1.55 system-ui,sans-serif}
-main{max-width:62rem;margin:auto;padding:1rem;overflow-wrap:anywhere}
+main{max-width:70rem;margin:auto;padding:1rem;overflow-wrap:anywhere}
 p,li{max-width:44rem}
 h1{font-size:1.7rem;line-height:1.2}
 h2{margin-top:3rem;padding-top:.5rem;border-top:1px solid var(--line);font-size:1.35rem}
 h3{margin-top:2rem;font-size:1.1rem}
 nav{display:flex;flex-wrap:wrap;gap:.2rem 1rem}
 a{color:inherit}
-small,caption,figcaption,.soft{color:var(--soft)}
-.note{padding:.2rem 1rem;background:var(--tint);border-left:4px solid #d55e00}
+small,figcaption,.soft{color:var(--soft)}
+.note{max-width:46rem;padding:.2rem 1rem;background:var(--tint);border-left:4px solid #d55e00}
 .wide{overflow-x:auto;max-width:100%;margin:1rem 0}
 table{border-collapse:collapse;font-size:.875rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;padding-bottom:.3rem}
+.soft{margin-bottom:-.6rem;font-size:.875rem}
 th,td{padding:.3rem .7rem .3rem 0;border-bottom:1px solid var(--line);text-align:left;
 vertical-align:top;overflow-wrap:normal}
 .sort th,.sort td{white-space:nowrap}
@@ -158,13 +159,14 @@ figcaption{font-size:.875rem}
 
 # %% ../../nbs/pipeline/54a_page.ipynb #03fe7981
 STYLE += """
-.clips{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1rem}
+.clips{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,20rem),1fr));gap:1rem}
 .clip{padding:.8rem;border:1px solid var(--line);background:var(--tint);min-width:0}
 .clip figure{margin:0}
-.clip table{width:100%}
-.clip th,.clip td{padding-right:.3rem;text-align:right}
+.clip table{width:100%;font-size:.72rem}
+.clip th,.clip td{padding:.2rem 0 .2rem .25rem;text-align:right}
+.clip th:first-child{padding-left:0}
 .clip th:first-child{text-align:left}
-.clip p{margin:.4rem 0}
+.clip p,.clip .wide{margin:.4rem 0}
 @media print{
 :root{--bg:#fff;--ink:#000;--soft:#444;--line:#bbb;--tint:#fff}
 body{font-size:10pt}
@@ -200,11 +202,10 @@ def page(name: str, top: str, parts: dict[str, str]) -> str:  # title; HTML; hea
 # %% ../../nbs/pipeline/54a_page.ipynb #95f4ec99
 def seen(row: str, models: list) -> str:
     "What a row of the results table knows of a clip."
-    if row in models: return "video and prompt"
-    if is_from_noise(row): return "video and prompt, not pretrained"
+    if row in models or is_from_noise(row): return "video and prompt"
     if row in ORACLES: return "oracle"
     return {"constant": "nothing", "generator": "no pixels: generator", "text": "no pixels: prompt",
-            "text_generator": "no pixels: both"}.get(row, "pixels, no network")
+            "text_generator": "no pixels: prompt, generator"}.get(row, "pixels, no network")
 
 def results_rows(results: dict, metric: str, caption: str) -> str:   # of `results_table`
     "Every row of one metric, with intervals and marks."
@@ -284,8 +285,8 @@ def clip_card(clip: dict, model: str, errors: np.ndarray) -> str:   # a row; (5,
             for name, values in (("label", labels), ("score", scores), ("error", signed)))
     alt = f"Four frames of {clip['video_name']}, from first to last. Prompt: {prompt}"
     return (f'<article class="clip">{picture(film(clip["path"]), alt, wide=False)}'
-            f'<p>{escape(prompt)}</p><table><thead><tr><th scope="col">'
-            f"MOS</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+            f'<p>{escape(prompt)}</p><div class="wide"><table><thead><tr><th scope="col">'
+            f"MOS</th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
             f'<p class="soft">{escape(str(clip["video_name"]))} · generator '
             f"{escape(str(clip['generator']))} · mean error {np.nanmean(np.abs(errors)):.2f}</p>"
             "</article>")
@@ -377,8 +378,9 @@ def results_page(
     bars = plot_generators(by_generator(clips, models, c["parameters"]["resamples"]))
     def table_of(metric): return results_rows(results, metric, MEANS[metric])
     def shown(name): return diagram(drawn[name][0], ALTS[name], drawn[name][1])
-    return page(f"QualiVision on {c['labels']}", said["asked"], {
-        "What it means": f'{said["meaning"]}<div class="note">{said["limits"]}</div>',
+    curves, note = drawn["curves"]                                  # the picture shows its note
+    return page(f"QualiVision: results on {c['labels']}", said["asked"], {
+        "In short": f'{said["meaning"]}<div class="note">{said["limits"]}</div>',
         "Results": table_of("srocc") + said["marks"] + shown("rows") + said["rows"],
         "What can be told apart": said["verdicts"],
         "Scores and labels": shown("scatter"),
@@ -387,6 +389,7 @@ def results_page(
         "Clips": prose(FILMS) + films(clips, models),
         "Data": label_rows(spread, "split", "Labels of each split: mean ± standard deviation")
                 + diagram(plot_labels(spread), ALTS["labels"]),
-        "Training": said["training"] + shown("curves") + shown("road"),
+        "Training": said["training"] + diagram(curves, f"{ALTS['curves']}. {note}")
+                    + shown("road"),
         "Other metrics": table_of("plcc") + table_of("mae") + said["differences"],
         "Provenance": said["facts"] + prose(COMMIT) + said["settings"]})
