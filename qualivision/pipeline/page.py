@@ -20,9 +20,9 @@ import pandas as pd
 
 from ..data.video import read_frames
 from ..evaluation.metrics import MetricError
-from ..evaluation.plots import MODEL_COLOURS, WIDTH, save_figure
+from ..evaluation.plots import MODEL_COLOURS, WIDTH, fewer_colours, save_figure
 from ..evaluation.protocol import (
-    COLUMNS, NAMES, ORACLES, figure, is_from_noise, judged, shown_cell, title)
+    COLUMNS, NAMES, ORACLES, figure, is_from_noise, shown_cell, title)
 from .table import HEADS, table
 from ..quality import DIMENSIONS, MOS_COLUMNS
 
@@ -99,10 +99,13 @@ def picture(
     below = f"<figcaption>{caption}</figcaption>" if caption else ""
     return f'<figure><div class="{"wide" if wide else "film"}">{shown}</div>{below}</figure>'
 
-def diagram(drawn, alt: str, caption: str = "") -> str:   # matplotlib Figure; words; Markdown
-    "A figure of matplotlib."
-    save_figure(drawn, buffer := io.BytesIO(), colours=64)
-    return picture(buffer.getvalue(), alt, prose(caption))
+def diagram(png, alt: str, caption: str = "") -> str:   # PNG or matplotlib Figure; words; Markdown
+    "A diagram, with 64 colours."
+    if hasattr(png, "savefig"):
+        save_figure(png, drawn := io.BytesIO())
+        png = drawn
+    fewer_colours(png, few := io.BytesIO(), 64)
+    return picture(few.getvalue(), alt, prose(caption))
 
 # %% ../../nbs/pipeline/54a_page.ipynb #5fbcb011
 def film(path) -> bytes:         # of a video → JPEG
@@ -368,7 +371,7 @@ def results_page(
     results: dict, about: dict,     # of `results_table`; of `report.provenance`
     splits: dict,                   # of `read_splits`
     rows: pd.DataFrame,             # results/rows.csv
-    texts: dict, drawn: dict,       # of `report.texts`, Markdown; name → matplotlib Figure, caption
+    texts: dict, drawn: dict,       # of `report.texts`, Markdown; name → PNG, caption
 ) -> str:                           # HTML
     "results/report.html. Raises MetricError, VideoError."
     c, models = about["compare"], about["models"]

@@ -370,8 +370,8 @@ def main(
     for name, figure in drawn.items(): save_figure(figure, folder/name)
     under, said = captions(about), texts(results, folder, about)
     splits, rows = read_splits(read_params(SECTIONS, params)["data"]), pd.read_csv(folder/"rows.csv")
-    drawn = {Path(n).stem: (figure, under.get(n, "")) for n, figure in drawn.items()}
-    write_whole(folder/"report.html", results_page(results, about, splits, rows, said, drawn))
+    png = {Path(n).stem: (folder/n, under.get(n, "")) for n in drawn}
+    write_whole(folder/"report.html", results_page(results, about, splits, rows, said, png))
     return shown
 
 if __name__ == "__main__" and "__file__" in globals(): run_stage(main)    # not in the notebook
