@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCRIPT', 'FRAMES', 'TALL', 'ROOM', 'STYLE', 'MOST', 'EACH', 'LONGEST', 'MEANS', 'ALTS', 'BARS', 'FILMS', 'COMMIT',
            'prose', 'Cell', 'text_cell', 'sortable', 'picture', 'diagram', 'film', 'page', 'seen', 'results_rows',
-           'generators', 'by_generator', 'plot_generators', 'extremes', 'clip_card', 'films', 'plot_labels',
+           'generators', 'by_generator', 'panels', 'plot_generators', 'extremes', 'clip_card', 'films', 'plot_labels',
            'label_rows', 'judged_clips', 'results_page']
 
 # %% ../../nbs/pipeline/54a_page.ipynb #add5c922
@@ -241,12 +241,23 @@ def by_generator(
                           part["group"], resamples) for d in DIMENSIONS}
     return {m: {g: one(m, g) for g in generators(clips)} for m in models}
 
+def panels(high: float) -> tuple:      # inches → matplotlib Figure, five axes
+    "An empty panel for each dimension."
+    from matplotlib.figure import Figure
+    drawn = Figure(figsize=(WIDTH, high))
+    axes = drawn.subplots(1, len(DIMENSIONS), sharex=True, sharey=True)
+    drawn.subplots_adjust(left=.07, right=.99, bottom=.42/high, top=1 - .3/high, wspace=.1)
+    for axis, d in zip(axes, DIMENSIONS):
+        axis.set_title(d.capitalize(), fontsize=10)
+        axis.tick_params(labelsize=8.5)
+        axis.spines[["top", "right"]].set_visible(False)
+    return drawn, axes
+
 def plot_generators(found: dict):      # of `by_generator` → matplotlib Figure
     "A panel for each dimension, a group of bars for each generator; no bar: no value."
-    from matplotlib.figure import Figure
-    drawn = Figure(figsize=(WIDTH, 2.7), layout="constrained")
+    drawn, axes = panels(2.8)
     names, wide = list(next(iter(found.values()))), 0.8 / len(found)
-    for axis, d in zip(drawn.subplots(1, len(DIMENSIONS), sharex=True, sharey=True), DIMENSIONS):
+    for axis, d in zip(axes, DIMENSIONS):
         for k, (model, of) in enumerate(found.items()):
             cells = [of[g][d] for g in names]
             at = np.arange(len(names)) + wide * (k - (len(found) - 1) / 2)
@@ -255,12 +266,11 @@ def plot_generators(found: dict):      # of `by_generator` → matplotlib Figure
             for x, c in zip(at, cells):
                 if c["interval"]: axis.plot([x, x], c["interval"], color="0.15", lw=1.2)
         axis.axhline(0, color="0.4", lw=0.8)
-        axis.set_title(d.capitalize(), fontsize=10)
-        axis.set_xticks(range(len(names)), names, fontsize=8.5, rotation=90 if len(names) > 6 else 0)
-        axis.spines[["top", "right"]].set_visible(False)
-    drawn.axes[0].set_ylabel("SROCC", fontsize=8.5)
-    drawn.legend(*drawn.axes[0].get_legend_handles_labels(), loc="outside lower center",
-                 ncols=len(found), fontsize=8.5, frameon=False)
+        axis.set_xticks(range(len(names)), names, rotation=90 if len(names) > 6 else 0)
+    axes[0].set_ylabel("SROCC", fontsize=8.5)
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(found),
+                 fontsize=8.5, frameon=False)
+    drawn.subplots_adjust(bottom=.6/2.8 if len(names) <= 6 else 1.2/2.8)
     return drawn
 
 # %% ../../nbs/pipeline/54a_page.ipynb #5fb5c888
@@ -308,25 +318,16 @@ def films(clips: pd.DataFrame, models: list) -> str:
 # %% ../../nbs/pipeline/54a_page.ipynb #54a2a647
 def plot_labels(splits: dict):       # name → rows with MOS → matplotlib Figure
     "How the labels of each split are spread, as a share of its clips."
-    from matplotlib.figure import Figure
-    drawn = Figure(figsize=(WIDTH, 2.3), layout="constrained")
-    bins = np.arange(0.75, 5.5, 0.5)
-    axes = drawn.subplots(1, len(DIMENSIONS), sharex=True, sharey=True)
-    for axis, d, column in zip(axes, DIMENSIONS, MOS_COLUMNS):
+    (drawn, axes), bins = panels(2.5), np.arange(0.75, 5.5, 0.5)
+    for axis, column in zip(axes, MOS_COLUMNS):
         for k, (name, rows) in enumerate(splits.items()):
             known = rows[column].dropna().to_numpy()
             if not len(known): continue
             share = np.histogram(known, bins)[0] / len(known)
             axis.stairs(share, bins, color=MODEL_COLOURS[k % 3], lw=1.6, label=name)
-        axis.set_title(d.capitalize(), fontsize=10)
         axis.set_xticks(range(1, 6))
-        axis.tick_params(labelsize=8.5)
-        axis.set_xlabel("MOS", fontsize=8.5)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("share of clips", fontsize=8.5)
-    found = {name: line for a in axes for line, name in zip(*a.get_legend_handles_labels())}
-    drawn.legend(found.values(), found, loc="outside lower center", ncols=len(found), fontsize=8.5,
-                 frameon=False)
+    axes[0].legend(fontsize=8.5, frameon=False)
     return drawn
 
 def label_rows(groups: dict, what: str, caption: str) -> str:    # name → rows with MOS
