@@ -85,7 +85,7 @@ def test_it_stands_alone(page):
 
 def test_text_of_others_is_text(made):
     tags = Tags(made.page)
-    assert made.page.count("document.title") == 2 * made.page.count("onerror") // 2 >= 2        # in a card and in an alt text
+    assert made.page.count("document.title") >= 2        # in a card and in an alternative text
     assert PROMPT in "".join(a["alt"] for a in tags.of("img")) and NAME in "".join(a["alt"] for a in tags.of("img"))
     assert not [a for a in tags.of("a") if not a["href"].startswith("#")] and "<b>me" not in made.page
     assert "https://example.org" not in "".join(v or "" for tag, a in tags.tags for k, v in a.items() if k != "alt")
