@@ -43,13 +43,15 @@ class Cell(NamedTuple):
     html: str                     # what it shows
     value: float | str = ""       # what it is sorted by; "": always last
 
-def text_cell(text, html: str = "{}") -> Cell: return Cell(html.format(escape(str(text))), str(text))
+def text_cell(text, html: str = "{}") -> Cell:
+    return Cell(html.format(escape(str(text))), str(text))
 
 def sortable(head: list[str], lines: list[list[Cell]], caption: str) -> str:
     "A table that is sorted by a click on a head; the caption says what it holds."
     def line(cells):
         first, *rest = (f'data-v="{escape(str(c.value))}">{c.html}' for c in cells)
-        return f'<tr><th scope="row" {first}</th>' + "".join(f"<td {r}</td>" for r in rest) + "</tr>"
+        told = "".join(f"<td {r}</td>" for r in rest)
+        return f'<tr><th scope="row" {first}</th>{told}</tr>'
     heads = "".join(f'<th scope="col">{escape(h)}</th>' for h in head)
     return (f'<p class="soft">{escape(caption)}</p><div class="wide">'
             f'<table class="sort" aria-label="{escape(caption)}">'
@@ -241,6 +243,7 @@ def by_generator(
                           part["group"], resamples) for d in DIMENSIONS}
     return {m: {g: one(m, g) for g in generators(clips)} for m in models}
 
+# %% ../../nbs/pipeline/54a_page.ipynb #c7b50e20
 def panels(high: float) -> tuple:      # inches → matplotlib Figure, five axes
     "An empty panel for each dimension."
     from matplotlib.figure import Figure
@@ -273,7 +276,7 @@ def plot_generators(found: dict):      # of `by_generator` → matplotlib Figure
     drawn.subplots_adjust(bottom=.6/2.8 if len(names) <= 6 else 1.2/2.8)
     return drawn
 
-# %% ../../nbs/pipeline/54a_page.ipynb #5fb5c888
+# %% ../../nbs/pipeline/54a_page.ipynb #14a39253
 EACH = 3         # clips of either kind
 LONGEST = 400    # letters of a prompt
 
@@ -288,7 +291,8 @@ def extremes(clips: pd.DataFrame, model: str) -> tuple:   # → errors (N,5); wo
 def clip_card(clip: dict, model: str, errors: np.ndarray) -> str:   # a row; (5,)
     "One clip as a strip, with its prompt, labels, scores and errors."
     def line(name, values):
-        return f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{v}</td>" for v in values) + "</tr>"
+        told = "".join(f"<td>{v}</td>" for v in values)
+        return f'<tr><th scope="row">{name}</th>{told}</tr>'
     prompt = str(clip["Prompt"])
     prompt = prompt if len(prompt) <= LONGEST else prompt[:LONGEST] + " …"
     heads = "".join(f'<th scope="col">{HEADS[d]}</th>' for d in DIMENSIONS)
@@ -315,7 +319,7 @@ def films(clips: pd.DataFrame, models: list) -> str:
                          f'<div class="clips">{cards}</div>')
     return "\n".join(parts)
 
-# %% ../../nbs/pipeline/54a_page.ipynb #54a2a647
+# %% ../../nbs/pipeline/54a_page.ipynb #ff9d9107
 def plot_labels(splits: dict):       # name → rows with MOS → matplotlib Figure
     "How the labels of each split are spread, as a share of its clips."
     (drawn, axes), bins = panels(2.5), np.arange(0.75, 5.5, 0.5)
@@ -327,7 +331,8 @@ def plot_labels(splits: dict):       # name → rows with MOS → matplotlib Fig
             axis.stairs(share, bins, color=MODEL_COLOURS[k % 3], lw=1.6, label=name)
         axis.set_xticks(range(1, 6))
     axes[0].set_ylabel("share of clips", fontsize=8.5)
-    axes[0].legend(fontsize=8.5, frameon=False)
+    known = max(axes, key=lambda axis: len(axis.patches))         # of the most splits
+    known.legend(fontsize=8.5, frameon=False)
     return drawn
 
 def label_rows(groups: dict, what: str, caption: str) -> str:    # name → rows with MOS
@@ -341,7 +346,7 @@ def label_rows(groups: dict, what: str, caption: str) -> str:    # name → rows
               *(cell(rows[c]) for c in MOS_COLUMNS)] for name, rows in groups.items()]
     return sortable([what, "clips", "prompts", *COLUMNS], lines, caption)
 
-# %% ../../nbs/pipeline/54a_page.ipynb #92ad788d
+# %% ../../nbs/pipeline/54a_page.ipynb #5c0c8e0e
 MEANS = {"srocc": "SROCC: rank correlation with the labels, up to 1; higher is better",
          "plcc": "PLCC: linear correlation with the labels, up to 1; higher is better",
          "mae": "MAE: mean absolute error in points of MOS; lower is better"}
@@ -351,15 +356,15 @@ ALTS = {"rows": "SROCC of every row of the table as a dot with its interval, for
         "labels": "Histograms of the labels of each split, a panel for each dimension",
         "curves": "Curves of loss, validation figures and learning rate over the epochs",
         "road": "Sketch of the models: video and prompt, encoders, fusion, five MOS"}
-BARS = (f"SROCC among the clips of one generator, at most {MOST} generators, with the 95 % interval "
-        "from resampled prompts. Knowing which generator is good does not help here. No bar: too "
-        "few clips for a value.")
+BARS = (f"SROCC among the clips of one generator, at most {MOST} generators, with the 95 % "
+        "interval from resampled prompts. Knowing which generator is good does not help here. No bar: "
+        "too few clips for a value.")
 FILMS = ("Four frames of each clip, from first to last. The error is score minus label; clips are "
          "chosen by the mean of its size over the dimensions.")
 COMMIT = ("The commit is the one that this file came with: `git log -1 results/report.html`. "
           "*code* hashes the modules themselves, so it is right where a change was not committed.")
 
-# %% ../../nbs/pipeline/54a_page.ipynb #5c0c8e0e
+# %% ../../nbs/pipeline/54a_page.ipynb #3f14d36f
 def judged_clips(asked: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     "The rows of the judged split with the scores of results/rows.csv beside them."
     if asked["video_name"].tolist() != rows["video_name"].tolist():
