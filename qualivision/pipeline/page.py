@@ -210,7 +210,7 @@ def seen(row: str, models: list) -> str:
     if row in models or is_from_noise(row): return "video and prompt"
     if row in ORACLES: return "oracle"
     return {"constant": "nothing", "generator": "no pixels: generator", "text": "no pixels: prompt",
-            "text_generator": "no pixels: prompt, generator"}.get(row, "pixels, no network")
+            "text_generator": "no pixels: both"}.get(row, "pixels, no network")
 
 def results_rows(results: dict, metric: str, caption: str) -> str:   # of `results_table`
     "Every row of one metric, with intervals and marks."
@@ -357,8 +357,8 @@ ALTS = {"rows": "SROCC of every row of the table as a dot with its interval, for
         "curves": "Curves of loss, validation figures and learning rate over the epochs",
         "road": "Sketch of the models: video and prompt, encoders, fusion, five MOS"}
 BARS = (f"SROCC among the clips of one generator, at most {MOST} generators, with the 95 % "
-        "interval from resampled prompts. Knowing which generator is good does not help here. No bar: "
-        "too few clips for a value.")
+        "interval from resampled prompts. Knowing which generator is good does not help here. No "
+        "bar: too few clips for a value.")
 FILMS = ("Four frames of each clip, from first to last. The error is score minus label; clips are "
          "chosen by the mean of its size over the dimensions.")
 COMMIT = ("The commit is the one that this file came with: `git log -1 results/report.html`. "
