@@ -152,8 +152,8 @@ main_job() {
     echo
     cat results/table.txt
     echo
-    say "report: results/README.md"
     example
+    say "report: results/report.html for a browser, results/README.md to read here"
 }
 
 example() {         # two commands that a reader can take and change; printed, then run

@@ -44,7 +44,7 @@ SMALL = {   # of the profile embedded: networks that are trained in seconds and 
 MODELS = ["dover", "vjepa2"]
 STAGES = ["prepare", *(f"{stage}@{model}" for stage in ("train", "evaluate") for model in MODELS), "compare", "report"]
 FILES = {"splits.json", "prepare.json", "metrics.json", "predictions.csv", "rows.csv", "compare.json", "summary.json", "README.md", "table.txt",
-         "road.png", "rows.png", "scatter.png", "curves.png", "experiments/scratch/.gitkeep",
+         "report.html", "road.png", "rows.png", "scatter.png", "curves.png", "experiments/scratch/.gitkeep",
          *(f"{m}/{f}" for m in MODELS for f in ("train.json", "curves.csv", "predictions.csv", "evaluate.json"))}
 
 pytestmark = pytest.mark.usefixtures("one_thread")      # what is forked may not wait for threads that it has not
@@ -244,7 +244,7 @@ def test_score_one_clip(repository):
 
 
 def test_paper_profile(repository):
-    "Its parameters reach every stage that reads some; the report only reads what the others write, and waits for it."
+    "Its parameters reach every stage that reads some; the report reads none of a profile, and waits for what the others write."
     before = (repository.at/"params.yaml").read_text()
     repository.params(lambda values: values.update(profile="paper"))
     try:

@@ -75,7 +75,7 @@ def machine(tmp_path): return Machine(tmp_path)
 def test_main_job(machine, shell):
     done = machine(shell=shell)
     assert done.returncode == 0, done.stderr
-    assert "THE TABLE" in done.stdout and "results/README.md" in done.stdout
+    assert "THE TABLE" in done.stdout and "results/report.html" in done.stdout.splitlines()[-1]
     jobs = [a for _, a in machine.asked if a.startswith("-m dvc")]
     assert jobs == ["-m dvc pull data.dvc pretrained.dvc", "-m dvc repro"]
 
