@@ -21,6 +21,7 @@ from fastcore.basics import patch
 
 from ..data.sampling import Sampling
 from ..devices import Job, announce, autocast, flow, pick_device, resolve_precision
+from ..evaluation.conformal import read_intervals, spans, without_span
 from ..files import check_place
 from ..files import progress as with_progress
 from ..models.class_names import class_names
@@ -73,7 +74,7 @@ class Scorer:
                  learned_on: dict | None = None):   # dimension → about its opinions; None: none
         self.model, self.device = model.to(device).eval(), device
         self.sampling, self.encoder = sampling, encoder
-        self.licence, self.precision, self.helpers = licence, precision, ()
+        self.licence, self.precision, self.helpers, self.intervals = licence, precision, (), {}
         shown = name if precision == "fp32" else f"{name} in {precision}"
         self.about = dict(model=shown, checkpoint=checkpoint, trained_on=trained_on,
                           learned_on=dict(learned_on or {}))
@@ -105,8 +106,7 @@ def _encoder(folder, meta: dict) -> TextEncoder:
     if key != encoder.key:
         cause = f"it was trained with the text encoder {key}"
         raise ScoreError(folder, f"{cause}, and {encoder.name} is {encoder.key} here",
-                         "Install the version that it was trained with: other embeddings mean "
-                         "other scores.")
+                         "Install the version that it was trained with.")
     return encoder
 
 def _computed_in(config, name: str):   # a model's configuration → of the same kind
@@ -128,8 +128,7 @@ def from_checkpoint(cls: Scorer, folder: str | Path = CHECKPOINT,
     announce(choice, on=precision == "auto")
     if not about_file(folder):
         raise ScoreError(folder, "there is no checkpoint",
-                         "`./run.sh` or `qualivision train` makes one; --checkpoint names another "
-                         "folder.")
+                         "`./run.sh` or `qualivision train` makes one; --checkpoint names it.")
     state, meta = load_checkpoint(folder)
     entry, encoder = _entry(folder, meta), _encoder(folder, meta)
     model = entry.model(_computed_in(entry.config.of(meta["config"]), choice.name))
@@ -138,6 +137,7 @@ def from_checkpoint(cls: Scorer, folder: str | Path = CHECKPOINT,
     helpers = cls.helpers_for(folder, learned, device, tuple(simulated), clip_score)
     scorer = cls(model, Sampling(**meta["sampling"]), encoder, meta["model"], str(folder),
                  meta["trained_on"], meta.get("licence", ""), device, choice.name, learned)
+    scorer.intervals = read_intervals(folder)
     return scorer.ask(helpers)
 
 # %% ../../nbs/inference/45_score.ipynb #147dc152
@@ -149,8 +149,7 @@ def simulated_helper(dimensions: tuple, device: str = "cpu") -> Helper:
     scorer = Scorer.from_checkpoint(SIMULATED, device)
     if "simulated" not in scorer.about["trained_on"]:
         raise ScoreError(SIMULATED, f"it has learned from {scorer.about['trained_on']}",
-                         "--simulated wants the model that `./run.sh` makes; name yours with "
-                         "--checkpoint.")
+                         "--simulated wants the model of `./run.sh`; name yours with --checkpoint.")
     def says(frames, prompt):
         mos = dict(zip(DIMENSIONS, scorer.judge(frames, prompt, len(frames))[0]))
         return {d: mos[d] for d in dimensions}
@@ -246,8 +245,9 @@ def explained(self: Scorer, mos: list, prompt: str, shown: int, helped: dict) ->
     if shown < 2: reasons["temporal"] = "the video has one frame, and motion needs two"
     mos = dict(zip(DIMENSIONS, mos))
     mos |= {d: min(max(m, MOS_MIN), MOS_MAX) for d, m in helped.items()}
-    return ([None if d in reasons else mos[d] for d in DIMENSIONS], reasons,
-            (*warnings, *(h.note for h in self.helpers)))
+    scores = [None if d in reasons else mos[d] for d in DIMENSIONS]
+    if why := without_span(self.intervals, scores): reasons["interval"] = why
+    return scores, reasons, (*warnings, *(h.note for h in self.helpers))
 
 # %% ../../nbs/inference/45_score.ipynb #4a6b6431
 @patch
@@ -264,7 +264,7 @@ def score(self: Scorer,
 def record(self: Scorer, video, prompt: str, scores, reasons, warnings) -> ScoreRecord:
     "The record of what `judge` returned."
     return ScoreRecord.of(str(video), prompt, scores, reasons=reasons, warnings=warnings,
-                          **self.about)
+                          interval=spans(self.intervals, scores), **self.about)
 
 @patch
 def opened(self: Scorer, video: str | os.PathLike, prompt: str) -> tuple:    # as `look`
