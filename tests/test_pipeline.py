@@ -43,8 +43,8 @@ SMALL = {   # of the profile embedded: networks that are trained in seconds and 
     "evaluate": {"resamples": 100, "device": "cpu"}}
 MODELS = ["dover", "vjepa2"]
 STAGES = ["prepare", *(f"{stage}@{model}" for stage in ("train", "evaluate") for model in MODELS), "compare", "report"]
-FILES = {"splits.json", "prepare.json", "metrics.json", "predictions.csv", "rows.csv", "compare.json", "intervals.json", "summary.json", "README.md", "table.txt",
-         "road.png", "rows.png", "scatter.png", "curves.png", "experiments/scratch/.gitkeep",
+FILES = {"splits.json", "prepare.json", "metrics.json", "predictions.csv", "rows.csv", "compare.json", "intervals.json", "summary.json",
+         "README.md", "table.txt", "road.png", "rows.png", "scatter.png", "curves.png", "experiments/scratch/.gitkeep",
          *(f"{m}/{f}" for m in MODELS for f in ("train.json", "curves.csv", "predictions.csv", "validation.csv", "evaluate.json"))}
 
 pytestmark = pytest.mark.usefixtures("one_thread")      # what is forked may not wait for threads that it has not

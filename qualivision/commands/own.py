@@ -51,6 +51,7 @@ def srocc_text(cell: dict) -> str:
     bounds = cell["interval"] and "[{:.2f}, {:.2f}]".format(*cell["interval"])
     return f"SROCC {cell['srocc']:.2f} {bounds or '(no interval)'}"
 
+# %% ../../nbs/commands/91_own.ipynb #d9b85198
 def _learned(about: dict) -> str:
     if about["judged"] is None: return f"{about['data']}; not measured on people's opinions"
     where = {"inside_generator": "of new prompts and generators", "new_prompts": "of new prompts"}

@@ -36,7 +36,7 @@ def calibrated(scores,            # (n,5) MOS by weights that were not fitted on
                mos,               # (n,5) opinions, NaN: none
                groups,            # (n,) which clips belong together: their prompts
                source: str        # whose opinions, on which clips
-              ) -> dict:          # level, source, dimensions: {half_width, clips, prompts} or {reason}
+              ) -> dict:     # level, source, dimensions: {half_width, clips, prompts} or {reason}
     "What intervals around later scores are made of."
     errors, groups, found = np.abs(np.asarray(scores) - mos), np.asarray(groups), {}
     for d, e in zip(DIMENSIONS, errors.T):
@@ -103,7 +103,8 @@ def mean_width(half: float, scores) -> float:    # (n,) MOS
 
 def resplit(errors, groups, times: int = 200, seed: int = 0) -> dict:   # (n,) → {mean, low, high}
     "The share that is held where half of the groups calibrate and the others judge: mean, 5–95 %."
-    rng, (names, of), shares = np.random.default_rng(seed), np.unique(groups, return_inverse=True), []
+    rng, shares = np.random.default_rng(seed), []
+    names, of = np.unique(groups, return_inverse=True)
     for _ in range(times):
         mine = np.isin(of, rng.permutation(len(names))[:len(names) // 2])
         half = half_width(errors[mine])

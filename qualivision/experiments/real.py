@@ -337,7 +337,7 @@ def learned_on(found: dict) -> dict:        # of `table` → dimension → what 
 
 
 def held_out_errors(fit, mos, prompts, generators) -> tuple:    # fit as in `unseen`
-    "A record of intervals, from heads and scales without prompt and generator; how often they hold."
+    "Intervals by heads and scales that saw neither prompt nor generator; how often they hold."
     known = [DIMENSIONS[d] for d in known_dimensions(mos)]
     scores = unseen(fit, prompts, generators, mos, known)
     record, errors = calibrated(scores, mos, prompts, "FETV, prompts and generators held out"), {}

@@ -57,7 +57,8 @@ class FiveMosScorer:
     def rate_many(self, views: list[tuple], prompts: list[str]) -> list[dict]:
         """MOS, 1–5, or None; intervals; reasons; warnings.
         Raises TextError for a prompt that cannot be read."""
-        return [{**dict(zip(self.columns, scores)), "interval": spans(self.scorer.intervals, scores),
+        known = self.scorer.intervals
+        return [{**dict(zip(self.columns, scores)), "interval": spans(known, scores),
                  "reasons": reasons, "warnings": list(warnings)}
                 for scores, reasons, warnings in self.scorer.judge_many(views, prompts)]
 

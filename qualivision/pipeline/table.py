@@ -122,7 +122,7 @@ def rows_explained(results: dict) -> str:  # Markdown
     return markdown_table(["row", "what it is"],
                           [[title(r), explained(r)] for r in results if explained(r)])
 
-# %% ../../nbs/pipeline/53_table.ipynb #f41a14f5
+# %% ../../nbs/pipeline/53_table.ipynb #de54b844
 def intervals_markdown(tried: dict) -> str:    # of intervals.json
     "How wide intervals are, and how often they held: for each model, by generator too."
     lines = []
@@ -141,6 +141,7 @@ def intervals_markdown(tried: dict) -> str:    # of intervals.json
                  if g in c["generators"] else "–", cells)
     return markdown_table(["", *COLUMNS], lines)
 
+# %% ../../nbs/pipeline/53_table.ipynb #f41a14f5
 def names(dimensions) -> str:
     "Dimensions, as a list in words."
     if len(dimensions) == len(DIMENSIONS): return "all five"
