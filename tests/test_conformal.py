@@ -105,3 +105,16 @@ def test_weights_without_a_record_say_so(room):
     (r,) = tiny.command(*ONE, "--json")[1]
     assert set(r["interval"].values()) == {None} and "not calibrated" in r["reasons"]["interval"] and r["overall"] is not None
     assert "No interval: these weights were not calibrated" in " ".join(tiny.command(*ONE)[1].split())
+
+
+def test_ratings_too_few_to_put_any_aside():
+    "The record of heads in closed form comes from clips of whose prompt and generator they saw nothing: what they know by heart does not count."
+    from qualivision.experiments.real import held_out_errors
+    rng, (prompts, generators) = np.random.default_rng(0), np.divmod(np.arange(24), 2)
+    mos = np.full((24, 5), np.nan)
+    mos[:, 0], mos[:8, 3] = rng.uniform(1, 5, 24), 2
+    record, tried = held_out_errors(lambda rows: np.where(rows[:, None], mos, 3.), mos, prompts, generators)
+    due = half_width(np.abs(mos[:, 0] - 3))
+    assert record["dimensions"]["traditional"] == dict(half_width=pytest.approx(due, abs=1e-6), clips=24, prompts=12) and 0 < due < 2
+    assert set(tried) == {"traditional", "temporal"} and .8 < tried["traditional"]["held"] <= 1 and tried["temporal"]["held"] is None
+    assert "8 rated clips" in record["dimensions"]["temporal"]["reason"] and "no opinions" in record["dimensions"]["overall"]["reason"]
