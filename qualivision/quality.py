@@ -50,10 +50,13 @@ class ScoreRecord:
     checkpoint: str | None = None       # which weights
     trained_on: str | None = None       # which labels those weights have seen
     error: str | None = None            # why there are no scores
-    reasons: dict[str, str] = field(default_factory=dict)   # dimension without a score -> why
+    # dimension without a score → why; "interval": why scores have none
+    reasons: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()      # notes for a reader, such as a prompt that was cut
     # dimension → data, raters, clips, srocc, interval; None: no opinions; empty: see trained_on
     learned_on: dict[str, dict | None] = field(default_factory=dict)
+    # dimension → [low, high] within 1–5, or None: see reasons["interval"]
+    interval: dict[str, list | None] = field(default_factory=dict)
 
     def __post_init__(self): _check_record(self)
 

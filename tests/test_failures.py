@@ -22,7 +22,8 @@ from qualivision.data.clips import ClipCache, read_ahead
 from qualivision.data.dataset import DatasetError
 from qualivision.files import FileError
 from qualivision.inference import bulk
-from qualivision.inference.bulk import FiveMosScorer
+from qualivision.evaluation.conformal import UNKNOWN
+from qualivision.inference.bulk import ENDS, FiveMosScorer
 from qualivision.inference.bulk import score_set
 from qualivision.official import scorer as official
 from qualivision.official.scorer import OfficialScorer
@@ -354,11 +355,11 @@ def test_reasons_and_warnings_are_in_every_result(call, five, here, tmp_path, mo
         assert status == 0 and about["failed"] == 0 and not err
     assert about["kept"] == 2
     frame = pd.read_csv(tmp_path/"s.csv")
-    assert list(frame) == ["video_name", "Prompt", *MOS_COLUMNS, "error", "reasons", "warnings", "sha256"]
+    assert list(frame) == ["video_name", "Prompt", *MOS_COLUMNS, *ENDS, "error", "reasons", "warnings", "sha256"]
     for table in (frame, pd.read_parquet(tmp_path/"s.parquet")):
         first, second = table.iloc[0], table.iloc[1]
         assert pd.isna(first.Temporal_MOS) and 1 <= first.Overall_MOS <= 5 and first.reasons.startswith(f"temporal: {why}") and pd.isna(first.error)
-        assert first.warnings == "the prompt was cut" and 1 <= second.Temporal_MOS <= 5 and pd.isna(second.reasons)
+        assert first.warnings == "the prompt was cut" and 1 <= second.Temporal_MOS <= 5 and second.reasons == f"interval: {UNKNOWN}"
     (tmp_path/"set"/"test"/"videos").mkdir(parents=True)
     (tmp_path/"still.mp4").rename(tmp_path/"set"/"test"/"videos"/"A_1.mp4")
     (tmp_path/"set"/"test"/"test_labels.csv").write_text("video_name,Prompt\nA_1.mp4,a boat\n")

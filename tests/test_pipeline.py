@@ -43,9 +43,9 @@ SMALL = {   # of the profile embedded: networks that are trained in seconds and 
     "evaluate": {"resamples": 100, "device": "cpu"}}
 MODELS = ["dover", "vjepa2"]
 STAGES = ["prepare", *(f"{stage}@{model}" for stage in ("train", "evaluate") for model in MODELS), "compare", "report"]
-FILES = {"splits.json", "prepare.json", "metrics.json", "predictions.csv", "rows.csv", "compare.json", "summary.json", "README.md", "table.txt",
-         "report.html", "road.png", "rows.png", "scatter.png", "curves.png", "experiments/scratch/.gitkeep",
-         *(f"{m}/{f}" for m in MODELS for f in ("train.json", "curves.csv", "predictions.csv", "evaluate.json"))}
+FILES = {"splits.json", "prepare.json", "metrics.json", "predictions.csv", "rows.csv", "compare.json", "intervals.json", "summary.json",
+         "README.md", "table.txt", "report.html", "road.png", "rows.png", "scatter.png", "curves.png", "experiments/scratch/.gitkeep",
+         *(f"{m}/{f}" for m in MODELS for f in ("train.json", "curves.csv", "predictions.csv", "validation.csv", "evaluate.json"))}
 
 pytestmark = pytest.mark.usefixtures("one_thread")      # what is forked may not wait for threads that it has not
 if not (ROOT/".git").exists(): pytest.skip("not a git checkout", allow_module_level=True)
@@ -237,6 +237,8 @@ def test_score_one_clip(repository):
     record, = repository.qualivision(*clip, "--checkpoint", "checkpoints/dover")
     other, = repository.qualivision(*clip, "--checkpoint", "checkpoints/vjepa2")
     assert other["model"] == "vjepa2"
+    known = json.loads((repository.at/"checkpoints"/"dover.intervals.json").read_text())["dimensions"]
+    assert {d: v is None for d, v in record["interval"].items()} == {d: "reason" in about for d, about in known.items()}
     for file, r in (("predictions.csv", record), ("dover/predictions.csv", record), ("vjepa2/predictions.csv", other)):
         predicted = pd.read_csv(repository.at/"results"/file).set_index("video_name").loc[row["video_name"]]
         for d in DIMENSIONS: assert abs(r[d] - predicted[f"{d.capitalize()}_MOS"]) < 1e-4

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'SAME', 'SIDE', 'LENGTH', 'RATE', 'FORM', 'ATTRIBUTION', 'SHIPPED', 'SECTIONS', 'DRAWN_ONLY', 'FITTED',
-           'NOT_RUN', 'rated_clips', 'known_of', 'some', 'scaled', 'only', 'taught', 'unseen', 'of_frames',
-           'of_features', 'counts', 'ranks', 'rank_correlation', 'without_means', 'shown', 'drawn_figures', 'couples',
-           'pair_scores', 'right_order', 'lookup', 'known_dimensions', 'table', 'ten_seeds', 'in_one_form', 'scores_of',
-           'own_first', 'learned_on', 'drawn_clips', 'fits', 'judged', 'pair_table', 'changes', 'clip_scores', 'main']
+           'NOT_RUN', 'rated_clips', 'known_of', 'some', 'only', 'taught', 'unseen', 'of_frames', 'of_features',
+           'counts', 'ranks', 'rank_correlation', 'without_means', 'shown', 'drawn_figures', 'couples', 'pair_scores',
+           'right_order', 'lookup', 'known_dimensions', 'table', 'ten_seeds', 'in_one_form', 'scores_of', 'own_first',
+           'learned_on', 'held_out_errors', 'drawn_clips', 'fits', 'judged', 'pair_table', 'changes', 'clip_scores',
+           'main']
 
 # %% ../../nbs/experiments/58_real.ipynb #7e0b6431
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from ..data.container import write_video
 from ..data.dataset import load_labels
 from ..data.opinions import LabelError, dimensions, places
 from ..data.sampling import Sampling
+from ..evaluation.conformal import calibrated, left_out
 from ..evaluation.lowlevel import feature_table, file_niqe
 from ..evaluation.metrics import numbers_in
 from ..files import PACKAGE, file_sha256, read_table
@@ -68,22 +70,6 @@ def some(known: dict, rows) -> dict:
     return {k: v[rows] for k, v in known.items()}
 
 # %% ../../nbs/experiments/58_real.ipynb #4614355f
-@torch.no_grad()
-def scaled(model: FramesMos, known, text, mos, dimension: str) -> None:      # mos (n,5), NaN: none
-    "Put a dimension's line on the scale of these opinions; the order of clips stays."
-    d = DIMENSIONS.index(dimension)
-    rows = ~mos[:, d].isnan()
-    raw = model.score_under(model.encode_video(some(known, rows)), text[rows])[0][:, d].double()
-    wanted = logit_of(mos[rows, d])
-    slope = ((raw - raw.mean()) * (wanted - wanted.mean())).mean() / raw.var(correction=0)
-    slope = float(slope.clamp(min=1e-3))
-    shift = float(wanted.mean() - slope * raw.mean())
-    for head in model.heads.values():
-        head.weight[d] *= slope
-        head.bias[d] *= slope
-    model.heads["picture"].bias[d] += shift
-
-
 def only(mos, dimension: str):               # (n,5)
     "The opinions on one dimension; NaN for all others."
     out, d = torch.full_like(mos, torch.nan), DIMENSIONS.index(dimension)
@@ -104,7 +90,7 @@ def taught(drawn: tuple,     # known, text, mos of simulated clips
     model.norms["change"].load_state_dict(changes)
     model.fit(known, text, only(mos, "traditional"))
     model.heads["match"].weight.data[DIMENSIONS.index("alignment")] = 1.
-    for dimension in ("alignment", "temporal"): scaled(model, known, text, mos, dimension)
+    for dimension in ("alignment", "temporal"): model.put_on_scale(known, text, mos, dimension)
     return model
 
 # %% ../../nbs/experiments/58_real.ipynb #a0db9b6e
@@ -350,6 +336,18 @@ def learned_on(found: dict) -> dict:        # of `table` → dimension → what 
     return out
 
 
+def held_out_errors(fit, mos, prompts, generators) -> tuple:    # fit as in `unseen`
+    "Intervals by heads and scales that saw neither prompt nor generator; how often they hold."
+    known = [DIMENSIONS[d] for d in known_dimensions(mos)]
+    scores = unseen(fit, prompts, generators, mos, known)
+    record, errors = calibrated(scores, mos, prompts, "FETV, prompts and generators held out"), {}
+    for d in known:
+        e = np.abs(scores - mos)[:, DIMENSIONS.index(d)]
+        errors[d] = record["dimensions"][d] | {"held": left_out(e[~np.isnan(e)],
+                                                                prompts[~np.isnan(e)])}
+    return record, errors
+
+
 def drawn_clips(model, encoder, data: str | Path) -> tuple:
     "Every second simulated training clip: what is known of it, its prompt, and its five MOS."
     frame = load_labels(data, "train").iloc[1::2]
@@ -431,14 +429,15 @@ def main(folder: str | Path = "datasets/fetv", params: str | Path = "params.yaml
     rows, formed = judged(found, mos, *about), judged(again, mos, *about)
     shown_rows, minus = table(rows, mos, *about, resamples)
     made = taught(drawn, (known, text, torch.from_numpy(mos)))
+    intervals, held = held_out_errors(found["frames"], mos, *about)
     save_checkpoint(checkpoint, made, dict(
         model="frames", config=asdict(model.config), text_encoder="minilm",
         text_encoder_key=encoder.key, trained_on=ATTRIBUTION, licence="heads CC BY 4.0",
         sampling=asdict(Sampling(model.config.frames, model.config.size)),
-        learned_on=learned_on(shown_rows)))
+        learned_on=learned_on(shown_rows), intervals=intervals))
     result = {"clips": len(frame), "rows": shown_rows,
               "own_prompt_first": own_first(made, known["words"], text, prompts, resamples),
-              "frames_minus": minus,
+              "frames_minus": minus, "intervals": held,
               "pairs": pair_table(found, mos, *about, resamples),
               "seeds": {k: ten_seeds(fit, mos, *about, FITTED[k])
                         for k, fit in found.items() if FITTED[k]},

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'asked_split', 'read_scores', 'known_about', 'baseline_rows', 'ceiling_rows', 'scratch_rows', 'summary',
-           'rows_table', 'compare', 'all_rows', 'main']
+           'tried_intervals', 'rows_table', 'compare', 'all_rows', 'main']
 
 # %% ../../nbs/pipeline/52_compare.ipynb #c8c597ee
 from pathlib import Path
@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..data.dataset import DatasetError, write_predictions
 from ..files import code_hash
+from ..evaluation.conformal import measured
 from ..evaluation.metrics import MetricError
 from qualivision.evaluation.protocol import (
     BASELINES, CEILING, FROM_NOISE, ORACLES, RATERS, Clips, judged, results_table,
@@ -130,6 +131,19 @@ def summary(
         return out
     return {model: of(model) for model in results["differences"]}
 
+def tried_intervals(
+    models: tuple,
+    splits: dict,       # as of `resolve_splits`
+    split: str,         # that the models have scored
+) -> dict:              # model → as of `measured`; empty where no labelled clips are left to try them
+    "How intervals from the errors on validation did on the test clips."
+    def known(rows, file):
+        return (read_scores(file, rows), rows[list(MOS_COLUMNS)].to_numpy(float),
+                rows["group"].to_numpy(str), rows["generator"].to_numpy(str))
+    if split != "test": return {}
+    return {m: measured(known(splits["test"], f"results/{m}/predictions.csv"),
+                        known(splits["val"], f"results/{m}/validation.csv")) for m in models}
+
 def rows_table(
     clips: pd.DataFrame,           # N rows
     rows: dict[str, np.ndarray],   # row → (N,5)
@@ -195,6 +209,7 @@ def main(
     rows_table(asked, rows).to_csv("results/rows.csv", index=False, float_format="%.6f",
                                    lineterminator="\n")
     write_json("results/summary.json", summary(results))
+    write_json("results/intervals.json", tried_intervals(models, splits, split))
     write_json("results/compare.json", {
         "models": list(models), "split": split, "note": note, "videos": len(asked),
         "prompts": int(asked["group"].nunique()),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORT', 'HEADS', 'ROWS', 'NOISE', 'difference', 'mark', 'table', 'markdown', 'short', 'number', 'text_block',
-           'legend', 'explained', 'rows_explained', 'names', 'verdicts', 'words']
+           'legend', 'explained', 'rows_explained', 'intervals_markdown', 'names', 'verdicts', 'words']
 
 # %% ../../nbs/pipeline/53_table.ipynb #3686f565
 from ..evaluation.protocol import (
@@ -121,6 +121,25 @@ def rows_explained(results: dict) -> str:  # Markdown
     "What each row is that is no model."
     return markdown_table(["row", "what it is"],
                           [[title(r), explained(r)] for r in results if explained(r)])
+
+# %% ../../nbs/pipeline/53_table.ipynb #de54b844
+def intervals_markdown(tried: dict) -> str:    # of intervals.json
+    "How wide intervals are, and how often they held: for each model, by generator too."
+    lines = []
+    def line(name, show, cells):
+        lines.append([name, *("–" if "reason" in c else show(c) for c in cells.values())])
+    def share(c): return f"{c['held']:.0%} of {c['n']}"
+    for model, cells in tried.items():
+        line(f"**{title(model)}**, half width", lambda c: f"{c['half_width']:.2f}", cells)
+        line("mean width within 1–5", lambda c: f"{c['width']:.2f}", cells)
+        line("held", share, cells)
+        line("held, 200 resplits", lambda c: "–" if c["resplits"]["mean"] is None
+             else f"{c['resplits']['mean']:.1%}", cells)
+        made = {g for c in cells.values() for g in c.get("generators", ())}
+        for g in sorted(made):
+            line(f"held, {g}", lambda c, g=g: share(c["generators"][g])
+                 if g in c["generators"] else "–", cells)
+    return markdown_table(["", *COLUMNS], lines)
 
 # %% ../../nbs/pipeline/53_table.ipynb #f41a14f5
 def names(dimensions) -> str:
