@@ -50,7 +50,7 @@ def openvino_package():
         if quiet: del sys.modules[reports]
         if quiet and before is not None: sys.modules[reports] = before
 
-
+# %% ../../nbs/official/86_engine.ipynb #018ca1ec
 @cache
 def _core(package):
     "One for the process: two that end leave signals a stack that is gone."
