@@ -37,6 +37,7 @@ def test_what_has_no_score_never_passes(r, least, passed, words):
 def room(tmp_path, monkeypatch):
     "Two clips, and the records that a scorer would have made of them, by name."
     monkeypatch.chdir(tmp_path)
+    (tmp_path/"clips").mkdir()
     for name in ("good.mp4", "dull.mp4"): toy_clip(tmp_path/"clips"/name, (200, 30, 30))
     known = {r.video: r for r in (GOOD, DULL, HALF, GONE)}
     monkeypatch.setattr(choose, "scored", lambda found, *_: ((name, known[name]) for name, *_ in found))
@@ -105,6 +106,7 @@ def test_what_cannot_be_told_apart_is_marked():
 def test_a_model_scores_them(tmp_path, monkeypatch):
     "The whole way, with a small checkpoint."
     monkeypatch.chdir(tmp_path)
+    (tmp_path/"clips").mkdir()
     for name in ("a.mp4", "b.mp4"): toy_clip(tmp_path/"clips"/name, (200, 30, 30))
     (tmp_path/"clips"/"broken.mp4").write_bytes(b"no video")
     folder = tiny.checkpoint(tmp_path/"m")
