@@ -60,7 +60,7 @@ def test_a_gate_says_it_by_its_status(room, names, status):
 
 
 @pytest.mark.parametrize("words, said", [
-    ("gate clips --prompt ball", "give one or more"), ("gate clips --min-overall 3", "--prompt"), ("gate clips --prompt ball --min-overall 6", "6"),
+    ("gate clips --prompt ball", "give one or more"), ("gate clips --min-overall 3", "--prompt"), ("gate clips --prompt ball --min-overall 6", "--min-overall"),
     ("best list.csv --prompt ball", "prompts of its own"), ("best clips --prompt ball --by beauty", "beauty is none of")])
 def test_wrong_uses(room, words, said):
     manifest("good.mp4")
