@@ -60,13 +60,13 @@ class Answer:
     "The outcome of a command, for programs and for people."
     value: Any                     # printed as JSON with --json
     lines: Iterable[str] = ()      # printed without --json
-    failed: bool = False           # status 1: at least one item failed
+    status: int = 0                # of the command; 1: at least one item failed
 
     def give(self, as_json: bool):
-        "Prints the answer. Raises typer.Exit where an item failed."
+        "Prints the answer. Raises typer.Exit with a status that is not 0."
         if as_json: print_json(self.value)
         elif lines := list(self.lines): print("\n".join(lines))
-        if self.failed: raise typer.Exit(1)
+        if self.status: raise typer.Exit(int(self.status))
 
 # %% ../../nbs/commands/90_app.ipynb #3b919885
 # how a command ends on purpose, or because its reader has gone

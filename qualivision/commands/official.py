@@ -218,7 +218,7 @@ def infer_datasets(
         if wrong:
             say(str(wrong.error))
             results.append({"labels": str(file), "error": str(wrong.error)})
-    return Answer(results, failed=any(r.get("error") or r["failed"] for r in results))
+    return Answer(results, status=any(r.get("error") or r["failed"] for r in results))
 
 # %% ../../nbs/commands/92_official.ipynb #cb31f1e7
 data_sets = App(help="Public data sets: addresses, licences, downloads.")
