@@ -50,7 +50,7 @@ def made(tmp_path_factory):
     scores = {f"{row}_{d}": x[:, k] for row, x in {"label": labels, **of}.items() for k, d in enumerate(DIMENSIONS)}
     rows = asked[["video_name", "Prompt", "group", "generator"]].assign(**scores)
     about = {"models": ["dover", "vjepa2"], "compare": {"split": "test", "labels": "labels of <b>me</b>", "parameters": {"resamples": 20}}}
-    names = ("asked", "meaning", "limits", "marks", "rows", "verdicts", "differences", "training", "facts", "settings")
+    names = ("asked", "meaning", "limits", "marks", "rows", "verdicts", "differences", "intervals", "training", "facts", "settings")
     texts = {name: f"*{name}* [chapter 1](https://example.org) ![x](https://example.org/x.png) <script>" for name in names}
 
     save_figure(Figure((9, 2)), at/"drawn.png")

@@ -395,6 +395,7 @@ def results_page(
         "Scores and labels": shown("scatter"),
         "By generator": diagram(bars, ALTS["bars"], BARS) + label_rows(
             made, "generator", f"Labels of the {c['split']} clips: mean ± standard deviation"),
+        "Intervals": said["intervals"],
         "Clips": prose(FILMS) + films(clips, models),
         "Data": label_rows(spread, "split", "Labels of each split: mean ± standard deviation")
                 + diagram(plot_labels(spread), ALTS["labels"]),

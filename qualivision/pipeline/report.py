@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INTERVALS', 'SECTIONS', 'CURVES', 'provenance', 'seed_name', 'stamp', 'origin', 'origins', 'asked', 'text_table',
            'seeds', 'seeds_markdown', 'claim', 'simulated', 'meaning', 'limits', 'readme_results', 'reading',
-           'statements', 'compared', 'facts', 'models_table', 'settings_table', 'curve_note', 'captions', 'report',
-           'texts', 'pictures', 'main']
+           'statements', 'compared', 'facts', 'models_table', 'settings_table', 'curve_note', 'intervals', 'captions',
+           'report', 'texts', 'pictures', 'main']
 
 # %% ../../nbs/pipeline/55_report.ipynb #c446a942
 import textwrap
@@ -299,6 +299,12 @@ INTERVALS = (
     "Held: by how many test clips, all together and by generator. Resplits: validation and test "
     "pooled, half of the prompts calibrate and the others judge.")
 
+def intervals(folder: str | Path) -> list[str]:     # Markdown
+    "How the intervals of the models did."
+    tried = read_json(Path(folder)/"intervals.json")
+    return [INTERVALS, intervals_markdown(tried) if tried else
+            "No labelled clips are left to try them on."]
+
 def captions(about: dict) -> dict:  # file name → what the picture shows
     "The pictures of the page."
     c = about["compare"]
@@ -327,10 +333,8 @@ def report(folder: str | Path = "results") -> str:
     parts += ["## Other metrics", markdown(results, "plcc"), markdown(results, "mae"),
               "## The models' paired differences",
               "In brackets 95 % intervals; a difference in bold excludes zero in the model's "
-              "favour.", differences_markdown(results), "## Intervals", INTERVALS]
-    tried = read_json(Path(folder)/"intervals.json")
-    parts += [intervals_markdown(tried) if tried else "No labelled clips are left to try them on."]
-    parts.append("## Pictures")
+              "favour.", differences_markdown(results),
+              "## Intervals", *intervals(folder), "## Pictures"]
     for file, caption in captions(about).items():
         parts += [f"![{Path(file).stem}]({file})", caption]
     return "\n\n".join([*parts, "## Parameters", settings_table(about["settings"])]) + "\n"
@@ -346,7 +350,7 @@ def texts(results: dict, folder: str | Path, about: dict) -> dict:   # name → 
              "verdicts": statements(results, folder, about),
              "differences": ["The models' paired differences; one in bold excludes zero in the "
                              "model's favour.", differences_markdown(results)],
-             "training": [origins(about), models_table(about)], "facts": [facts(about)],
+             "intervals": intervals(folder), "training": [origins(about), models_table(about)], "facts": [facts(about)],
              "settings": [settings_table(about["settings"])]}
     return {name: "\n\n".join(filter(None, part)) for name, part in parts.items()}
 
