@@ -3,18 +3,17 @@
 Every engine and precision runs in a process of its own, which first prepares (recording is kept in --cache), then waits; the runs are interleaved:
 torch in float32 and the other one take turns, and both have the machine to themselves while they run. Weights are random, from one seed; inputs are
 noise of the size that the samplers make, and --clips of them give the largest and the mean difference of the scores (five MOS; of official models the
-mean of each map) and their rank correlation. Reduced sizes by default (minutes on two cores); --full takes the published ones.
-Usage: python benchmarks/engines.py [--models dover++ vjepa2 frames dover dover-mobile cover] [--engines torch openvino onnx] [--precisions fp32 bf16]
-       [--full] [--repeat 3] [--clips 4] [--device cpu] [--cache FOLDER] [--json]
+mean of each map) and their rank correlation. Without --full: all models but COVER, at reduced sizes; others can be named, and so can pairs of
+engine and precision.
 """
-import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
+
+from benchmarks.common import ROOT, Report
 
 MODELS = ("dover++", "vjepa2", "frames", "dover", "dover-mobile", "cover")
 
@@ -98,8 +97,8 @@ def worker(name: str, engine: str, precision: str, full: bool, cache: str, devic
 class Process:
     "A worker and its answers. It is asked only while no other one computes."
     def __init__(self, *how):
-        self.process = subprocess.Popen([sys.executable, __file__, "--worker", json.dumps(how)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True)
+        command = [sys.executable, "-m", "benchmarks.engines", json.dumps(how)]
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def ask(self, what) -> dict:
         print(what, file=self.process.stdin, flush=True)
@@ -126,54 +125,36 @@ def compared(name: str, engine: str, precision: str, args) -> dict:
         ours, theirs = ([p.ask(k)["scores"] for k in range(args.clips)] for p in (plain, other))
         off = [abs(a - b) for x, y in zip(ours, theirs) for a, b in zip(x, y)]
         ranks = [spearmanr(a, b).statistic for a, b in zip(zip(*ours), zip(*theirs))] if args.clips > 2 else []
-        return {"model": name, "engine": engine, "precision": precision, "ratio": median(ratios), "least": min(ratios), "most": max(ratios),
-                "seconds": median(b["seconds"] for _, b in pairs), "prepared": first["prepared"], "peak": other.ask("time")["peak"],
-                "peak of torch": plain.ask("time")["peak"], "largest": max(off), "mean": sum(off) / len(off), "spearman": min(ranks, default=None)}
-    except RuntimeError as e: return {"model": name, "engine": engine, "precision": precision, "error": str(e)}
+        return {"model": name, "engine": engine, "precision": precision, "seconds": median(b["seconds"] for _, b in pairs),
+                "of torch": median(a["seconds"] for a, _ in pairs), "times as fast": median(ratios), "least": min(ratios), "most": max(ratios),
+                "peak MB": other.ask("time")["peak"] / 1e6, "of torch, MB": plain.ask("time")["peak"] / 1e6, "largest difference": max(off),
+                "mean": sum(off) / len(off), "Spearman": min(ranks, default=None), "prepared in": first["prepared"]}
+    except RuntimeError as e: return {"model": name, "engine": engine, "precision": precision, "not measured": str(e)}
     finally:
         for p in (plain, other):
             if p: p.end()
 
 
-def described(r: dict) -> str:
-    "A comparison in one line."
-    ranks = "not defined" if r["spearman"] is None else f"{r['spearman']:.4f}"
-    return (f"{r['ratio']:5.2f}× ({r['least']:.2f}–{r['most']:.2f})  {r['seconds']:7.2f} s  scores differ by {r['largest']:.0e}, on average "
-            f"{r['mean']:.0e}, Spearman {ranks}  peak {r['peak']/1e9:.2f} GB, torch {r['peak of torch']/1e9:.2f}  prepared in {r['prepared']:.0f} s")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=None, help="default: all but COVER; with --full COVER too")
-    parser.add_argument("--engines", nargs="+", choices=("torch", "openvino", "onnx"), default=["torch", "openvino", "onnx"])
+def options(parser):
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=None)
+    parser.add_argument("--engines", nargs="+", choices=("torch", "openvino", "onnx"), default=["openvino", "onnx"])
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--clips", type=int, default=4)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of torch; other engines compute on the CPU")
     parser.add_argument("--cache", help="folder of recorded graphs; default: a temporary one")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker: return worker(*json.loads(args.worker))
-    import torch
 
-    from qualivision.official.engine import cpu_name
+
+def run(args) -> Report:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         args.cache = args.cache or folder
-        if not args.json:
-            print(f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-                  f"{'published' if args.full else 'reduced'} sizes; ratio to torch in fp32: median (least–most) of {args.repeat} pairs")
         for name in args.models or MODELS[:len(MODELS) - (not args.full)]:
             for engine in args.engines:
                 for precision in args.precisions:
                     if (engine, precision) == ("torch", "fp32") or (engine != "torch" and args.device != "cpu"): continue
-                    r = compared(name, engine, precision, args)
-                    rows.append(r)
-                    if args.json: continue
-                    print(f"{name:13}{engine:9}{precision:5} {r.get('error') or described(r)}", flush=True)
-    if args.json: print(json.dumps(rows))
+                    rows.append(compared(name, engine, precision, args))
+                    print(rows[-1], file=sys.stderr, flush=True)
+    return Report(rows, ["against torch in float32, in turns; prepared in: seconds of the first call on a machine, recording included; "
+                         f"differences and Spearman (the least of the scores) over {args.clips} clips of noise"])
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": worker(*json.loads(sys.argv[1]))

@@ -1,15 +1,13 @@
 """How often intervals hold the truth and tests raise false alarms, at the embedded set's number of prompts.
 
-    python -m benchmarks.intervals [--draws 2000] [--prompts 48] [--metric srocc]
-
 Simulated opinions and two simulated models; half (or a fifth) of each variance belongs to the prompt, as part of each model's error is
 shared with the other. The truth is the metric of 24,000 clips, four times. The baseline is the percentile interval of resampled prompts
 (chapter 35), 500 resamples. With one seed the answer is the same on every machine.
 """
-import argparse
-
 import numpy as np
 from scipy.stats import norm
+
+from benchmarks.common import Report
 
 from qualivision.evaluation.compare import Jackknife, difference, quantile
 from qualivision.evaluation.metrics import METRICS, group_weights, resampled
@@ -49,16 +47,13 @@ def study(case: tuple, metric: str, prompts: int, draws: int) -> dict:
     return dict(zip(("one", "difference", "told apart", "percentile, one", "percentile, difference"), np.mean(held, 0).round(4)))
 
 
-def main():
-    asked = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    asked.add_argument("--draws", type=int, default=2000)
-    asked.add_argument("--prompts", type=int, default=48)
-    asked.add_argument("--metric", default="srocc", choices=list(METRICS))
-    given = asked.parse_args()
-    print(f"{given.metric}, {given.prompts} prompts of five clips, {given.draws} draws; shares of draws")
-    for name, case in CASES.items():
-        found = study(case, given.metric, given.prompts, given.draws)
-        print(f"{name:20}  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()), flush=True)
+def options(parser):
+    parser.add_argument("--draws", type=int, help="default: 100, with --full 2,000")
+    parser.add_argument("--prompts", type=int, default=48)
+    parser.add_argument("--metric", default="srocc", choices=list(METRICS))
 
 
-if __name__ == "__main__": main()
+def run(args) -> Report:
+    draws = args.draws or (2000 if args.full else 100)
+    rows = [{"case": name, **study(case, args.metric, args.prompts, draws)} for name, case in CASES.items()]
+    return Report(rows, [f"{args.metric}, {args.prompts} prompts of five clips, {draws} draws; shares of draws"])

@@ -1,10 +1,11 @@
 "The benchmarks' harness, without a clock: what there is, a section that replaces its own alone, ways that take turns, a child's peak."
+import ast
 import sys
 
 import pytest
 
 from benchmarks.__main__ import main, names
-from benchmarks.common import Report, compared, interleaved, peak_mb, section, table, write_section
+from benchmarks.common import ROOT, Report, compared, interleaved, peak_mb, section, table, write_section
 
 
 def test_the_list_tells_of_every_benchmark(capsys):
@@ -12,6 +13,9 @@ def test_the_list_tells_of_every_benchmark(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == names() and {"backbone", "score_set", "startup", "official"} <= set(names())
     assert all(line.rstrip().endswith(("?", ".")) for line in lines), "each docstring begins with its question"
+    for name in names():
+        parts = ast.parse((ROOT/"benchmarks"/f"{name}.py").read_text(encoding="utf-8")).body
+        assert any(isinstance(p, ast.FunctionDef) and p.name == "run" for p in parts), f"{name} cannot be run by its name"
     assert main(["no_such"]) == 1 and "score_set" in capsys.readouterr().err
     assert main(["official"]) == 2 and "--checkout" in capsys.readouterr().err
 

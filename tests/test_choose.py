@@ -60,7 +60,8 @@ def test_a_gate_says_it_by_its_status(room, names, status):
 
 
 @pytest.mark.parametrize("words, said", [
-    ("gate clips --prompt ball", "give one or more"), ("gate clips --min-overall 3", "--prompt"), ("gate clips --prompt ball --min-overall 6", "--min-overall"),
+    ("gate clips --prompt ball", "give one or more"), ("gate clips --min-overall 3", "--prompt"),
+    ("gate clips --prompt ball --min-overall 6", "--min-overall"),
     ("best list.csv --prompt ball", "prompts of its own"), ("best clips --prompt ball --by beauty", "beauty is none of")])
 def test_wrong_uses(room, words, said):
     manifest("good.mp4")
@@ -78,7 +79,8 @@ def test_places_without_a_clip(room):
 def test_the_best_of_a_folder(room):
     status, found, _ = tiny.command("best", "clips", "--prompt", "a ball", "--json")
     [prompt], = [found["prompts"]]
-    assert status == 0 and found["by"] == list(DIMENSIONS) and [(c["video"], c["score"]) for c in prompt["clips"]] == [("good.mp4", 4), ("dull.mp4", 3.4)]
+    assert status == 0 and found["by"] == list(DIMENSIONS)
+    assert [(c["video"], c["score"]) for c in prompt["clips"]] == [("good.mp4", 4), ("dull.mp4", 3.4)]
     _, text, _ = tiny.command("best", "clips", "--prompt", "a ball", "--by", "temporal")
     assert "  1  4.00  good.mp4\n  2  2.00  dull.mp4" in text and "By temporal." in text
 

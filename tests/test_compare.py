@@ -53,7 +53,7 @@ def test_correlations_that_cannot_be_compared(wrong):
 
 @pytest.mark.parametrize("metric", ["srocc", "rmse"])
 def test_intervals_hold_the_truth(metric):
-    "120 draws with wide limits; python -m benchmarks.intervals does 2,000."
+    "120 draws with wide limits; python -m benchmarks intervals --full does 2,000."
     rng, held, alarms, one = np.random.default_rng(2), [], [], []
     big = np.random.default_rng(3)
     true = np.mean([METRICS[metric][0](*draw(big)[:2]) for _ in range(200)])
