@@ -86,7 +86,8 @@ def half_widths(record: dict) -> dict:      # as for `spans` → dimension → a
 def in_words(record: dict) -> str:
     "The same in a line."
     known = [f"{d} ± {half:.2f}" for d, half in half_widths(record).items() if half is not None]
-    if known: return f"Intervals that hold {100 * record['level']:g} % of opinions: {', '.join(known)}."
+    level = f"{100 * record.get('level', LEVEL):g} %"
+    if known: return f"Intervals that hold {level} of opinions: {', '.join(known)}."
     return "No interval: {}.".format(without_span(record, [MOS_MIN] * 5))
 
 # %% ../../nbs/evaluation/38b_conformal.ipynb #5e895bd4
