@@ -77,6 +77,11 @@ def test_a_few_opinions_make_a_scorer(call, tmp_path):
     for name, colour in {"red.mp4": red, "blue.mp4": blue}.items(): toy_clip(tmp_path/name, colour)
     status, (r, b), _ = call("score", "red.mp4", "blue.mp4", "--prompt", "a red boat", "--checkpoint", "own", "--device", "cpu", "--json")
     assert status == 0 and r["traditional"] > b["traditional"] + 1 and r["aesthetic"] is r["temporal"] is None and r["reasons"]["temporal"]
+    known = meta["intervals"]["dimensions"]
+    for d in ("traditional", "alignment", "overall"):         # the errors on prompts that were held out
+        assert known[d]["clips"] == 24 and known[d]["prompts"] == 12
+        assert r["interval"][d] == pytest.approx([max(1, r[d] - known[d]["half_width"]), min(5, r[d] + known[d]["half_width"])])
+    assert known["traditional"]["half_width"] < 1.5 < known["alignment"]["half_width"] and "interval" not in r["reasons"]
     text = " ".join(call("score", "red.mp4", "--prompt", "a red boat", "--checkpoint", "own", "--device", "cpu")[1].split())
     assert "traditional: mine.csv (3 raters a clip); on 24 clips of new prompts: SROCC" in text
     (tmp_path/"set"/"videos").mkdir(parents=True)

@@ -44,7 +44,7 @@ def calibrated(scores,            # (n,5) MOS by weights that were not fitted on
         n, half = int(there.sum()), half_width(e[there])
         if n == 0: found[d] = {"reason": "there are no opinions to calibrate it with"}
         elif half is None:
-            found[d] = {"reason": f"{n} rated clips are too few, {LEVEL:.0%} takes {LEAST}"}
+            found[d] = {"reason": f"{n} rated clips are too few, it takes {LEAST}"}
         else:
             found[d] = {"half_width": ceil(half * 1e6 - 1e-6) / 1e6, "clips": n,
                         "prompts": len(set(groups[there].tolist()))}
@@ -86,7 +86,8 @@ def half_widths(record: dict) -> dict:      # as for `spans` → dimension → a
 def in_words(record: dict) -> str:
     "The same in a line."
     known = [f"{d} ± {half:.2f}" for d, half in half_widths(record).items() if half is not None]
-    if known: return f"Intervals that hold {record['level']:.0%} of opinions: {', '.join(known)}."
+    level = f"{100 * record.get('level', LEVEL):g} %"
+    if known: return f"Intervals that hold {level} of opinions: {', '.join(known)}."
     return "No interval: {}.".format(without_span(record, [MOS_MIN] * 5))
 
 # %% ../../nbs/evaluation/38b_conformal.ipynb #5e895bd4

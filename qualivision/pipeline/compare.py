@@ -135,7 +135,7 @@ def tried_intervals(
     models: tuple,
     splits: dict,       # as of `resolve_splits`
     split: str,         # that the models have scored
-) -> dict:              # model → as of `measured`; empty where no labelled clips are left to try them
+) -> dict:              # model → as of `measured`; empty: no labelled clips are left to try them
     "How intervals from the errors on validation did on the test clips."
     def known(rows, file):
         return (read_scores(file, rows), rows[list(MOS_COLUMNS)].to_numpy(float),

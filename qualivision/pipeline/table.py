@@ -128,13 +128,13 @@ def intervals_markdown(tried: dict) -> str:    # of intervals.json
     lines = []
     def line(name, show, cells):
         lines.append([name, *("–" if "reason" in c else show(c) for c in cells.values())])
-    def share(c): return f"{c['held']:.0%} of {c['n']}"
+    def share(c): return f"{100 * c['held']:.0f} % of {c['n']}"
     for model, cells in tried.items():
         line(f"**{title(model)}**, half width", lambda c: f"{c['half_width']:.2f}", cells)
         line("mean width within 1–5", lambda c: f"{c['width']:.2f}", cells)
         line("held", share, cells)
         line("held, 200 resplits", lambda c: "–" if c["resplits"]["mean"] is None
-             else f"{c['resplits']['mean']:.1%}", cells)
+             else f"{100 * c['resplits']['mean']:.1f} %", cells)
         made = {g for c in cells.values() for g in c.get("generators", ())}
         for g in sorted(made):
             line(f"held, {g}", lambda c, g=g: share(c["generators"][g])

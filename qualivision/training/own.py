@@ -19,10 +19,11 @@ from ..data.collection import PROMPT_COLUMNS
 from ..data.dataset import SPLITS, load_dataset, scale_note, scale_of
 from ..data.opinions import ROLES, LabelError, dimensions, places
 from ..devices import pick_device
+from ..evaluation.conformal import calibrated
 from ..evaluation.metrics import numbers_in
 from ..evaluation.protocol import figure, held_out, siblings
 from ..files import check_place, file_sha256, read_table, value_hash, write_whole
-from ..models.frames_mos import FramesMos
+from ..models.frames_mos import FramesMos, logit_of
 from ..models.frozen import FeatureCache
 from ..models.text import TextEncoder
 from ..models.weights import save_checkpoint
@@ -118,6 +119,20 @@ def _curve(score, table, groups, learned, full) -> list[dict]:
         out.append({"share": share, "srocc": found})
     return out
 
+# %% ../../nbs/walkthroughs/56_train_on_your_own_data.ipynb #92b6577b
+def _intervals(x, mos, groups, name: str) -> dict:        # (N,5) of `held_out`, (N,5), (N,)
+    "What the errors on groups that a head has not seen say of later scores, see `calibrated`."
+    wanted, d = logit_of(mos).numpy(), DIMENSIONS.index("alignment")
+    raw = x + np.nanmean(np.where(np.isnan(wanted).all(0), 0, wanted), 0)
+    for g in np.unique(groups):                     # its scale, too, without the group
+        rest = (groups != g) & ~np.isnan(wanted[:, d])
+        if not rest.any(): continue
+        both, spread = np.cov(x[rest, d], wanted[rest, d])[0], x[rest, d].var(ddof=1)
+        slope = max(both[1] / max(spread, 1e-12), 1e-3)
+        mine = groups == g
+        raw[mine, d] = wanted[rest, d].mean() + slope * (x[mine, d] - x[rest, d].mean())
+    return calibrated(1 + 4 / (1 + np.exp(-raw)), mos.numpy(), groups, f"{name}, held-out prompts")
+
 # %% ../../nbs/walkthroughs/56_train_on_your_own_data.ipynb #05ab63c2
 def known_clips(model: FramesMos, paths, cache="cache", progress=True) -> dict:     # of `prefix`
     "What the tower says of N videos, kept on disk. Raises VideoError, DatasetError, FileError."
@@ -172,6 +187,7 @@ def learn_frames(data, out, videos=None, scale=None, encoding=None, cache="cache
     curve = _curve(score, table, groups, learned, x)
     model.learn(known, text, mos)
     about = _about(model, encoder, data, table, rows, scale)
+    about["intervals"] = _intervals(x, mos, groups, data.name)
     save_checkpoint(out, model, about)
     report = {"checkpoint": str(out), "clips": len(table), "prompts": len(set(prompts) - {""}),
               "dimensions": {d: {"learned": not why[d], "reason": why[d] or None,
