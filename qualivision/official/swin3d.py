@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GROUP', 'fit_window', 'to_windows', 'from_windows', 'window_regions', 'window_cells', 'relative_index',
-           'WindowAttention', 'MLP', 'SwinBlock', 'PatchMerging', 'SwinStage', 'PatchEmbed', 'Swin3D']
+           'WindowAttention', 'attended', 'MLP', 'SwinBlock', 'PatchMerging', 'SwinStage', 'PatchEmbed', 'Swin3D']
 
 # %% ../../nbs/official/72_swin3d.ipynb #18170827
 import torch
@@ -99,19 +99,35 @@ class WindowAttention(nn.Module):
         self.register_buffer("relative_position_index", relative_index(window))
         self.qkv, self.proj, self.heads = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim), heads
 
-    def look_up(self, table: Tensor, N: int) -> Tensor:             # (heads,N,N)
-        return table[self.relative_position_index[:N, :N].flatten()].view(N, N, -1).permute(2, 0, 1)
+    def tables(self, N: int) -> list[Tensor]:                       # one or two: (heads,N,N)
+        "The tables for all pairs of a window: relative, and where it is gated fragment."
+        index = self.relative_position_index[:N, :N].flatten()
+        both = self.relative_position_bias_table, self.fragment_position_bias_table
+        return [t.t()[:, index].view(-1, N, N) for t in both if t is not None]
 
-    def bias(self, cells: Tensor, N: int) -> Tensor:
+    def bias(self, cells: Tensor, N: int, tables=None) -> Tensor:   # tables: of `tables`
         "Position bias (windows,heads,N,N) of windows with these cells (windows,h·w,2)."
-        relative = self.look_up(self.relative_position_bias_table, N)
-        if self.fragment_position_bias_table is None: return relative[None]
-        fragment, times = self.look_up(self.fragment_position_bias_table, N), N // cells.shape[1]
+        relative, *gated = tables or self.tables(N)
+        if not gated: return relative[None]
+        [fragment], times = gated, N // cells.shape[1]
         d = (cells[:, :, None] - cells[:, None]).abs().sum(-1)      # (windows,h·w,h·w)
         d = d.repeat(1, times, times)[:, None].to(relative.dtype)   # (windows,1,N,N)
-        return d * relative + (1 - d) * fragment
+        return torch.addcmul(fragment, d, relative - fragment)
 
 # %% ../../nbs/official/72_swin3d.ipynb #595473c9
+def attended(q: Tensor, k: Tensor, v: Tensor,   # (B,nT,n,heads,N,C/heads) each
+             bias: Tensor                       # (1 or nT,n,heads,N,N)
+            ) -> Tensor:                        # (B,nT,n,heads,N,C/heads)
+    "softmax(q·kᵀ/√d + bias)·v; fused where no gradient is asked for."
+    if torch.is_grad_enabled() or torch.compiler.is_exporting():
+        scores = (q * q.shape[-1] ** -.5) @ k.transpose(-1, -2) + bias
+        return scores.softmax(-1) @ v
+    masks = bias.expand(q.shape[1], *bias.shape[1:])
+    return torch.stack([torch.stack([F.scaled_dot_product_attention(*qkv, mask)
+                                     for *qkv, mask in zip(*clip, masks)])
+                        for clip in zip(q, k, v)])
+
+
 @patch
 def forward(self: WindowAttention,
             x: Tensor,           # (B,nT,nS,N,C): windows along T, windows over H×W, tokens
@@ -122,14 +138,13 @@ def forward(self: WindowAttention,
     B, nT, nS, N, C = x.shape
     qkv = self.qkv(x).view(B, nT, nS, N, 3, self.heads, -1)
     q, k, v = qkv.permute(4, 0, 1, 2, 5, 3, 6)                           # (B,nT,nS,heads,N,C/heads)
-    q, done, many = q * (C // self.heads) ** -.5, [], max(1, GROUP // (self.heads * N * N))
+    done, tables, many = [], self.tables(N), max(1, GROUP // (self.heads * N * N))
     for s in (slice(i, i + many) for i in range(0, nS, many)):
-        bias = self.bias(cells[s], N)                                    # (some,heads,N,N)
+        bias = self.bias(cells[s], N, tables)[None]                      # (1,some,heads,N,N)
         if regions is not None:
             apart = regions[:, s, :, None] != regions[:, s, None]        # (nT,some,N,N)
             bias = bias + apart[:, :, None] * -100.
-        attention = q[:, :, s] @ k[:, :, s].transpose(-1, -2) + bias     # (B,nT,some,heads,N,N)
-        done.append(attention.softmax(-1) @ v[:, :, s])
+        done.append(attended(q[:, :, s], k[:, :, s], v[:, :, s], bias))
     return self.proj(torch.cat(done, 2).transpose(3, 4).reshape(B, nT, nS, N, C))
 
 # %% ../../nbs/official/72_swin3d.ipynb #547a4d61
