@@ -140,7 +140,7 @@ def ranked_lines(prompt: str, found: dict) -> Iterator[str]:
 def best(
         source: Source, prompt: Prompt = None,
         by: Annotated[Optional[str], option("Dimensions whose mean decides, such as temporal or "
-                                            "alignment,temporal. Default: all with a score.")] = None,
+                                            "alignment,temporal; default: all.")] = None,
         checkpoint: Checkpoint = CHECKPOINT, simulated: Simulated = None,
         clip_score: ClipScore = False, encoding: Encoding = None, device: Device = "auto",
         precision: Precision = "fp32", engine: Engine = "torch", as_json: Json = False):

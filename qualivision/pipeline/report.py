@@ -220,7 +220,8 @@ def readme_results(folder: str | Path = "results") -> str:  # Markdown
     return "\n\n".join([
         markdown(results, "srocc", [r for r in rows if r], marks=False),
         f"{asked(about)} SROCC is the rank correlation with the labels; in brackets its 95 % "
-        "interval. All rows, seeds and statements: [results/README.md](../results/README.md).",
+        "interval. All rows, seeds and statements: [results/README.md](../results/README.md); "
+        "with film strips, for a browser: `results/report.html`.",
         stamp(about), meaning(results, about), limits(about)]) + "\n"
 
 # %% ../../nbs/pipeline/55_report.ipynb #a7a399c8
@@ -350,7 +351,8 @@ def texts(results: dict, folder: str | Path, about: dict) -> dict:   # name → 
              "verdicts": statements(results, folder, about),
              "differences": ["The models' paired differences; one in bold excludes zero in the "
                              "model's favour.", differences_markdown(results)],
-             "intervals": intervals(folder), "training": [origins(about), models_table(about)], "facts": [facts(about)],
+             "intervals": intervals(folder),
+             "training": [origins(about), models_table(about)], "facts": [facts(about)],
              "settings": [settings_table(about["settings"])]}
     return {name: "\n\n".join(filter(None, part)) for name, part in parts.items()}
 
