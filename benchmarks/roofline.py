@@ -2,7 +2,7 @@
 
 Two bounds are measured first: float32 operations a second of a large matrix product, and bytes a second of a copy. A layer can be no faster than
 its operations at the one rate, nor than the bytes of its input, output and weights at the other. Every layer of a forward pass is timed by hooks
-and counted: 2 for a multiply-add, 8 for a number of a norm, 10 for one of GELU. What no layer claims (attention's products, sums, copies) is rest.
+and counted: 2 for a multiply-add, 8 for a number of a norm, 10 for one of GELU. What no layer claims (sums, copies, fixed filters) is rest.
 Writes benchmarks/roofline.json, from which chapter 87 draws.
 """
 import json
@@ -59,11 +59,21 @@ def profiled(model: nn.Module, run) -> tuple[float, dict]:
     def after(m, args, y):
         seconds = time.perf_counter() - began.pop(m)
         for k, v in enumerate((seconds, *cost(m, args[0], y))): found[kind(m)][k] += v
-    whole = statistics.median(_seconds(run) for _ in range(2))
+    def attended(q, k, v, bias):                # window attention is a function, not a layer
+        start = time.perf_counter()
+        out = plain(q, k, v, bias)
+        moved = 4 * (4 * q.numel() + bias.numel())
+        for i, n in enumerate((time.perf_counter() - start, 4 * q.numel() * q.shape[-2], moved)): found["window attention"][i] += n
+        return out
+    from qualivision.official import swin3d
+    whole, plain = statistics.median(_seconds(run) for _ in range(2)), swin3d.attended
     for m in model.modules():
         if kind(m): hooks += [m.register_forward_pre_hook(before), m.register_forward_hook(after)]
-    run()
-    for h in hooks: h.remove()
+    swin3d.attended = attended
+    try: run()
+    finally:
+        swin3d.attended = plain
+        for h in hooks: h.remove()
     return whole, found
 
 
