@@ -23,7 +23,6 @@ from qualivision.official.maps import (
     shrink, standardised, time_table, unseen, write_maps)
 from qualivision.evaluation.ranks import read_sets
 from qualivision.files import FileError
-from qualivision.official.dover import DOVERMobile
 from qualivision.official.scorer import NETWORKS
 from weights_formula import fill
 
@@ -81,7 +80,7 @@ def test_a_cell_speaks_for_its_frames_and_pixels(video):
 
 
 def test_tables_add_up_to_the_score(video):
-    model = fill(DOVERMobile())
+    model = fill(tiny.Mobile())
     maps = score_maps(model, video)
     with torch.no_grad(): expected = {name: m.double().mean().item() for name, m in model(dover_views(video)).items()}
     for table in (time_table(maps), region_table(maps)):

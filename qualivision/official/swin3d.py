@@ -115,15 +115,14 @@ class WindowAttention(nn.Module):
         return torch.addcmul(fragment, d, relative - fragment)
 
 # %% ../../nbs/official/72_swin3d.ipynb #595473c9
-def attended(q: Tensor, k: Tensor, v: Tensor,   # (B,nT,n,heads,N,C/heads) each
+def attended(q: Tensor, k: Tensor, v: Tensor,   # (B,nT,n,heads,N,C/heads) each; q over √d
              bias: Tensor                       # (1 or nT,n,heads,N,N)
             ) -> Tensor:                        # (B,nT,n,heads,N,C/heads)
-    "softmax(q·kᵀ/√d + bias)·v; fused where no gradient is asked for."
+    "softmax(q·kᵀ + bias)·v; fused where no gradient is asked for."
     if torch.is_grad_enabled() or torch.compiler.is_exporting():
-        scores = (q * q.shape[-1] ** -.5) @ k.transpose(-1, -2) + bias
-        return scores.softmax(-1) @ v
+        return (q @ k.transpose(-1, -2) + bias).softmax(-1) @ v
     masks = bias.expand(q.shape[1], *bias.shape[1:])
-    return torch.stack([torch.stack([F.scaled_dot_product_attention(*qkv, mask)
+    return torch.stack([torch.stack([F.scaled_dot_product_attention(*qkv, mask, scale=1.)
                                      for *qkv, mask in zip(*clip, masks)])
                         for clip in zip(q, k, v)])
 
@@ -138,7 +137,8 @@ def forward(self: WindowAttention,
     B, nT, nS, N, C = x.shape
     qkv = self.qkv(x).view(B, nT, nS, N, 3, self.heads, -1)
     q, k, v = qkv.permute(4, 0, 1, 2, 5, 3, 6)                           # (B,nT,nS,heads,N,C/heads)
-    done, tables, many = [], self.tables(N), max(1, GROUP // (self.heads * N * N))
+    q, done, tables = q * (C // self.heads) ** -.5, [], self.tables(N)
+    many = max(1, GROUP // (self.heads * N * N))
     for s in (slice(i, i + many) for i in range(0, nS, many)):
         bias = self.bias(cells[s], N, tables)[None]                      # (1,some,heads,N,N)
         if regions is not None:
