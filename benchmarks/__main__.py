@@ -45,13 +45,20 @@ def parser(module=None) -> argparse.ArgumentParser:
     return about
 
 
+def check_cuda():
+    import torch
+    if not torch.cuda.is_available(): raise Unavailable("there is no CUDA device")
+
+
 def one(name: str, arguments: list[str]) -> int:
     "Runs one benchmark in this process; 2: it cannot run here."
     module = importlib.import_module(f"benchmarks.{name}")
     about = parser(module)
     if hasattr(module, "options"): module.options(about)
     args = about.parse_args(arguments)
-    try: report = module.run(args)
+    try:
+        if args.device.startswith("cuda"): check_cuda()
+        report = module.run(args)
     except Unavailable as e:
         print(f"{name}: not measured: {e}", file=sys.stderr)
         return 2

@@ -107,6 +107,33 @@ def compared(samples: dict[str, list[dict]]) -> list[dict]:
     return rows
 
 
+def timed(call, device: str):
+    "A way whose sample is the time of one call."
+    import torch
+    sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+    def way():
+        sync()
+        start = time.perf_counter()
+        call()
+        sync()
+        return {"seconds": time.perf_counter() - start}
+    return way
+
+
+def rates(device: str) -> tuple[float, float]:
+    "GFLOP/s of a float32 matrix product and GB/s of a copy, read and written, on this device now: the best of five."
+    import torch
+    n, count = (8192, 2 ** 30) if device.startswith("cuda") else (1024, 2 ** 26)
+    a, b = torch.randn(n, n, device=device), torch.empty(count, dtype=torch.uint8, device=device)
+    to = torch.empty_like(b)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False          # the tensor cores' shorter numbers are no float32
+    try: product, copy = (min(timed(call, device)()["seconds"] for _ in range(5)) for call in (lambda: a @ a, lambda: to.copy_(b)))
+    finally: torch.backends.cuda.matmul.allow_tf32 = before
+    return 2 * n ** 3 / product / 1e9, 2 * count / copy / 1e9
+
+
 def written_clip(path, frames: int, height: int, width: int, seed: int = 0) -> Path:
     "A pattern of blocks that moves, H.264 at 25 frames/s, written one frame after the other."
     import av

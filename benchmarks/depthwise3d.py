@@ -6,13 +6,11 @@ Before anything is timed, each way's output and three gradients for one clip of 
 Beside each time stands what arithmetic predicts: the operations at the rate of a float32 matrix product, or the bytes at that of a copy,
 whichever takes longer; both rates measured in this run. The sums are in float32, and a GPU's tensor cores take no part in them.
 """
-import time
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.common import Report, Unavailable, compared, interleaved
+from benchmarks.common import Report, Unavailable, compared, interleaved, rates, timed
 
 EMBEDDED = [((16, c, 16, s, s), (3, 7, 7)) for c, s in ((40, 16), (64, 8), (128, 4), (192, 2))]
 PUBLISHED = [((1, c, 16, s, s), (7, 7, 7)) for c, s in ((96, 56), (192, 28), (384, 14), (768, 7))]
@@ -40,28 +38,15 @@ def layer(way: str, shape: tuple, kernel: tuple, device: str, dtype: torch.dtype
     return both, (x, net.weight, net.bias, grad)
 
 
-def error(way: str, shape: tuple, kernel: tuple, device: str, dtype: torch.dtype) -> float:
-    "The largest difference of a way's four results from float64, each relative to its largest value; one clip of at most 16 frames."
-    both, given = layer(way, (1, shape[1], min(shape[2], 16), *shape[3:]), kernel, device, dtype)
-    *leaves, grad = (a.detach().to(torch.float64, memory_format=torch.contiguous_format) for a in given)
+def error(shape: tuple, kernel: tuple, device: str, dtype: torch.dtype) -> float:
+    "The largest difference of all ways' four results from float64, each relative to its largest value; one clip of at most 16 frames."
+    ways = [layer(way, (1, shape[1], min(shape[2], 16), *shape[3:]), kernel, device, dtype) for way in WAYS]
+    *leaves, grad = (a.detach().to(torch.float64, memory_format=torch.contiguous_format) for a in ways[0][1])     # all have these
     for a in leaves: a.requires_grad_()
     y = F.conv3d(*leaves, padding=[k // 2 for k in kernel], groups=shape[1])
     exact = [y, *torch.autograd.grad(y, leaves, grad)]
-    pairs = [(a.detach().double(), b.detach()) for a, b in zip(both(), exact)]
+    pairs = [(a.detach().double(), b.detach()) for both, _ in ways for a, b in zip(both(), exact)]
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
-
-
-def timed(call, device: str):
-    "A way whose sample is the time of one call."
-    sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-
-    def way():
-        sync()
-        start = time.perf_counter()
-        call()
-        sync()
-        return {"seconds": time.perf_counter() - start}
-    return way
 
 
 def counts(shape: tuple, kernel: tuple, size: int) -> tuple[float, float]:
@@ -71,21 +56,8 @@ def counts(shape: tuple, kernel: tuple, size: int) -> tuple[float, float]:
     return 3 * 2 * places * taps / 1e9, 7 * places * size / 1e9       # x → y; ∂y → ∂x; x, ∂y → ∂w; ∂y → ∂b
 
 
-def rates(device: str) -> tuple[float, float]:
-    "GFLOP/s of a float32 matrix product and GB/s of a copy, read and written, on this device now: the best of five."
-    n, count = (8192, 2 ** 30) if device.startswith("cuda") else (1024, 2 ** 26)
-    a, b = torch.randn(n, n, device=device), torch.empty(count, dtype=torch.uint8, device=device)
-    to = torch.empty_like(b)
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False          # the tensor cores' shorter numbers are no float32
-    try: product, copy = (min(timed(call, device)()["seconds"] for _ in range(5)) for call in (lambda: a @ a, lambda: to.copy_(b)))
-    finally: torch.backends.cuda.matmul.allow_tf32 = before
-    return 2 * n ** 3 / product / 1e9, 2 * count / copy / 1e9
-
-
 def check_kernel(device: str, dtype: torch.dtype, kernel: tuple):
     "On a GPU the package's way must be its own. Raises Unavailable."
-    if not torch.cuda.is_available(): raise Unavailable("there is no CUDA device")
     from qualivision.models.depthwise_gpu import fast
     if fast(torch.device("cuda", torch.cuda.current_device()), dtype, kernel) is None:
         raise Unavailable("Triton's kernel cannot run (above); pip install -e '.[gpu]'")
@@ -98,7 +70,7 @@ def run(args) -> Report:
     if cuda: check_kernel(args.device, dtype, shapes[0][1])
     flops, copied = rates(args.device)
     for shape, kernel in shapes:
-        for way in WAYS: far = max(far, error(way, shape, kernel, args.device, dtype))
+        far = max(far, error(shape, kernel, args.device, dtype))
         assert far < ALLOWED[dtype], f"off by {far} at {shape}"
         ways = {way: timed(layer(way, shape, kernel, args.device, dtype)[0], args.device) for way in WAYS}
         gflop, gb = counts(shape, kernel, dtype.itemsize)

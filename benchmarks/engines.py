@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from benchmarks.common import ROOT, Report
+from benchmarks.common import ROOT, Report, Unavailable
 
 MODELS = ("dover++", "vjepa2", "frames", "dover", "dover-mobile", "cover")
 
@@ -153,6 +153,7 @@ def run(args) -> Report:
                     if (engine, precision) == ("torch", "fp32") or (engine != "torch" and args.device != "cpu"): continue
                     rows.append(compared(name, engine, precision, args))
                     print(rows[-1], file=sys.stderr, flush=True)
+    if not rows: raise Unavailable("engines compute on a CPU; torch itself: --engines torch --precisions bf16")
     return Report(rows, ["against torch in float32, in turns; prepared in: seconds of the first call on a machine, recording included; "
                          f"differences and Spearman (the least of the scores) over {args.clips} clips of noise"])
 

@@ -18,6 +18,9 @@ def test_the_list_tells_of_every_benchmark(capsys):
         assert any(isinstance(p, ast.FunctionDef) and p.name == "run" for p in parts), f"{name} cannot be run by its name"
     assert main(["no_such"]) == 1 and "score_set" in capsys.readouterr().err
     assert main(["official"]) == 2 and "--checkout" in capsys.readouterr().err
+    import torch
+    if not torch.cuda.is_available():
+        assert main(["roofline", "--device", "cuda"]) == 2 and "no CUDA device" in capsys.readouterr().err
 
 
 def test_several_take_the_same_options(monkeypatch):

@@ -121,8 +121,9 @@ def convolve(x: Tensor,               # (B,C,T,H,W), 16 or 32 bits; copied if ch
     channels = min(32, triton.next_power_of_2(C))
     bias = bias if bias is None else bias.detach().float().contiguous()
     grid = (_blocks(W, columns) * _blocks(H, rows) * T * _blocks(C, channels) * B,)
-    _convolve[grid](x, taps, bias, y, T, H, W, C, *weight.shape[2:], rows, columns, channels,
-                    bias is not None, num_warps=max(1, columns * channels // 256), **_FUSED)
+    with torch.cuda.device_of(x):                         # Triton takes the current device
+        _convolve[grid](x, taps, bias, y, T, H, W, C, *weight.shape[2:], rows, columns, channels,
+                        bias is not None, num_warps=max(1, columns * channels // 256), **_FUSED)
     return y
 
 
@@ -137,8 +138,9 @@ def kernel_gradient(x: Tensor,        # (B,C,T,H,W)
     tiles, across = B * T * _blocks(H, rows) * _blocks(W, columns), _blocks(C, channels)
     parts = max(1, min(tiles, 4096 // (kt * across)))
     sums = torch.empty(parts, kt * kh * kw, columns, C, device=x.device)
-    _taps[kt * across * parts,](x, grad, sums, B, T, H, W, C, parts, kt, kh, kw, rows, columns,
-                                channels, num_warps=4, **_FUSED)
+    with torch.cuda.device_of(x):
+        _taps[kt * across * parts,](x, grad, sums, B, T, H, W, C, parts, kt, kh, kw, rows, columns,
+                                    channels, num_warps=4, **_FUSED)
     return sums.sum((0, 2)).t().reshape(shape)
 
 # %% ../../nbs/models/21a_depthwise_gpu.ipynb #5849fd93

@@ -153,8 +153,9 @@ class MLP(nn.Module):
     def __init__(self, dim: int, expand=4):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, expand * dim), nn.Linear(expand * dim, dim)
+        self.act = nn.GELU()
 
-    def forward(self, x: Tensor) -> Tensor: return self.fc2(F.gelu(self.fc1(x)))
+    def forward(self, x: Tensor) -> Tensor: return self.fc2(self.act(self.fc1(x)))
 
 
 class SwinBlock(nn.Module):
