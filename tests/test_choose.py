@@ -71,9 +71,10 @@ def test_wrong_uses(room, words, said):
 
 def test_places_without_a_clip(room):
     (room/"none").mkdir()
+    (room/"none"/"notes.txt").touch()
     for place in ("none", "nowhere.csv"):
         status, _, err = tiny.command("best", place, *(["--prompt", "ball"] if place == "none" else []))
-        assert status == 1 and place in err
+        assert status == 1 and place in err and (place != "none" or "passed over: 1 .txt" in err)
 
 
 def test_the_best_of_a_folder(room):

@@ -74,6 +74,16 @@ def test_a_worse_model_is_told_apart():
     assert difference(a, b, y, PROMPTS, "rmse")["high"] < 0                 # a smaller error
 
 
+def test_an_unknown_generator_is_nobodys_sibling():
+    "An empty cell is no generator of its own: clips without a name say nothing of each other."
+    y, a, b = draw(np.random.default_rng(6))
+    names = [f"{k}.mp4" for k in range(96)]
+    labels = pd.DataFrame({"video_name": names, "generator": ["w", "x"] * 44 + [None] * 8, MOS_COLUMNS[0]: y.clip(-2, 2) + 3})
+    tables = {n: pd.DataFrame({"video_name": names} | dict.fromkeys(MOS_COLUMNS, x.clip(-2, 2) + 3)) for n, x in (("a", a), ("b", b))}
+    found = {r["name"]: r["n"] for r in compare_frames(tables, labels)["rows"]}
+    assert found == {"a": 96, "b": 96, "generator alone": 88}
+
+
 def test_no_interval_from_nothing():
     y, a, b = draw(np.random.default_rng(5))
     with pytest.raises(MetricError, match="at least three groups"): jackknife(a, y, PROMPTS > 11)

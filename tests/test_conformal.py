@@ -1,15 +1,19 @@
 "Intervals: how often they hold where clips share prompts, what the results show, and how they reach every form of a score."
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 
+from qualivision.data.dataset import load_labels
 from qualivision.evaluation.conformal import LEAST, calibrated, half_width, intervals_file, measured
 from qualivision.inference.bulk import ENDS
-from qualivision.quality import DIMENSIONS
-from qualivision.toy import toy_clip
+from qualivision.inference.score import Helper, Scorer
+from qualivision.pipeline import evaluate
+from qualivision.quality import DIMENSIONS, MOS_COLUMNS
+from qualivision.toy import toy_clip, toy_set
 
 
 def drawn(prompts, seed, spread=(.4, .4, .4, .4, .8)):
@@ -82,6 +86,9 @@ def test_every_form_of_a_score_has_its_interval(room, monkeypatch):
     rest = "--checkpoint", "mine", "--device", "cpu", "--json"
     about = tiny.command("predict", "--data", "set", "--out", "p.csv", *rest)[1]
     assert about["half_widths"] == {d: None if d == "temporal" else .5 + k for k, d in enumerate(DIMENSIONS)} and about["notes"] == []
+    assert about["no_interval"] == "temporal: too few"
+    text = " ".join(tiny.command("predict", "--data", "set", "--out", "p.csv", *rest[:-1])[1].split())
+    assert "overall ± 4.50. No interval: temporal: too few." in text
     for again in range(2):
         count = tiny.command("score-set", "set/labels.csv", "--model", "qualivision", "--out", "s.csv", *rest)[1]
         with open("s.csv", newline="") as f: row, = csv.DictReader(f)
@@ -93,10 +100,44 @@ def test_every_form_of_a_score_has_its_interval(room, monkeypatch):
     intervals_file("mine").write_text(json.dumps(room | {"weights": "of another training"}))
     (r,) = tiny.command(*ONE, "--json")[1]
     assert set(r["interval"].values()) == {None} and "other weights" in r["reasons"]["interval"]
-    assert tiny.command("score-set", "set/labels.csv", "--model", "qualivision", "--out", "s.csv", *rest)[1]["scored"] == 1
+    intervals_file("mine").write_text(json.dumps(room | {"dimensions": room["dimensions"] | {"traditional": {"half_width": .25}}}))
+    assert tiny.command("score-set", "set/labels.csv", "--model", "qualivision", "--out", "s.csv", *rest)[1]["kept"] == 1
+    with open("s.csv", newline="") as f: row, = csv.DictReader(f)
+    assert float(row[ENDS[1]]) - float(row[ENDS[0]]) == pytest.approx(.5, abs=1e-5)              # of the record that lies there now
     intervals_file("mine").write_text("{")
     status, _, err = tiny.command(*ONE)
     assert status == 1 and "mine.intervals.json: this is not JSON" in " ".join(err.split())
+
+
+def test_another_scorers_number_is_not_inside_the_models_interval(room, monkeypatch):
+    "In a record, and where `predict` says half widths."
+    seen = Helper({"overall": {"data": "invented"}}, "a helper", "1", Scorer.from_checkpoint("mine", "cpu").sampling, id, lambda *_: {"overall": 2.})
+    monkeypatch.setattr(Scorer, "helpers_for", lambda *a: (seen,))
+    why = "temporal: too few; overall: a helper's score was not calibrated"
+    r = Scorer.from_checkpoint("mine", "cpu").score("set/videos/a.mp4", "a red boat")
+    assert r.overall == 2 and r.interval["overall"] is None and r.interval["aesthetic"] and r.reasons == {"interval": why}
+    about = tiny.command("predict", "--data", "set", "--out", "p.csv", "--checkpoint", "mine", "--device", "cpu", "--json")[1]
+    assert about["half_widths"]["overall"] is None and about["half_widths"]["aesthetic"] == 2.5 and about["no_interval"] == why
+
+
+def test_a_stills_reasons_are_not_those_of_all(room):
+    toy_clip("still.mp4", (9, 99, 200), frames=1)
+    shown = " ".join(tiny.command("score", "still.mp4", *ONE[1:])[1].split())
+    assert "the video has one frame" in shown and "No interval: temporal: too few." in shown
+
+
+def test_clips_are_scored_once_where_validation_is_judged(room, monkeypatch):
+    "The scores that stand in predictions.csv are those of the record."
+    toy_set("data", val=6, test=1, rated=("train", "val"))
+    tiny.checkpoint("checkpoints/dover")
+    data = {"root": "data", "seed": 0, "val_fraction": .1, "test_fraction": .1}
+    Path("params.yaml").write_text(json.dumps({"profile": "embedded", "data": data, "embedded": {"evaluate": {"device": "cpu"}}}))
+    asked = []
+    monkeypatch.setattr(evaluate, "model_scores", lambda where, clips, device: asked.append(1) or np.full((len(clips), 5), 2.5))
+    assert evaluate.main("dover")["split"] == "val" and len(asked) == 1
+    record = json.loads(intervals_file("checkpoints/dover").read_text())
+    val = load_labels("data", "val")
+    assert record["dimensions"] == calibrated(np.full((12, 5), 2.5), val[list(MOS_COLUMNS)].to_numpy(float), val["Prompt"], "")["dimensions"]
 
 
 def test_weights_without_a_record_say_so(room):

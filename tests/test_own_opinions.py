@@ -1,5 +1,6 @@
 "The frames model on opinions of one's own: figures of prompts that were not seen, a checkpoint that scores, and what is refused."
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,11 +10,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 from qualivision.cli import app
+from qualivision.evaluation.conformal import half_width
 from qualivision.evaluation.protocol import figure, held_out, siblings
 from qualivision.models import frames_mos
-from qualivision.models.frames_mos import FramesMos
+from qualivision.models.five_mos import on_scale
+from qualivision.models.frames_mos import FramesMos, logit_of
 from qualivision.models.weights import load_checkpoint
 from qualivision.toy import toy_clip, toy_prompt
+from qualivision.training import own
 
 
 class Colours(nn.Module):
@@ -133,9 +137,9 @@ def test_a_prompts_clips_stay_together():
     known = {k: torch.randn(40, w, generator=g).repeat_interleave(4, 0) for k, w in dict(picture=1280, change=48, words=384).items()}
     y, text, model = mos[:, 0].numpy(), torch.randn(40, 384, generator=g).repeat_interleave(4, 0), FramesMos().eval()
     assert figure(siblings(y, prompts), y, prompts, 50)["srocc"] == 1
-    assert abs(figure(held_out(model, known, text, mos, prompts)[:, 0], y, prompts, 50)["srocc"]) < .35
+    assert abs(figure(held_out(model, known, text, mos, prompts)[0][:, 0], y, prompts, 50)["srocc"]) < .35
     alone = np.arange(160).astype(str)
-    assert figure(held_out(model, known, text, mos, alone)[:, 0], y, alone, 50)["srocc"] > .9        # what a split by clip would claim
+    assert figure(held_out(model, known, text, mos, alone)[0][:, 0], y, alone, 50)["srocc"] > .9        # what a split by clip would claim
 
 
 def test_a_constant_is_no_skill():
@@ -145,5 +149,31 @@ def test_a_constant_is_no_skill():
     mos = torch.full((40, 5), torch.nan, dtype=torch.float64)
     mos[:, 0] = 1 + 4 * torch.rand(40, generator=g)
     prompts = np.arange(40).astype(str)
-    x = held_out(FramesMos().eval(), known, torch.ones(40, 384), mos, prompts)[:, 0]
+    x = held_out(FramesMos().eval(), known, torch.ones(40, 384), mos, prompts)[0][:, 0]
     assert np.ptp(x) < 1e-5
+
+
+def test_an_interval_owes_nothing_to_the_clips_it_is_judged_by(call, monkeypatch):
+    "Five prompts, heads that see nothing: a prompt's clips get the mean of the other four's, and miss by 5/4 of what the mean of all would."
+    known = dict(picture=torch.ones(40, 1280), change=torch.ones(40, 48), words=torch.ones(40, 384))
+    monkeypatch.setattr(own, "known_clips", lambda *a, **k: known)
+    kinds, files = np.arange(40) % 5, [Path(f"{k}.mp4") for k in range(40)]
+    for file in files: file.touch()
+    mine = pd.DataFrame({"video": files, "prompt": [toy_prompt(k % 5) for k in range(40)]})
+    said = np.array([2.6, 2.8, 3., 3.2, 3.4])[kinds]
+    mine.assign(overall=said, alignment=said).to_csv("mine.csv", index=False)
+    call(*TRANSFER)
+    def told(x): return float(on_scale(logit_of(torch.tensor(x)).mean()))
+    honest, leaky = (half_width(np.abs(said - [told(said[rows]) for rows in shown]))
+                     for shown in ([kinds != k for k in kinds], [kinds >= 0] * 40))
+    found = load_checkpoint("own")[1]["intervals"]["dimensions"]
+    assert honest > 1.2 * leaky and all(found[d]["half_width"] == pytest.approx(honest, abs=1e-4) for d in ("alignment", "overall"))
+
+    one = np.arange(40) < 20                    # Alignment and Overall are rated on one prompt alone
+    few = {d: np.where(one, said, np.nan) for d in ("alignment", "overall")}
+    mine.assign(prompt=np.where(one, "snow", mine.prompt), traditional=said, **few).to_csv("mine.csv", index=False)
+    status, text, _ = call(*TRANSFER)
+    meta = load_checkpoint("own")[1]
+    found = meta["intervals"]["dimensions"]
+    assert status == 0 and "SROCC undefined" in text and all(meta["learned_on"][d] for d in few) and found["traditional"]["clips"] == 40
+    assert all("no opinions" in found[d]["reason"] for d in few)

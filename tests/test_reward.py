@@ -16,6 +16,7 @@ from qualivision.data.container import write_video
 from qualivision.data.sampling import Sampling
 from qualivision.data.video import read_frames
 from qualivision.evaluation.ranks import Distribution, ReferenceSet
+from qualivision.inference import reward as reward_module
 from qualivision.inference.reward import (
     Percentile, Reward, RewardError, flow_factory, t2v_turbo, unirl, verl_omni, videox_fun)
 from qualivision.inference.score import Scorer
@@ -24,6 +25,7 @@ from qualivision.models.dover_mos import EMBEDDED, DoverPlusPlus
 from qualivision.models.frames_mos import FramesConfig, FramesMos
 from qualivision.models.measures import ColourStatistics, FilterBank
 from qualivision.models.text import TextEncoder
+from qualivision.models.towers import load_tower
 from qualivision.models.vjepa_mos import VJEPA_EMBEDDED, VJepaMos
 from qualivision.quality import DIMENSIONS
 from qualivision.toy import TOY
@@ -102,15 +104,19 @@ def test_frames_in_memory_score_as_their_file(dover, tmp_path, view):
 def test_alone_as_in_a_batch(dover, monkeypatch):
     """Scores and gradients, by tensor and by list; the inside of a batch is computed twice and stays the same, as that of each block where a
     model says so."""
+    inside, whole = [], reward_module.checkpoint
+    monkeypatch.setattr(reward_module, "checkpoint", lambda *a, **k: inside.append(a) or whole(*a, **k))
     x = noise(8, 3, 6, 40, 40).requires_grad_()
     scores = torch.stack(list(dover(x, PROMPTS * 4).values()))
     scores.sum().backward()
+    assert len(inside) == 8, "each clip of a batch"
     for k in (0, 7):
         one = x[k].detach().transpose(0, 1).requires_grad_()
         alone = torch.stack(list(dover([one], [PROMPTS[k % 2]]).values()))
         alone.sum().backward()
         assert (alone[:, 0] - scores[:, k]).abs().max() < 1e-5
         assert torch.allclose(one.grad.transpose(0, 1), x.grad[k], rtol=1e-4, atol=1e-5)
+    assert len(inside) == 8, "not one alone"
     twice, plain = [], convnext3d.checkpoint
     monkeypatch.setattr(convnext3d, "checkpoint", lambda *a, **k: twice.append(a) or plain(*a, **k))
     again = x[:1].detach().requires_grad_()
@@ -152,7 +158,11 @@ def test_what_is_wrong_for_all_is_an_exception(dover):
 def test_no_disk_and_only_what_was_learned(monkeypatch):
     "Nothing is opened after construction, a tower and the encoder of prompts among it; dimensions without opinions are absent."
     about = {"traditional": {"data": "toy"}, "alignment": {"data": "toy"}, "aesthetic": None, "temporal": {"data": "toy"}, "overall": None}
+    load_tower.cache_clear()              # else a test before this one has read it
     reward = small("frames", about)
+    helper = SimpleNamespace(about={"aesthetic": {"data": "another model's"}})
+    helped = Scorer(reward.model, reward.sampling, ENCODER, "toy", "toy", "", learned_on=about).ask((helper,))
+    assert Reward(helped).dimensions == reward.dimensions, "what a helper says is not this model's"
     def refuse(*a, **k): raise AssertionError("a file was opened")
     for where, name in ((builtins, "open"), (torch, "load"), (np, "load")): monkeypatch.setattr(where, name, refuse)
     monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
@@ -165,13 +175,25 @@ def test_no_disk_and_only_what_was_learned(monkeypatch):
 def test_a_model_that_is_not_asked_for_slopes_computes_as_before():
     "Fixed filters and colours: the same bits with and without a gradient, no graph unless the frames ask, and a grey clip has finite slopes."
     for part in (FilterBank(48, (2, 4, 4)), ColourStatistics()):
-        x = noise(1, 3, 4, 16, 16)
+        x = noise(1, 3, 4, 20, 20)         # of some sizes the middle of a grey clip is exactly zero
         plain = part(x)
         asked = part(x.clone().requires_grad_())
         assert torch.equal(plain, asked) and not plain.requires_grad and asked.requires_grad
         grey = torch.full_like(x, .5).requires_grad_()
         part(grey).sum().backward()
         assert grey.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("part", [FilterBank(48, (2, 4, 4)), ColourStatistics()], ids=["filters", "colours"])
+def test_every_fixed_number_has_its_slope(part):
+    "Of each feature alone: a path that is lost inside one of them would hide in a sum over all."
+    x, step = noise(1, 3, 4, 20, 20), noise(1, 3, 4, 20, 20, seed=2) - .5
+    with torch.no_grad(): differences = (part(x + 2e-4 * step) - part(x - 2e-4 * step))[0] / 4e-4
+    x.requires_grad_()
+    slopes = torch.stack([(torch.autograd.grad(y, x, retain_graph=True)[0] * step).sum() for y in part(x)[0]])
+    told = differences.abs() > .02         # of the others float32 knows too few digits
+    right = ((slopes - differences).abs() < .02 * differences.abs())[told]
+    assert told.sum() > 20 and right.float().mean() > .95, "here and there a logarithm is near its pole"
 
 
 def test_a_percentile_rises_everywhere():

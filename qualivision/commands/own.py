@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['commands', 'IN_BRACKETS', 'Simulated', 'ClipScore', 'SetName', 'GOES_ON', 'SCORERS', 'describe', 'srocc_text',
-           'origin', 'helpers', 'contrast_line', 'on_engine', 'score', 'evaluate', 'compare', 'predict', 'fit_dover',
-           'fit_frames', 'train', 'set_scorer', 'score_set']
+           'origin', 'dimensions_in', 'helpers', 'contrast_line', 'on_engine', 'score', 'evaluate', 'compare',
+           'predict', 'fit_dover', 'fit_frames', 'train', 'set_scorer', 'score_set']
 
 # %% ../../nbs/commands/91_own.ipynb #0a70183b
 import shutil
@@ -57,18 +57,17 @@ def _learned(about: dict) -> str:
     where = {"inside_generator": "of new prompts and generators", "new_prompts": "of new prompts"}
     where = where.get(about["judged"], "whose opinions set the scale alone")
     raters = f" ({about['raters']:g} raters a clip)" if about["raters"] else ""
-    if about["judged"] is None: return f"learned from {about['clips']} clips of {about['data']}"
     return f"{about['data']}{raters}; on {about['clips']} clips {where}: {srocc_text(about)}"
 
 IN_BRACKETS = "In brackets: where nine in ten opinions on clips like those of its calibration lie."
 
 def origin(records: list[ScoreRecord]) -> str:
     "Names the model and the labels behind a list of scores, and counts them."
-    scored = [r for r in records if r.error is None]
-    lines = []
+    scored, lines = [r for r in records if r.error is None], []
     if len(scored) < len(records) > 1:
         lines.append(f"{len(scored)} of {len(records)} videos scored.")
-    for r in scored[:1]:
+    def missing(r): return [getattr(r, d) for d in DIMENSIONS].count(None)
+    for r in sorted(scored, key=missing)[:1]:       # a still's reasons are not those of a clip
         lines.append(f"MOS from 1 (bad) to 5 (excellent), by {r.model}, {r.checkpoint}. "
                      f"{notice(r.trained_on)}")
         lines += [f"{d}: {_learned(r.learned_on[d])}" for d in DIMENSIONS if r.learned_on.get(d)]
@@ -83,13 +82,16 @@ Simulated = Annotated[Optional[str], option("Dimensions without a score of peopl
 ClipScore = Annotated[bool, typer.Option("--clip-score", help="Alignment by CLIP, which "
                                          "`weights pull` fetches; marked.")]
 
+def dimensions_in(text: str | None, hint: str) -> tuple[str, ...]:       # text of the option "hint"
+    "The dimensions of a list in words. Raises typer.BadParameter."
+    asked = tuple(d.strip() for d in (text or "").split(",") if d.strip())
+    if wrong := [d for d in asked if d not in DIMENSIONS]:
+        raise typer.BadParameter(f"{wrong[0]} is none of {', '.join(DIMENSIONS)}", param_hint=hint)
+    return asked
+
 def helpers(simulated: str | None, clip_score: bool) -> dict:
     "What `Scorer.from_checkpoint` takes of both options. Raises typer.BadParameter."
-    asked = tuple(d.strip() for d in (simulated or "").split(",") if d.strip())
-    if unknown := [d for d in asked if d not in DIMENSIONS]:
-        raise typer.BadParameter(f"{unknown[0]} is none of {', '.join(DIMENSIONS)}",
-                                 param_hint="--simulated")
-    return {"simulated": asked, "clip_score": clip_score}
+    return {"simulated": dimensions_in(simulated, "--simulated"), "clip_score": clip_score}
 
 # %% ../../nbs/commands/91_own.ipynb #01e9bcc6
 def contrast_line(ranks: dict | None) -> str:     # of `Scorer.contrasted`; None: nobody asked
@@ -236,14 +238,12 @@ def predict(
         clip_score: ClipScore = False, encoding: Encoding = None, device: Device = "auto",
         precision: Precision = "fp32", engine: Engine = "torch", as_json: Json = False):
     "Scores a data set, labelled or not, and writes the challenge's CSV."
-    from qualivision.evaluation.conformal import half_widths, in_words, read_intervals
+    from qualivision.evaluation.conformal import half_widths, in_words, without_span
     from qualivision.inference.score import Scorer
     from qualivision.inference.score import predict as run
-    scorer, asked = checkpoint, helpers(simulated, clip_score)
-    if engine != "torch":
-        make = partial(Scorer.from_checkpoint, checkpoint, device, **asked)
-        scorer, asked = on_engine(make, engine, precision), {}
-    records = run(data, split, scorer, out, device, True, precision, encoding, known, **asked)
+    make = partial(Scorer.from_checkpoint, checkpoint, device, **helpers(simulated, clip_score))
+    scorer = on_engine(make, engine, precision)
+    records = run(data, split, scorer, out, encoding=encoding, known=known)
     errors = [{"video": r.video, "error": r.error} for r in records if r.error is not None]
     notes = [{"video": r.video, "warnings": list(r.warnings),
               "reasons": {d: why for d, why in r.reasons.items() if d in DIMENSIONS}}
@@ -253,10 +253,11 @@ def predict(
     for n in notes:
         reasons = [f"no {d} score, {why}" for d, why in n["reasons"].items()]
         say(f"{n['video']}: " + "; ".join(reasons + n["warnings"]))
-    trained_on, intervals = records[0].trained_on, read_intervals(checkpoint)
+    trained_on, intervals = records[0].trained_on, scorer.intervals
     about = {"out": str(out), "videos": len(records), "failed": errors, "notes": notes,
              "model": records[0].model, "trained_on": trained_on,
-             "half_widths": half_widths(intervals)}
+             "half_widths": half_widths(intervals),
+             "no_interval": without_span(intervals, [1.] * 5) or None}
     return Answer(about, [f"{len(records) - len(errors)} of {len(records)} videos scored: {out}",
                           wrapped(notice(trained_on)), wrapped(in_words(intervals))],
                   bool(errors))
@@ -279,13 +280,12 @@ def fit_dover(out: Path, model: str, head_only: bool, preset: str | None,
     lines = [f"{out}", wrapped(said(report["splits"][0]))]
     if over := report["over_splits"]:
         found = [f"{m.upper()} {v['median']:.3f} ± {v['std']:.3f}" for m, v in over.items() if v]
-        splits = f"(median and deviation over {config.splits} splits)"
-        lines.append(wrapped(f"{', '.join(found)} {splits}"))
+        lines.append(wrapped(f"{', '.join(found)} (median and deviation, {config.splits} splits)"))
     mobile = " --mobile" if model == "dover-mobile" else ""
     use = f"--head {out}" if head_only else f"--weights {out} --head {out}"
     lines.append(f"Use it: qualivision dover VIDEO{mobile} {use}")
-    licence = report["licence"] or "yours"
-    lines.append(wrapped(f"Licence: {licence}. {notice(report['trained_on'])}"))
+    licence = f"Licence: {report['licence'] or 'yours'}. "
+    lines.append(wrapped(licence + notice(report["trained_on"])))
     return Answer(report, lines)
 
 # %% ../../nbs/commands/91_own.ipynb #70182e52

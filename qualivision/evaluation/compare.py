@@ -205,7 +205,8 @@ def compare_frames(
     near = (t, by_video(tables[first], first).iloc[order[first]])
     groups = np.asarray((alone if group is None else groups_of(near, group, labels)).astype(str))
     keys = {"group": groups}
-    if "generator" in label_df: keys["generator"] = label_df["generator"].fillna("").to_numpy(str)
+    if "generator" in label_df:       # an empty cell is an unknown generator, "" to `siblings`
+        keys["generator"] = label_df["generator"].fillna("").to_numpy(str)
     rows, pairs = [], []
     for d, target in rated.items():
         scores = {n: numbers_in(f, MOS_COLUMNS[DIMENSIONS.index(d)], n)[order[n]]

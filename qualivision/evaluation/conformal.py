@@ -84,11 +84,11 @@ def half_widths(record: dict) -> dict:      # as for `spans` → dimension → a
 
 
 def in_words(record: dict) -> str:
-    "The same in a line."
+    "The same in a line, and why others have none."
     known = [f"{d} ± {half:.2f}" for d, half in half_widths(record).items() if half is not None]
-    level = f"{100 * record.get('level', LEVEL):g} %"
-    if known: return f"Intervals that hold {level} of opinions: {', '.join(known)}."
-    return "No interval: {}.".format(without_span(record, [MOS_MIN] * 5))
+    level, why = f"{100 * record.get('level', LEVEL):g} %", without_span(record, [MOS_MIN] * 5)
+    held = f"Intervals that hold {level} of opinions: {', '.join(known)}."
+    return " ".join([held] * bool(known) + [f"No interval: {why}."] * bool(why))
 
 # %% ../../nbs/evaluation/38b_conformal.ipynb #5e895bd4
 def holds(half, scores, mos) -> np.ndarray:      # (n,) each, no NaN → (n,) bool

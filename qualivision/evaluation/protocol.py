@@ -22,6 +22,7 @@ from ..data.dataset import generator_of
 from .lowlevel import HAND_CRAFTED, LOW_LEVEL
 from .metrics import (
     MetricError, bootstrap, METRICS, or_reason, paired_bootstrap, srocc)
+from ..models.five_mos import on_scale
 from ..models.frames_mos import FramesMos, logit_of
 from ..models.registry import MODELS
 from ..quality import DIMENSIONS, MOS_COLUMNS
@@ -386,9 +387,10 @@ def best_baseline(
 # %% ../../nbs/evaluation/37_protocol.ipynb #40646d84
 @torch.no_grad()
 def held_out(model: FramesMos, known: dict, text, mos, groups,     # N clips; see `FramesMos.fit`
-             share: float = 1., parts: int = 10, seed: int = 0) -> np.ndarray:
-    "Raw scores (N,5) by heads that saw no clip of the group; NaN where 8 opinions are missing."
-    d, out = DIMENSIONS.index("alignment"), np.full(mos.shape, np.nan)
+             share: float = 1., parts: int = 10, seed: int = 0) -> tuple:    # (N,5) each
+    """By heads and scales that saw no clip of the group: raw scores less the mean opinion, to be
+    ranked, and MOS as a user is told them; NaN where 8 opinions are missing."""
+    d, (out, told) = DIMENSIONS.index("alignment"), np.full((2, *mos.shape), np.nan)
     def some(rows): return {k: v[rows] for k, v in known.items()}
     names = np.random.default_rng(seed).permutation(np.unique(groups))
     for k in range(min(parts, len(names))):
@@ -397,15 +399,15 @@ def held_out(model: FramesMos, known: dict, text, mos, groups,     # N clips; se
         rows = np.isin(groups, others[:ceil(share * len(others))])
         y = mos[rows].clone()
         y[:, (~y.isnan()).sum(0) < 8] = torch.nan
-        y[:, d] = torch.nan
         if y.isnan().all(): continue
         model.learn(some(rows), text[rows], y)
         raw = model.score_under(model.encode_video(some(left)), text[left])[0]
-        out[left] = (raw - logit_of(y).nanmean(0)).numpy()
+        usual = logit_of(y).nanmean(0)
+        out[left], told[left] = raw - usual, on_scale(raw + 0 * usual)
     if not mos[:, d].isnan().all():                     # its order owes nothing to opinions
         model.get_used_to(known, text)
         out[:, d] = model.match(known["words"].float(), text)[:, 0].numpy()
-    return out
+    return out, told
 
 # %% ../../nbs/evaluation/37_protocol.ipynb #cbdfc252
 def siblings(y, *keys) -> np.ndarray:     # (N,) opinions; (N,) prompts, generators: "" unknown

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DISK', 'TABLES', 'ITEMS', 'ENDS', 'TEXT', 'SHARED', 'TableForm', 'FiveMosScorer', 'header', 'cells', 'said_of',
-           'score_set']
+           'no_video', 'score_set']
 
 # %% ../../nbs/inference/46_bulk.ipynb #a6675c71
 import json
@@ -22,9 +22,8 @@ from ..data.collection import (
     PICTURES, VIDEOS, BulkError, find_videos, listed, matches, read_manifest)
 from ..data.container import MissingVideo
 from ..devices import Job, flow
-from ..evaluation.conformal import spans
-from ..files import (
-    check_place, file_sha256, is_address, progress, readable, staged, value_hash)
+from ..evaluation.conformal import spans, without_span
+from ..files import check_place, file_sha256, is_address, progress, readable, staged
 from .score import Scorer
 from ..models.weights import about_file
 from ..quality import DIMENSIONS, MOS_COLUMNS, Tally, say
@@ -48,18 +47,14 @@ class FiveMosScorer:
         # raise `judged` when reasons or warnings change: older rows are scored again
         weights = about_file(about["checkpoint"]).get("sha256")
         self.settings = {"model": about["model"], "weights": weights,
-                         "sampling": scorer.sampling.key(), "judged": 4,
-                         "intervals": value_hash(scorer.intervals)}
+                         "sampling": scorer.sampling.key(), "judged": 3}
         if scorer.helpers: self.settings["helpers"] = [h.key for h in scorer.helpers]
 
     def prepare(self, video) -> tuple: return self.scorer.look(video)
 
     def rate_many(self, views: list[tuple], prompts: list[str]) -> list[dict]:
-        """MOS, 1–5, or None; intervals; reasons; warnings.
-        Raises TextError for a prompt that cannot be read."""
-        known = self.scorer.intervals
-        return [{**dict(zip(self.columns, scores)), "interval": spans(known, scores),
-                 "reasons": reasons, "warnings": list(warnings)}
+        "MOS, 1–5, or None; reasons; warnings. Raises TextError for a prompt that cannot be read."
+        return [{**dict(zip(self.columns, scores)), "reasons": reasons, "warnings": list(warnings)}
                 for scores, reasons, warnings in self.scorer.judge_many(views, prompts)]
 
 # %% ../../nbs/inference/46_bulk.ipynb #0f7ab873
@@ -162,10 +157,12 @@ def cells(scorer, form: TableForm | None, name: str, prompt: str, scores: dict |
     scores = scores or {}
     values = [scores.get(c) for c in scorer.columns]
     if not _prompts(scorer): return [name, *values, error, sha]
-    reasons = "; ".join(f"{d}: {why}" for d, why in scores.get("reasons", {}).items())
+    why, known = scores.get("reasons", {}), scorer.scorer.intervals     # not of the journal
+    if bare := without_span(known, values): why = why | {"interval": bare}
+    reasons = "; ".join(f"{d}: {reason}" for d, reason in why.items())
     warnings = "; ".join(scores.get("warnings", ()))
-    spans = (scores.get("interval", {}).get(c) or (None, None) for c in scorer.columns)
-    return [name, prompt, *values, *chain(*spans), error, reasons or None, warnings or None, sha]
+    ends = chain(*(span or (None, None) for span in spans(known, values).values()))
+    return [name, prompt, *values, *ends, error, reasons or None, warnings or None, sha]
 
 def _utf8(c): return readable(c) if isinstance(c, str) else c
 
@@ -361,7 +358,7 @@ def said_of(over: dict) -> str:     # for people
     "What was passed over, in one line."
     return ", ".join(f"{n} {what}" for what, n in sorted(over.items()))
 
-def _no_video(source, over: dict) -> BulkError:
+def no_video(source, over: dict) -> BulkError:
     left = f" (passed over: {said_of(over)})" if over else ""
     return BulkError(source, f"there is no video in it{left}",
                      "Check the folder, or name other endings with a pattern.")
@@ -385,7 +382,7 @@ def score_set(
         raise BulkError(f"{workers} workers", "there must be one", "Give 1 or more.")
     videos, ordered = _videos(source, scorer, patterns, over, out, encoding)
     first = next(videos, None)              # before a journal is made: a wrong path leaves nothing
-    if first is None: raise _no_video(source, over)
+    if first is None: raise no_video(source, over)
     _place_for(out, source)
     journal, count = out.with_name(out.name + ".journal"), dict(scored=0, kept=0, failed=0)
     with closing(_open_journal(journal)) as db, _full_or_damaged(out, journal):

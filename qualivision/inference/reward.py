@@ -8,6 +8,7 @@ __all__ = ['RewardError', 'BadClip', 'soft_view', 'exact_view', 'clips_of', 'sou
 
 # %% ../../nbs/inference/46a_reward.ipynb #46a00003
 import asyncio
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,8 +73,8 @@ def sound(clip: Tensor) -> Tensor:     # (T,C,H,W) → (T,3,H,W) uint8, or float
     if clip.dtype == torch.uint8: return clip
     if not clip.is_floating_point():
         raise RewardError("media", f"its numbers are {clip.dtype}", "Give uint8, or float in 0–1.")
-    low, high = (float(v) for v in clip.detach().aminmax())
-    if not clip.detach().isfinite().all():
+    low, high = (float(v) for v in clip.detach().aminmax())    # NaN where any pixel is
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise BadClip("clip", "it has pixels that are not finite", "Skip it.")
     if low < -.05 or high > 1.05:           # what a decoder overshoots is rounded away
         raise RewardError("media", f"its pixels reach from {low:.3g} to {high:.3g}",
@@ -92,7 +93,9 @@ class Reward(nn.Module):
         self.model, self.sampling, self.rounding = scorer.model, scorer.sampling, rounding
         self.about = scorer.about
         learned = self.about["learned_on"]         # empty: of all dimensions
-        self.dimensions = [d for d in DIMENSIONS if learned.get(d, "all") is not None]
+        helped = {d for h in scorer.helpers for d in h.about}      # another model's, not this one's
+        self.dimensions = [d for d in DIMENSIONS
+                           if d not in helped and learned.get(d, "all") is not None]
         freeze_module(self.model)
         getattr(self.model, "network", None)       # a tower is read from disk now, not later
         self.encoder = TextEncoder(scorer.encoder.name, cache=None)
@@ -148,7 +151,7 @@ def seen(self: Reward, view: Tensor, prompt: str,      # (3,T,S,S) of `view`, or
          again=False                                   # see `checkpoint`
         ) -> Tensor:                                   # (5,) MOS; one frame has no Temporal: NaN
     "Five MOS of a view. Raises `RewardError`, and `TextError` for an unreadable prompt."
-    text = torch.stack([self.encoder.embed(prompt)])[0].to(self.device)      # (D,), a copy
+    text = self.encoder.embed(prompt).clone().to(self.device)                # (D,)
     again = again and view.requires_grad and torch.is_grad_enabled()
     if again: mos = checkpoint(self.judged, view, text, use_reentrant=False)
     else: mos = self.judged(view, text)
@@ -160,7 +163,7 @@ def seen(self: Reward, view: Tensor, prompt: str,      # (3,T,S,S) of `view`, or
 @patch
 def one(self: Reward, clip: Tensor, prompt: str, again=False) -> Tensor:     # (T,C,H,W) → (5,) MOS
     "Five MOS of one clip; NaN for a bad one, with a line on stderr. Raises `RewardError`."
-    try: return self.seen(self.view(sound(clip.to(self.device))), prompt, len(clip), again)
+    try: return self.seen(self.view(sound(clip)).to(self.device), prompt, len(clip), again)
     except (BadClip, TextError) as e: say(f"no reward for {str(prompt)[:60]!r}: {e}")
     return torch.full((len(DIMENSIONS),), float("nan"), device=self.device)
 

@@ -163,7 +163,7 @@ class GlobalResponseNorm(nn.Module):
         x = x.permute(0, 2, 3, 4, 1)                                         # (B,T,H,W,C)
         size = torch.linalg.vector_norm(x, dim=self.axes, keepdim=True)      # of each channel
         share = size / (size.mean(-1, keepdim=True) + self.eps)              # of the average size
-        x = x + self.gamma * (x * share) + self.beta
+        x = torch.addcmul(self.beta, x, 1 + self.gamma * share)              # one pass over x
         return x.permute(0, 4, 1, 2, 3)                                      # (B,C,T,H,W)
 
 # %% ../../nbs/models/22_convnext3d.ipynb #dfcbedce

@@ -55,11 +55,14 @@ def calibrate(
     results: Path,             # folder for validation.csv
 ) -> dict:                     # as of `calibrated`, with the hash of the weights
     "Leaves beside the checkpoint what its errors on validation say of later scores."
-    val = read_splits(data)["val"]
-    scores = model_scores(checkpoint, val, device)
+    splits = read_splits(data)
+    val, columns = splits["val"], list(MOS_COLUMNS)
+    if judged_split(splits)[0] == "val":                     # `score_to` has scored it
+        scores = pd.read_csv(results/"predictions.csv")[columns].to_numpy(float)
+    else: scores = model_scores(checkpoint, val, device)
     write_predictions(val, scores, results/"validation.csv", missing="empty")
     labels = label_source(data["root"], data.get("scale"))
-    record = calibrated(scores, val[list(MOS_COLUMNS)].to_numpy(float), val["group"],
+    record = calibrated(scores, val[columns].to_numpy(float), val["group"],
                         f"{labels}, validation clips")
     record["weights"] = about_file(checkpoint)["sha256"]
     write_json(intervals_file(checkpoint), record)

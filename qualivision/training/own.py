@@ -23,7 +23,7 @@ from ..evaluation.conformal import calibrated
 from ..evaluation.metrics import numbers_in
 from ..evaluation.protocol import figure, held_out, siblings
 from ..files import check_place, file_sha256, read_table, value_hash, write_whole
-from ..models.frames_mos import FramesMos, logit_of
+from ..models.frames_mos import FramesMos
 from ..models.frozen import FeatureCache
 from ..models.text import TextEncoder
 from ..models.weights import save_checkpoint
@@ -105,7 +105,7 @@ def _rows(x, y, table, groups, resamples) -> dict:
             "generator": siblings(y, keys["generator"]),
             "prompt + generator": siblings(y, *keys.values())}
     found = {name: figure(v, y, groups, resamples) for name, v in rows.items()
-             if np.isfinite(v).sum() >= LEAST / 2}
+             if name == "frames" or np.isfinite(v).sum() >= LEAST / 2}
     return {"frames": found.pop("frames"), "constant": {"srocc": 0., "interval": [0., 0.],
             "clips": int(np.isfinite(y).sum()), "reasons": {}}, **found}
 
@@ -113,25 +113,11 @@ def _curve(score, table, groups, learned, full) -> list[dict]:
     "SROCC of each learned dimension with a quarter, half and all of the other prompts."
     out = []
     for share in (.25, .5, 1.):
-        x = full if share == 1 else score(share)
+        x = full if share == 1 else score(share)[0]
         found = {d: figure(x[:, k], table[d].to_numpy(), groups, 2)["srocc"]
                  for k, d in enumerate(DIMENSIONS) if d in learned and d != "alignment"}
         out.append({"share": share, "srocc": found})
     return out
-
-# %% ../../nbs/walkthroughs/56_train_on_your_own_data.ipynb #92b6577b
-def _intervals(x, mos, groups, name: str) -> dict:        # (N,5) of `held_out`, (N,5), (N,)
-    "What the errors on groups that a head has not seen say of later scores, see `calibrated`."
-    wanted, d = logit_of(mos).numpy(), DIMENSIONS.index("alignment")
-    raw = x + np.nanmean(np.where(np.isnan(wanted).all(0), 0, wanted), 0)
-    for g in np.unique(groups):                     # its scale, too, without the group
-        rest = (groups != g) & ~np.isnan(wanted[:, d])
-        if not rest.any(): continue
-        both, spread = np.cov(x[rest, d], wanted[rest, d])[0], x[rest, d].var(ddof=1)
-        slope = max(both[1] / max(spread, 1e-12), 1e-3)
-        mine = groups == g
-        raw[mine, d] = wanted[rest, d].mean() + slope * (x[mine, d] - x[rest, d].mean())
-    return calibrated(1 + 4 / (1 + np.exp(-raw)), mos.numpy(), groups, f"{name}, held-out prompts")
 
 # %% ../../nbs/walkthroughs/56_train_on_your_own_data.ipynb #05ab63c2
 def known_clips(model: FramesMos, paths, cache="cache", progress=True) -> dict:     # of `prefix`
@@ -181,13 +167,14 @@ def learn_frames(data, out, videos=None, scale=None, encoding=None, cache="cache
     model = model.cpu()
     parts = 10 if len(table) <= 500 else 5
     def score(share): return held_out(model, known, text, mos, groups, share, parts)
-    x = score(1.)
+    x, told = score(1.)
     rows = {d: _rows(x[:, DIMENSIONS.index(d)], table[d].to_numpy(), table, groups, resamples)
             for d in learned}
     curve = _curve(score, table, groups, learned, x)
     model.learn(known, text, mos)
     about = _about(model, encoder, data, table, rows, scale)
-    about["intervals"] = _intervals(x, mos, groups, data.name)
+    source = f"{data.name}, held-out prompts"
+    about["intervals"] = calibrated(told, mos.numpy(), groups, source)
     save_checkpoint(out, model, about)
     report = {"checkpoint": str(out), "clips": len(table), "prompts": len(set(prompts) - {""}),
               "dimensions": {d: {"learned": not why[d], "reason": why[d] or None,
