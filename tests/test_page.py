@@ -13,7 +13,9 @@ from chapters import ROOT
 from qualivision.evaluation.metrics import MetricError
 from qualivision.evaluation.plots import save_figure
 from qualivision.evaluation.protocol import results_table
+from qualivision.pipeline.compare import by_generator
 from qualivision.pipeline.page import FRAMES, ROOM, film, results_page
+from qualivision.pipeline.table import described
 from qualivision.quality import DIMENSIONS, MOS_COLUMNS
 from qualivision.toy import toy_clip
 
@@ -45,22 +47,22 @@ def made(tmp_path_factory):
     of["dover"][0] += 4
     results = results_table(of, labels, groups, ("dover", "vjepa2"), n=30)
     asked = pd.DataFrame({"video_name": [NAME, *(f"{'ABCDE'[k % 5]}_{k}.mp4" for k in range(1, n))], "Prompt": [PROMPT] + ["a cat"] * (n - 1),
-                          "group": groups, "generator": list("ABCDE") * 6, "path": toy_clip(at/NAME, (200, 60, 20))})
+                          "group": groups, "generator": [*"ABCD", '"><script src=x>'] * 6, "path": toy_clip(at/NAME, (200, 60, 20))})
     asked[list(MOS_COLUMNS)] = labels
     scores = {f"{row}_{d}": x[:, k] for row, x in {"label": labels, **of}.items() for k, d in enumerate(DIMENSIONS)}
     rows = asked[["video_name", "Prompt", "group", "generator"]].assign(**scores)
     about = {"models": ["dover", "vjepa2"], "compare": {"split": "test", "labels": "labels of <b>me</b>", "parameters": {"resamples": 20}}}
     names = ("asked", "meaning", "limits", "marks", "rows", "verdicts", "differences", "intervals", "training", "facts", "settings")
     texts = {name: f"*{name}* [chapter 1](https://example.org) ![x](https://example.org/x.png) <script>" for name in names}
-
+    within = by_generator({m: of[m] for m in about["models"]}, asked, 20)
     save_figure(Figure((9, 2)), at/"drawn.png")
 
     def write(rows=rows):
         drawn = {name: (at/"drawn.png", f"caption of {name}") for name in ("rows", "scatter", "curves", "road")}
-        return results_page(results, about, {"train": asked[:0], "val": asked, "test": asked}, rows, texts, drawn)
+        return results_page(results, within, about, {"train": asked[:0], "val": asked, "test": asked}, rows, texts, drawn)
     page = write()
     (at/"report.html").write_text(page, encoding="utf-8")
-    return SimpleNamespace(page=page, write=write, rows=rows, at=at, path=asked["path"][0])
+    return SimpleNamespace(page=page, write=write, rows=rows, within=within, at=at, path=asked["path"][0])
 
 
 @pytest.fixture(params=["invented", "results/report.html"])
@@ -104,6 +106,23 @@ def test_the_worst_clip_comes_first(made):
     assert "D_3.mp4" not in made.page, "nobody has an opinion on it"
 
 
+def test_each_bar_has_its_number(made):
+    "The table under the bars holds what compare wrote, interval included."
+    for model, name in (("dover", "DOVER++"), ("vjepa2", "V-JEPA 2")):
+        line, = re.findall(rf'<tr><th scope="row" data-v="B, {re.escape(name)}">.*', made.page)
+        cells = [made.within[model]["B"][d] for d in DIMENSIONS]
+        assert re.findall(r'<td data-v="([^"]+)">', line) == [str(c["srocc"]) for c in cells]
+        assert re.findall(r"\[([^]]+)\]", line) == ["{:.2f},\u00a0{:.2f}".format(*c["interval"]) for c in cells]
+
+
+def test_every_row_says_what_it_sees(made):
+    "A row that nobody has described is an error, not a row that sees pixels."
+    assert described("low_level")[0] == described("hand_crafted")[0] == "pixels, no network"
+    assert described("dover_scratch")[0] == described("dover")[0]
+    assert made.page.count('<td data-v="nothing">') == 3
+    with pytest.raises(KeyError): described("another")
+
+
 def test_strips_are_small(made, tmp_path, monkeypatch):
     "Noise, which JPEG cannot make small, takes a lower quality; a tall clip keeps 96 pixels."
     from PIL import Image
@@ -111,7 +130,7 @@ def test_strips_are_small(made, tmp_path, monkeypatch):
                         lambda path, indices: np.random.default_rng(0).integers(0, 256, (len(indices(48)), 320, 60, 3), np.uint8))
     (tmp_path/"noise.jpg").write_bytes(film("noise.mp4"))
     image = Image.open(tmp_path/"noise.jpg")
-    assert image.width == FRAMES * 96 + 2 * (FRAMES - 1) and image.height >= 96 and (tmp_path/"noise.jpg").stat().st_size <= ROOM
+    assert image.size == (FRAMES * 96 + 2 * (FRAMES - 1), 144) and (tmp_path/"noise.jpg").stat().st_size <= ROOM
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,8 @@ SMALL = {   # of the profile embedded: networks that are trained in seconds and 
     "evaluate": {"resamples": 100, "device": "cpu"}}
 MODELS = ["dover", "vjepa2"]
 STAGES = ["prepare", *(f"{stage}@{model}" for stage in ("train", "evaluate") for model in MODELS), "compare", "report"]
-FILES = {"splits.json", "prepare.json", "metrics.json", "predictions.csv", "rows.csv", "compare.json", "intervals.json", "summary.json",
-         "README.md", "table.txt", "report.html", "road.png", "rows.png", "scatter.png", "curves.png", "experiments/scratch/.gitkeep",
+FILES = {"splits.json", "prepare.json", "metrics.json", "predictions.csv", "rows.csv", "compare.json", "intervals.json", "generators.json",
+         "summary.json", "README.md", "table.txt", "report.html", "road.png", "rows.png", "scatter.png", "curves.png", "experiments/scratch/.gitkeep",
          *(f"{m}/{f}" for m in MODELS for f in ("train.json", "curves.csv", "predictions.csv", "validation.csv", "evaluate.json"))}
 
 pytestmark = pytest.mark.usefixtures("one_thread")      # what is forked may not wait for threads that it has not
@@ -167,6 +167,8 @@ def test_results(repository):
     assert list(metrics["differences"]["dover"]) == rows[2:-2] and list(metrics["differences"]["vjepa2"]) == ["dover", *rows[2:-2]]
     assert metrics["ceiling"]["traditional"]["srocc"]["value"] > .8
     assert repository.json("splits.json")["prompts"] == PROMPTS
+    tried = repository.json("intervals.json")
+    for m in MODELS: assert all((c["n"], c["clips"]) == (5 * PROMPTS["test"], 5 * PROMPTS["val"]) for c in tried[m].values())
     assert "simulated labels" in about["labels"] and "The labels are simulated:" in (repository.at/"results"/"README.md").read_text()
     table = (repository.at/"results"/"table.txt").read_text()
     assert max(map(len, table.splitlines())) <= 60 and all(name in table for name in ("DOVER++", "V-JEPA 2", "text+gen.", "handcraft", "ceiling"))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SECTIONS', 'asked_split', 'read_scores', 'known_about', 'baseline_rows', 'ceiling_rows', 'scratch_rows', 'summary',
-           'tried_intervals', 'rows_table', 'compare', 'all_rows', 'main']
+           'tried_intervals', 'rows_table', 'by_generator', 'compare', 'all_rows', 'main']
 
 # %% ../../nbs/pipeline/52_compare.ipynb #c8c597ee
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..files import code_hash
 from ..evaluation.conformal import measured
 from ..evaluation.metrics import MetricError
 from qualivision.evaluation.protocol import (
-    BASELINES, CEILING, FROM_NOISE, ORACLES, RATERS, Clips, judged, results_table,
+    BASELINES, CEILING, FROM_NOISE, ORACLES, RATERS, Clips, figure, judged, results_table,
     run_baselines, save_results)
 from ..models.registry import compared
 from ..models.text import TextEncoder
@@ -155,6 +155,20 @@ def rows_table(
     names = clips[["video_name", "Prompt", "group", "generator"]].reset_index(drop=True)
     return names.join(pd.DataFrame(scores))
 
+# %% ../../nbs/pipeline/52_compare.ipynb #a0caa793
+def by_generator(
+    rows: dict[str, np.ndarray],   # model → (N,5)
+    clips: pd.DataFrame,           # N rows: generator, group, five MOS
+    resamples: int,
+) -> dict:                         # model → generator → dimension → as of `figure`
+    "SROCC among the clips of each generator, where knowing which one is good does not help."
+    mos, groups = clips[list(MOS_COLUMNS)].to_numpy(float), clips["group"].to_numpy(str)
+    made = clips["generator"].to_numpy(str)
+    def one(scores, at):           # (N,5); (N,) bool
+        return {d: figure(scores[at, k], mos[at, k], groups[at], resamples)
+                for k, d in enumerate(DIMENSIONS)}
+    return {m: {g: one(x, made == g) for g in sorted(set(made.tolist()))} for m, x in rows.items()}
+
 # %% ../../nbs/pipeline/52_compare.ipynb #f44ebca0
 def compare(
     rows: dict[str, np.ndarray],   # row → (N,5): models, baselines, oracles
@@ -210,6 +224,8 @@ def main(
                                    lineterminator="\n")
     write_json("results/summary.json", summary(results))
     write_json("results/intervals.json", tried_intervals(models, splits, split))
+    write_json("results/generators.json",
+               by_generator({m: rows[m] for m in models}, asked, settings["resamples"]))
     write_json("results/compare.json", {
         "models": list(models), "split": split, "note": note, "videos": len(asked),
         "prompts": int(asked["group"].nunique()),

@@ -6,7 +6,7 @@
 __all__ = ['INTERVALS', 'SECTIONS', 'CURVES', 'provenance', 'seed_name', 'stamp', 'origin', 'origins', 'asked', 'text_table',
            'seeds', 'seeds_markdown', 'claim', 'simulated', 'meaning', 'limits', 'readme_results', 'reading',
            'statements', 'compared', 'facts', 'models_table', 'settings_table', 'curve_note', 'intervals', 'captions',
-           'report', 'texts', 'pictures', 'main']
+           'texts', 'report', 'pictures', 'main']
 
 # %% ../../nbs/pipeline/55_report.ipynb #c446a942
 import textwrap
@@ -319,42 +319,39 @@ def captions(about: dict) -> dict:  # file name → what the picture shows
                        "generator. On the dashed line the model is right.",
         "curves.png": ("Grey: the trunk is trained. " if phases else "") + curve_note(about)}
 
-# %% ../../nbs/pipeline/55_report.ipynb #13357f16
-def report(folder: str | Path = "results") -> str:
-    "results/README.md."
-    results, about = read_json(Path(folder)/"metrics.json"), provenance(folder)
-    c, note = about["compare"], about["compare"]["note"]
-    parts = ["# Results",
-             "Written by `dvc repro` ([chapter 55](../nbs/pipeline/55_report.ipynb)). "
-             "Numbers: `metrics.json`. Scores of every row: `rows.csv`.",
-             facts(about), models_table(about), origins(about)]
-    parts += [meaning(results, about), limits(about), *([f"Note: {note}."] if note else [])]
-    parts += ["## All rows", compared(folder).rstrip(), rows_explained(results)]
-    parts += [f"No row *{title(row)}*: {why}" for row, why in c["omitted"].items()]
-    parts += ["## Other metrics", markdown(results, "plcc"), markdown(results, "mae"),
-              "## The models' paired differences",
-              "In brackets 95 % intervals; a difference in bold excludes zero in the model's "
-              "favour.", differences_markdown(results),
-              "## Intervals", *intervals(folder), "## Pictures"]
-    for file, caption in captions(about).items():
-        parts += [f"![{Path(file).stem}]({file})", caption]
-    return "\n\n".join([*parts, "## Parameters", settings_table(about["settings"])]) + "\n"
-
 # %% ../../nbs/pipeline/55_report.ipynb #4d0da078
 def texts(results: dict, folder: str | Path, about: dict) -> dict:   # name → Markdown
-    "The sentences and plain tables of results/report.html."
+    "The sentences and plain tables of both pages."
     omitted = [f"No row *{title(r)}*: {why}" for r, why in about["compare"]["omitted"].items()]
     note = [f"Note: {n}."] if (n := about["compare"]["note"]) else []
     parts = {"asked": [asked(about)], "meaning": [meaning(results, about), *note],
              "limits": [limits(about)], "marks": [reading(about)],
              "rows": [rows_explained(results), *omitted],
              "verdicts": statements(results, folder, about),
-             "differences": ["The models' paired differences; one in bold excludes zero in the "
-                             "model's favour.", differences_markdown(results)],
+             "differences": ["Paired differences, in brackets 95 % intervals; one in bold excludes "
+                             "zero in the model's favour.",
+                             differences_markdown(results)],
              "intervals": intervals(folder),
              "training": [origins(about), models_table(about)], "facts": [facts(about)],
              "settings": [settings_table(about["settings"])]}
     return {name: "\n\n".join(filter(None, part)) for name, part in parts.items()}
+
+# %% ../../nbs/pipeline/55_report.ipynb #13357f16
+def report(folder: str | Path = "results") -> str:
+    "results/README.md."
+    results, about = read_json(Path(folder)/"metrics.json"), provenance(folder)
+    t = texts(results, folder, about)
+    parts = ["# Results",
+             "Written by `dvc repro` ([chapter 55](../nbs/pipeline/55_report.ipynb)). "
+             "Numbers: `metrics.json`. Scores of every row: `rows.csv`.",
+             t["facts"], t["training"], t["meaning"], t["limits"],
+             "## All rows", compared(folder).rstrip(), t["rows"],
+             "## Other metrics", markdown(results, "plcc"), markdown(results, "mae"),
+             "## The models' paired differences", t["differences"],
+             "## Intervals", t["intervals"], "## Pictures"]
+    for file, caption in captions(about).items():
+        parts += [f"![{Path(file).stem}]({file})", caption]
+    return "\n\n".join([*parts, "## Parameters", t["settings"]]) + "\n"
 
 # %% ../../nbs/pipeline/55_report.ipynb #3d909fb6
 SECTIONS = ("data",)   # where the clips are; all else is in what the other stages wrote
@@ -388,7 +385,9 @@ def main(
     splits = read_splits(read_params(SECTIONS, params)["data"])
     rows = pd.read_csv(folder/"rows.csv")
     png = {Path(n).stem: (folder/n, under.get(n, "")) for n in drawn}
-    write_whole(folder/"report.html", results_page(results, about, splits, rows, said, png))
+    within = read_json(folder/"generators.json")
+    write_whole(folder/"report.html",
+                results_page(results, within, about, splits, rows, said, png))
     return shown
 
 if __name__ == "__main__" and "__file__" in globals(): run_stage(main)    # not in the notebook
