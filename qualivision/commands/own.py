@@ -239,8 +239,8 @@ def predict(
         precision: Precision = "fp32", engine: Engine = "torch", as_json: Json = False):
     "Scores a data set, labelled or not, and writes the challenge's CSV."
     from qualivision.evaluation.conformal import half_widths, in_words, without_span
-    from qualivision.inference.score import Scorer
-    from qualivision.inference.score import predict as run
+    from qualivision.inference.score import Scorer, predict as run
+    check_place(out)                                            # before a model is loaded
     make = partial(Scorer.from_checkpoint, checkpoint, device, **helpers(simulated, clip_score))
     scorer = on_engine(make, engine, precision)
     records = run(data, split, scorer, out, encoding=encoding, known=known)
