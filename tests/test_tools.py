@@ -42,7 +42,7 @@ from qualivision.quality import QualiVisionError
 from qualivision.toy import toy_prompt, toy_set
 
 ROOT = Path(__file__).parents[1]
-KEYS = ["video", "technical", "aesthetic", "fused", "ranks", "seed", "weights", "error"]
+KEYS = ["video", "technical", "aesthetic", "fused", "ranks", "seed", "weights", "error", "error_kind"]
 SETS = ["LIVE-VQC", "KoNViD-1k", "LSVQ_test", "LSVQ_1080p", "YouTube-UGC"]
 
 

@@ -18,7 +18,8 @@ from qualivision.commands.app import (
     Encoding, Engine, Epochs, Fused, GroupBy, Head, Json, Precision, Preset, RankWeight, Rate,
     Readers, Scale, Seed, Share, SharedWeight, TrainSeed, Videos, Weights, WeightsFile, Workers,
     failed, option, wrapped)
-from .own import GOES_ON, fit_dover, fit_frames, on_engine, set_scorer
+from .own import GOES_ON, fit_dover, fit_frames, on_engine
+from .sets import set_scorer
 from ..files import check_place, write_whole
 from ..quality import Tally, caught, say
 
@@ -83,7 +84,8 @@ def _score(name: str, files: list[str], as_json: bool, sets: Path | None, small:
             if not as_json: print(describe_official(r), flush=True)
     if wrong:
         none = dict.fromkeys((*BRANCHES[name], *(["mos"] if head else []), "ranks"))
-        none |= {"seed": seed, "weights": None, "error": str(wrong.error)}
+        none |= {"seed": seed, "weights": None, "error": str(wrong.error),
+                 "error_kind": wrong.error.kind}
         failed(wrong, as_json, [{"video": f, **none} for f in files])
     return Answer(records, _sources(name, scorer, seed, form),
                   any(r["error"] is not None for r in records))
