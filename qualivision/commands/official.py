@@ -20,7 +20,7 @@ from qualivision.commands.app import (
     failed, option, wrapped)
 from .own import GOES_ON, fit_dover, fit_frames, on_engine
 from .sets import set_scorer
-from ..files import check_place, write_whole
+from ..files import check_place, write_table
 from ..quality import Tally, caught, say
 
 commands = App()
@@ -306,7 +306,7 @@ def gmad(
     if out: check_place(out)
     found, lost = gmad_file(scores, first, second, pairs, tolerance, other, encoding)
     if lost: say(f"{lost} rows left out: their videos were not scored{' by both' if other else ''}")
-    if out: write_whole(out, found.to_csv(index=False, lineterminator="\n"))
+    if out: write_table(out, found)
     about = {"out": str(out) if out else None, "left_out": lost, "pairs": found.to_dict("records")}
     return Answer(about, _pair_lines(found))
 

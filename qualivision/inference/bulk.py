@@ -24,7 +24,8 @@ from ..data.collection import (
 from ..data.container import Limits, MissingVideo, regular_file
 from ..devices import Job, flow
 from ..evaluation.conformal import spans, without_span
-from ..files import check_place, file_sha256, progress, readable, staged
+from ..files import (
+    check_place, csv_line, file_sha256, progress, readable, staged)
 from .score import Scorer
 from ..models.weights import about_file
 from ..quality import DIMENSIONS, MOS_COLUMNS, Tally, say
@@ -168,17 +169,10 @@ def cells(scorer, form: TableForm | None, name: str, prompt: str, scores: dict |
 
 def _utf8(c): return readable(c) if isinstance(c, str) else c
 
-def _cell(c, decimals: int) -> str:
-    "A cell as CSV, in quotes where it has to be."
-    if isinstance(c, float): return f"{c:.{decimals}f}"
-    text = "" if c is None else str(_utf8(c))
-    if not any(s in text for s in ',"\r\n') and text == text.strip(): return text
-    return '"' + text.replace('"', '""') + '"'
-
 def _line(row: list, form: TableForm | None) -> str:
     "A row as CSV."
     decimals, comma = (form.decimals, form.comma) if form else (6, ",")
-    return comma.join(_cell(c, decimals) for c in row) + "\n"
+    return csv_line(map(_utf8, row), decimals, comma)
 
 # %% ../../nbs/inference/46_bulk.ipynb #5445f704
 class _Table:
