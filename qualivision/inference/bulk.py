@@ -9,6 +9,7 @@ __all__ = ['DISK', 'TABLES', 'ITEMS', 'ENDS', 'TEXT', 'SHARED', 'TableForm', 'Fi
 # %% ../../nbs/inference/46_bulk.ipynb #a6675c71
 import json
 import os
+import platform
 import sqlite3
 import time
 from collections import Counter
@@ -70,6 +71,19 @@ CREATE TABLE IF NOT EXISTS kinds (name BLOB, prompt TEXT, kind TEXT, PRIMARY KEY
 DROP TABLE IF EXISTS items;
 CREATE TABLE items (position INTEGER PRIMARY KEY, name BLOB, path BLOB, prompt TEXT);"""
 
+def _owner(file: Path) -> Path: return file.with_name(file.name + "-owner")
+
+def _in_use(file: Path, e: sqlite3.Error) -> BulkError:
+    "Who has the journal, as far as it can be told."
+    code = getattr(e, "sqlite_errorcode", 0) & 255
+    if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return BulkError(file, f"the journal cannot be used ({e})",
+                         "Does another process write this result?")
+    try: who = _owner(file).read_text(encoding="utf-8")
+    except OSError: who = "of unknown number"
+    return BulkError(file, f"another process writes this result: {who}",
+                     "Wait for it, or give this result another name.")
+
 def _open_journal(file: Path) -> sqlite3.Connection:
     "The journal beside a result, for this process alone. Raises BulkError."
     db = None
@@ -84,12 +98,21 @@ def _open_journal(file: Path) -> sqlite3.Connection:
         return db
     except sqlite3.Error as e:
         if db: db.close()
-        cause = f"this is no journal, or not a whole one ({e})"
-        remedy = "Remove it; its videos are then scored again."
-        if isinstance(e, sqlite3.OperationalError):
-            cause = f"the journal cannot be used ({e})"
-            remedy = "Does another process write this result?"
-        raise BulkError(file, cause, remedy) from e
+        if isinstance(e, sqlite3.OperationalError): raise _in_use(file, e) from e
+        raise BulkError(file, f"this is no journal, or not a whole one ({e})",
+                        "Remove it; its videos are then scored again.") from e
+
+@contextmanager
+def _journal(file: Path) -> Iterator[sqlite3.Connection]:
+    "An open journal that says whose it is."
+    with closing(_open_journal(file)) as db:
+        with suppress(OSError):
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            _owner(file).write_text(f"{os.getpid()} on {platform.node()}, since {now}",
+                                    encoding="utf-8")
+        try: yield db
+        finally:
+            with suppress(OSError): _owner(file).unlink(missing_ok=True)
 
 # %% ../../nbs/inference/46_bulk.ipynb #daae8af3
 def _kept(text: str) -> str | bytes:
@@ -175,31 +198,38 @@ def _line(row: list, form: TableForm | None) -> str:
     return csv_line(map(_utf8, row), decimals, comma)
 
 # %% ../../nbs/inference/46_bulk.ipynb #5445f704
+def _line_count(file: Path) -> int:
+    if not file.exists(): return 0
+    with open(file, "rb") as f: return sum(b.count(b"\n") for b in iter(lambda: f.read(2**20), b""))
+
 class _Table:
-    "A CSV that stays as it was until the first new row, and then grows row by row."
+    "A CSV that stays as it was until it has something new and no fewer lines, and then grows."
     def __init__(self, out: Path, head: str):
         self.out, self.new, self.live = out, out.with_name(out.name + ".new"), False
-        self.file = self._open("w", self.new)
-        self.file.write(head)
-
-    def _open(self, mode, path): return open(path, mode, encoding="utf-8", newline="")
+        self.size = self.lines = 0                  # bytes, lines of whole rows
+        self.before, self.fresh = _line_count(out), False
+        self.file = open(self.new, "wb")
+        self.add(head, False)
 
     def go_live(self):
         self.file.close()
         os.replace(self.new, self.out)
-        self.file, self.live = self._open("a", self.out), True
+        self.file, self.live = open(self.out, "ab"), True
 
     def add(self, line: str, fresh: bool):
-        if fresh and not self.live: self.go_live()
-        self.file.write(line)
-        if fresh: self.file.flush()
+        data, self.fresh = line.encode("utf-8"), self.fresh or fresh
+        self.file.write(data)
+        if self.live: self.file.flush()
+        self.size, self.lines = self.size + len(data), self.lines + data.count(b"\n")
+        if not self.live and self.fresh and self.lines >= self.before: self.go_live()
 
     def close(self, whole: bool):
         if whole and not self.live: self.go_live()
         if whole: return self.file.close()
-        with suppress(OSError):                     # what came first is what counts
-            self.file.close()
-            if not self.live: self.new.unlink(missing_ok=True)
+        with suppress(OSError): self.file.close()   # what came first is what counts
+        with suppress(OSError):
+            if self.live: os.truncate(self.out, self.size)       # half a row goes
+            else: self.new.unlink(missing_ok=True)
 
 # %% ../../nbs/inference/46_bulk.ipynb #d3be4c93
 TEXT = ("video", "video_name", "Prompt", "error", "error_kind", "reasons", "warnings", "sha256",
@@ -396,7 +426,7 @@ def score_set(
     _place_for(out, source)
     journal = out.with_name(out.name + ".journal")
     count = dict(scored=0, kept=0, failed=0, failed_by=Counter())
-    with (closing(_open_journal(journal)) as db, _full_or_damaged(out, journal),
+    with (_journal(journal) as db, _full_or_damaged(out, journal),
           decoded_apart(scorer, limits) as apart):
         total = _list(db, chain([first], videos), ordered)
         _check_shared(db, source, scorer, encoding)
