@@ -107,7 +107,7 @@ def contrast_line(ranks: dict | None) -> str:     # of `Scorer.contrasted`; None
         text += f"; no word can be changed: {reason}" if reason else f", {words}"
     return "\n" + wrapped(f"  contrast: {text}", "    ")
 
-# %% ../../nbs/commands/91_own.ipynb #4cfad0e8
+# %% ../../nbs/commands/91_own.ipynb #bffa318b
 def on_engine(make: Callable,     # number format → scorer
               engine: str, precision: str):
     "A scorer on the engine that was asked for. Raises QualiVisionError."
@@ -115,6 +115,7 @@ def on_engine(make: Callable,     # number format → scorer
     from qualivision.official.engine import scorer_on
     return scorer_on(make, engine, precision)
 
+# %% ../../nbs/commands/91_own.ipynb #4cfad0e8
 @commands.command()
 def score(
         videos: Annotated[list[str], typer.Argument(help="Video files.")],

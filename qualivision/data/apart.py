@@ -141,7 +141,7 @@ class Apart:
         decoder, sound = self._taken(), False
         try:
             wrong, views = decoder.ask(*given)
-            sound = decoder.memory() - decoder.own < self.limits.memory * .5e9   # it leaks otherwise
+            sound = decoder.memory() - decoder.own < self.limits.memory * .5e9   # else it leaks
         finally:
             with self.lock:
                 self.busy.discard(decoder)

@@ -54,7 +54,7 @@ class VideoWarning(UserWarning):
 # %% ../../nbs/data/05_container.ipynb #6f33a419
 @dataclass(frozen=True)
 class Limits:
-    "What a video may cost; a larger one is refused. Time and memory: where another process decodes."
+    "What a video may cost. Time and memory hold where another process decodes."
     time: float = 600           # s that decoding may take
     memory: float = 4           # GB that decoding may take
     size: float = 4             # GB of the file
@@ -68,8 +68,8 @@ class Limits:
             if value <= (most := getattr(self, name)): continue
             unit = {"size": "GB", "duration": "s", "megapixels": "megapixels a frame"}
             shown = f"{math.ceil(100 * value) / 100:.12g}"
-            raise LimitError(path, f"it has {shown} {unit.get(name, name)}, and {most:g} are allowed",
-                             f"Make it smaller, or allow it: --limit {name}={shown}.")
+            cause = f"it has {shown} {unit.get(name, name)}, and {most:g} are allowed"
+            raise LimitError(path, cause, f"Make it smaller, or allow: --limit {name}={shown}.")
 
 _NOW = [Limits(**dict.fromkeys((f.name for f in fields(Limits)), float("inf")))]
 

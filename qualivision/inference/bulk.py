@@ -66,8 +66,7 @@ DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqli
 TABLES = """
 CREATE TABLE IF NOT EXISTS rows (name BLOB, prompt TEXT, settings TEXT, sha256 TEXT, mark TEXT,
                                  scores TEXT, error TEXT, PRIMARY KEY (name, prompt)) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS kinds (name BLOB, prompt TEXT, kind TEXT, PRIMARY KEY (name, prompt))
-    WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS kinds (name BLOB, prompt TEXT, kind TEXT, PRIMARY KEY (name, prompt));
 DROP TABLE IF EXISTS items;
 CREATE TABLE items (position INTEGER PRIMARY KEY, name BLOB, path BLOB, prompt TEXT);"""
 
@@ -84,6 +83,7 @@ def _in_use(file: Path, e: sqlite3.Error) -> BulkError:
     return BulkError(file, f"another process writes this result: {who}",
                      "Wait for it, or give this result another name.")
 
+# %% ../../nbs/inference/46_bulk.ipynb #4dd91fc7
 def _open_journal(file: Path) -> sqlite3.Connection:
     "The journal beside a result, for this process alone. Raises BulkError."
     db = None
@@ -107,9 +107,8 @@ def _journal(file: Path) -> Iterator[sqlite3.Connection]:
     "An open journal that says whose it is."
     with closing(_open_journal(file)) as db:
         with suppress(OSError):
-            now = time.strftime("%Y-%m-%d %H:%M:%S")
-            _owner(file).write_text(f"{os.getpid()} on {platform.node()}, since {now}",
-                                    encoding="utf-8")
+            who = f"{os.getpid()} on {platform.node()}, since {time.ctime()}"
+            _owner(file).write_text(who, encoding="utf-8")
         try: yield db
         finally:
             with suppress(OSError): _owner(file).unlink(missing_ok=True)
@@ -401,6 +400,18 @@ def no_video(source, over: dict) -> BulkError:
     return BulkError(source, f"there is no video in it{left}",
                      "Check the folder, or name other endings with a pattern.")
 
+# %% ../../nbs/inference/46_bulk.ipynb #66e6f310
+@contextmanager
+def _full_or_damaged(out: Path, journal: Path):
+    "What the disk or the journal refuses becomes a BulkError."
+    try: yield
+    except (OSError, sqlite3.Error) as e:
+        if isinstance(e, OSError) or getattr(e, "sqlite_errorcode", 0) & 255 in DISK:
+            remedy = "Make room and run the same command again; it goes on from here."
+            raise BulkError(out, f"it cannot be written ({e})", remedy) from e
+        raise BulkError(journal, f"the journal is damaged ({e})",
+                        "Remove it; its videos are then scored again.") from e
+
 # %% ../../nbs/inference/46_bulk.ipynb #2a1f770a
 def score_set(
     source,                     # folder of videos, manifest, or iterable of (name, path, prompt)
@@ -437,14 +448,3 @@ def score_set(
     count["failed_by"] = dict(sorted(count["failed_by"].items()))
     return {"out": str(out), "model": scorer.name, "videos": total, **count,
             "passed_over": dict(sorted(over.items()))}
-
-@contextmanager
-def _full_or_damaged(out: Path, journal: Path):
-    "What the disk or the journal refuses becomes a BulkError."
-    try: yield
-    except (OSError, sqlite3.Error) as e:
-        if isinstance(e, OSError) or getattr(e, "sqlite_errorcode", 0) & 255 in DISK:
-            remedy = "Make room and run the same command again; it goes on from here."
-            raise BulkError(out, f"it cannot be written ({e})", remedy) from e
-        raise BulkError(journal, f"the journal is damaged ({e})",
-                        "Remove it; its videos are then scored again.") from e
