@@ -32,7 +32,7 @@ def way(call, paths: list, workers: int = 2):
 
 
 def run(args) -> Report:
-    from qualivision.data.apart import Apart
+    from qualivision.inference.apart import Apart
     from qualivision.data.container import Limits
     from qualivision.data.sampling import Looks, Sampling
     rows, count = [], 24

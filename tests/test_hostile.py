@@ -11,7 +11,7 @@ import tiny
 from victims import Victim, decode
 
 from qualivision import devices
-from qualivision.data.apart import Apart
+from qualivision.inference.apart import Apart
 from qualivision.data.collection import read_manifest
 from qualivision.data.container import Limits
 from qualivision.data.video import probe

@@ -133,7 +133,7 @@ def score(
     if not prompt.strip():
         raise typer.BadParameter("is empty; alignment is judged against it", param_hint="--prompt")
     asked, limits = helpers(simulated, clip_score), limits_of(limit, isolate)
-    from qualivision.data.apart import decoded_apart
+    from qualivision.inference.apart import decoded_apart
     from qualivision.inference.score import Scorer
     records, rows = [], []
     with caught(checkpoint, MEANT) as wrong:      # of the whole; a video's own is in its record

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from ..data.apart import Apart, decoded_apart
 from ..data.collection import (
     PICTURES, VIDEOS, BulkError, find_videos, listed, matches, read_manifest)
 from ..data.container import Limits, MissingVideo, regular_file
@@ -27,6 +26,7 @@ from ..devices import Job, flow
 from ..evaluation.conformal import spans, without_span
 from ..files import (
     check_place, csv_line, file_sha256, progress, readable, staged)
+from .apart import Apart, decoded_apart
 from .score import Scorer
 from ..models.weights import about_file
 from ..quality import DIMENSIONS, MOS_COLUMNS, Tally, say
