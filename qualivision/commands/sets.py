@@ -63,15 +63,14 @@ def _check_form(form: str, model: str, fused: str, head: Path | None, out: Path)
         if wrong: raise typer.BadParameter(message, param_hint=hint)
 
 # %% ../../nbs/commands/91b_sets.ipynb #f0627bb9
-def set_lines(about: dict,          # of `score_set`
-              seconds: float) -> list[str]:
+def set_lines(about: dict) -> list[str]:          # of `score_set`
     "What became of a set, for people."
     from qualivision.inference.bulk import said_of
     kinds = ", ".join(f"{n} {kind}" for kind, n in about["failed_by"].items())
-    done = about["scored"] + about["failed"]
+
     lines = [f"{about['out']}: {about['videos']} videos, {about['scored']} scored now, "
              f"{about['kept']} before, {about['failed']} failed{f' ({kinds})' if kinds else ''}"]
-    if done: lines.append(f"{done / seconds:.1f} videos/s, {seconds:.0f} s")
+
     if about["passed_over"]: lines.append(wrapped(f"passed over: {said_of(about['passed_over'])}"))
     return lines
 
@@ -106,5 +105,5 @@ def score_set(
     began = time.perf_counter()
     about = run(source, out, scorer, pattern or (), form, workers, True, say, encoding, limits,
                 fail_fast)
-    return Answer(about | {"seconds": round(time.perf_counter() - began, 3)},
-                  set_lines(about, time.perf_counter() - began), bool(about["failed"]))
+    return Answer(about | {"seconds": round(time.perf_counter() - began, 3)}, set_lines(about),
+                  bool(about["failed"]))
