@@ -310,7 +310,9 @@ def _threads(count: int):
         finally: torch.set_num_threads(torch.get_num_threads())      # for threads that come later
 
 def ahead(jobs: Iterable[Job], prepare: Callable,    # job → its views
-          workers: int, room: int = ROOM) -> Iterator[Job]:
+          workers: int, room: int = ROOM,
+          stop: Callable | None = None               # called at the end, so that threads end too
+         ) -> Iterator[Job]:
     "Jobs in their order, with views or with what went wrong; threads prepare those that follow."
     gate, waiting = _Gate(room), deque()
     def work(number, job):
@@ -331,6 +333,7 @@ def ahead(jobs: Iterable[Job], prepare: Callable,    # job → its views
             while waiting: yield first()
         finally:
             for future in waiting: future.cancel()
+            if stop: stop()
             gate.add(0, len(waiting) + 1)              # those that have begun may end
 
 # %% ../nbs/03_devices.ipynb #6bd73def
@@ -354,7 +357,8 @@ def flow(jobs: Iterable[Job], prepare: Callable,      # job → its views, in a 
          compute: Callable,                           # jobs of one form → what is found about each
          device: str = "cpu",                         # cpu | cuda | mps
          workers: int | None = None,                  # threads; None: one a core, at most 4
-         room: int = ROOM) -> Iterator[Job]:
+         room: int = ROOM, stop: Callable | None = None     # of `ahead`
+        ) -> Iterator[Job]:
     "Jobs in their order, each with what was found or with what went wrong."
     held, batch, most = [], [], MOST
     def done():                      # jobs in order; those without views wait for the others
@@ -362,7 +366,7 @@ def flow(jobs: Iterable[Job], prepare: Callable,      # job → its views, in a 
         if batch and not _computed(batch, compute): most = 1
         out, held, batch = held, [], []
         return out
-    with contextlib.closing(ahead(jobs, prepare, workers or min(4, cores()), room)) as ready:
+    with contextlib.closing(ahead(jobs, prepare, workers or min(4, cores()), room, stop)) as ready:
         for job in ready:
             if job.views is not None:
                 if batch and job.form != batch[0].form: yield from done()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'FOREIGN', 'PACKAGE', 'FileError', 'reading', 'writing', 'encoding_of', 'read_text', 'is_address',
-           'check_cell', 'read_lines', 'read_rows', 'read_table', 'number', 'check_place', 'staged', 'sync_to_disk',
-           'write_whole', 'readable', 'check_room', 'Meter', 'progress', 'file_sha256', 'value_hash', 'imported',
-           'code_hash', 'FileHashes']
+           'check_cell', 'read_lines', 'number', 'guarded', 'unguarded', 'csv_line', 'read_rows', 'read_table',
+           'check_place', 'staged', 'sync_to_disk', 'write_whole', 'readable', 'write_table', 'check_room', 'Meter',
+           'progress', 'file_sha256', 'value_hash', 'imported', 'code_hash', 'FileHashes']
 
 # %% ../nbs/02_files.ipynb #fb7746c2
 import ast
@@ -42,16 +42,14 @@ def _why(path, e: OSError, doing: str) -> FileError:
     return FileError(path, f"it cannot be {doing} ({e.strerror or e})", remedy)
 
 @contextmanager
-def reading(path):
+def reading(path, doing: str = "read"):
     "Reads from one file; what the system refuses becomes a `FileError`."
     try: yield
-    except OSError as e: raise _why(path, e, "read") from e
+    except OSError as e: raise _why(path, e, doing) from e
 
-@contextmanager
 def writing(path):
     "Writes to one file or folder; what the system refuses becomes a `FileError`."
-    try: yield
-    except OSError as e: raise _why(path, e, "written") from e
+    return reading(path, "written")
 
 # %% ../nbs/02_files.ipynb #24d99481
 def encoding_of(head: bytes   # the first bytes of a file
@@ -84,9 +82,9 @@ def read_text(path: str | Path,             # a text file
     try: text = data.decode(code)
     except (UnicodeError, LookupError) as e:
         at = getattr(e, "start", 0)
-        line = 1
-        if isinstance(e, UnicodeError): line += data[:at].decode(code, "ignore").count("\n")
-        raise _not_text(path, line, f"byte 0x{data[at:at + 1].hex()}", encoding) from e
+        before = data[:at].decode(code, "ignore") if isinstance(e, UnicodeError) else ""
+        n = 1 + before.count("\n")
+        raise _not_text(path, n, f"byte 0x{data[at:at + 1].hex()}", encoding) from e
     if (at := text.find("\0")) >= 0:
         raise _not_text(path, text[:at].count("\n") + 1, "a zero byte", encoding)
     return text
@@ -106,24 +104,56 @@ def check_cell(path, line: int, cell: str, free: bool, encoding):
         if bad == "\0": raise _not_text(path, line, "a zero byte", encoding)
         if not free: raise _not_text(path, line, f"byte 0x{ord(bad) - 0xdc00:02x}", encoding)
 
-def _open_text(path, code: str, **more):
-    "Opens a text file whose names may hold foreign bytes."
+@contextmanager
+def _open_text(path, encoding: str | None, **more):
+    "A text file whose names may hold foreign bytes. Raises `FileError` with the line of others."
+    code = _codec(path, encoding)
     errors = "surrogateescape" if code == "utf-8-sig" else "strict"
-    return open(path, encoding=code, errors=errors, **more)
+    try:
+        with reading(path), open(path, encoding=code, errors=errors, **more) as f: yield f
+    except (UnicodeError, LookupError):
+        read_text(path, encoding)       # raises with the line
+        raise
 
 def read_lines(path: str | Path,              # a list of names of files
                encoding: str | None = None    # Python's name of one; None: UTF-8 or marked UTF-16
               ) -> Iterator[tuple[int, str]]: # its number, the line; foreign bytes are kept
     "A text file line by line. Raises `FileError`."
-    code = _codec(path, encoding)
-    try:
-        with reading(path), _open_text(path, code) as f:
-            for n, line in enumerate(f, 1):
-                check_cell(path, n, line, True, encoding)
-                yield n, line.rstrip("\n")
-    except (UnicodeError, LookupError):
-        read_text(path, encoding)       # raises with the line
-        raise
+    with _open_text(path, encoding) as f:
+        for n, line in enumerate(f, 1):
+            check_cell(path, n, line, True, encoding)
+            yield n, line.rstrip("\n")
+
+# %% ../nbs/02_files.ipynb #142c451d
+def number(cell) -> float | None:   # NaN: an empty cell, or nan; None: not a number
+    "The number in a cell of a column of numbers."
+    if not isinstance(cell, str): return math.nan if cell is None else float(cell)
+    text = cell.strip()
+    if text.lower() in ("", "nan"): return math.nan
+    try: return None if "_" in text else float(text)
+    except ValueError: return None
+
+_FORMULA = re.compile("'*[=+\\-@\t\r]")     # to a spreadsheet; an apostrophe may be of the text
+
+def guarded(text: str) -> str:
+    "Text as a cell of CSV: with an apostrophe where a spreadsheet would compute it; no number."
+    return f"'{text}" if _FORMULA.match(text) and number(text) is None else text
+
+def unguarded(cell: str) -> str:
+    "The text of a cell that `guarded` has written."
+    return cell[1:] if cell[:1] == "'" and _FORMULA.match(cell) else cell
+
+def csv_line(cells: Iterable,                # of text, numbers, None and NaN (empty cells)
+             decimals: int | None = None,    # of a float; None: all
+             comma: str = ",") -> str:
+    "A row of CSV, in quotes where it has to be."
+    def shown(c) -> str:
+        if c is None or c != c: return ""
+        if isinstance(c, float): return repr(float(c)) if decimals is None else f"{c:.{decimals}f}"
+        text = guarded(c) if isinstance(c, str) else str(c)
+        if not any(s in text for s in ',"\r\n') and text == text.strip(): return text
+        return '"' + text.replace('"', '""') + '"'
+    return comma.join(map(shown, cells)) + "\n"
 
 # %% ../nbs/02_files.ipynb #92fca0e2
 def _no_twins(path, header: list[str], cased: bool):
@@ -134,16 +164,13 @@ def _no_twins(path, header: list[str], cased: bool):
                         "Keep one of them, or rename one.")
 
 def _csv_rows(path, encoding) -> Iterator[tuple[int, list[str]]]:
-    code, last = _codec(path, encoding), 0
+    last = 0
     try:
-        with reading(path), _open_text(path, code, newline="") as f:
+        with _open_text(path, encoding, newline="") as f:
             rows = csv.reader(f, strict=True, skipinitialspace=True)
             for cells in rows:
-                if any(c.strip() for c in cells): yield last + 1, cells
+                if any(c.strip() for c in cells): yield last + 1, [*map(unguarded, cells)]
                 last = rows.line_num
-    except (UnicodeError, LookupError):
-        read_text(path, encoding)       # raises with the line
-        raise
     except csv.Error as e:
         raise FileError(f"{path} line {last + 1}", f"it is no CSV ({e})",
                         "Save it again, with names and prompts in double quotes.") from e
@@ -185,31 +212,21 @@ def read_table(path: str | Path,             # CSV with a header, or Parquet
     rows = read_rows(path, encoding, cased=True)
     _, header = next(rows, (0, None))
     if header is None: raise FileError(path, "it is empty", "Give a table with a header line.")
-    lines, table = [], []
+    table = {}
     for line, cells in rows:
         if len(cells) != len(header):
             cause = f"it has {len(cells)} cells, the header {len(header)}"
             raise FileError(f"{path} line {line}", cause,
                             "Put names and prompts that hold commas in double quotes.")
-        lines.append(line)
-        table.append(cells)
-    return pd.DataFrame(table, index=pd.Index(lines, dtype=int), columns=header, dtype=object)
-
-def number(cell) -> float | None:   # NaN: an empty cell, or nan; None: not a number
-    "The number in a cell of a column of numbers."
-    if cell is None: return math.nan
-    if not isinstance(cell, str): return float(cell)
-    text = cell.strip()
-    if text.lower() in ("", "nan"): return math.nan
-    try: return None if "_" in text else float(text)
-    except ValueError: return None
+        table[line] = cells
+    lines = pd.Index(list(table), dtype=int)
+    return pd.DataFrame(list(table.values()), index=lines, columns=header, dtype=object)
 
 # %% ../nbs/02_files.ipynb #aefed449
 def check_place(out: str | Path):
     "Raises `FileError` where no file can be written: before the work, not after it."
-    out = Path(out)
-    if out.is_dir(): raise FileError(out, "it is a folder", "Give the name of a file.")
-    above = next(p for p in out.absolute().parents if p.exists())   # folders below it will be made
+    if Path(out).is_dir(): raise FileError(out, "it is a folder", "Give the name of a file.")
+    above = next(p for p in Path(out).absolute().parents if p.exists())   # the rest will be made
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise FileError(out, f"nothing can be written in {above}", "Choose another folder.")
 
@@ -239,8 +256,7 @@ def sync_to_disk(path: Path):
     finally: os.close(handle)
 
 def write_whole(path: str | Path, data: bytes | str, sync: bool = True):
-    """Writes all of a file or nothing; text as UTF-8 with its line ends and foreign bytes as they
-    are. Raises `FileError`."""
+    "Writes all of a file or nothing; text as UTF-8, its foreign bytes too. Raises `FileError`."
     if isinstance(data, str): data = data.encode("utf-8", "surrogateescape")
     with staged(path, sync) as part: part.write_bytes(data)
 
@@ -254,14 +270,17 @@ def readable(text: str) -> str:
     "The text, with four letters such as \\xe9 for each byte that was no UTF-8."
     return re.sub("[\ud800-\udfff]", lambda m: _shown(m[0]), text)
 
-# %% ../nbs/02_files.ipynb #d219ea83
+def write_table(path: str | Path, table, decimals: int | None = None):   # DataFrame; of `csv_line`
+    "Writes all of a CSV, or nothing; `read_table` gives back its text. Raises `FileError`."
+    rows = [list(table), *table.itertuples(index=False, name=None)]
+    write_whole(path, "".join(csv_line(row, decimals) for row in rows))
+
 def check_room(folder: str | Path,   # where they will lie; it need not be there yet
                size: int,            # bytes of all of them
                what: str):           # what they are, for the message
     "Returns the free bytes of a disk. Raises `FileError` where files of that size do not fit."
-    folder = Path(folder)
-    places = [folder.absolute(), *folder.absolute().parents]
-    existing = next(p for p in places if p.exists())
+    here = Path(folder).absolute()
+    existing = next(p for p in (here, *here.parents) if p.exists())
     free = shutil.disk_usage(existing).free
     if size > 0.98 * free:
         cause = f"{what} need {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free"
@@ -392,14 +411,6 @@ def code_hash(
     sources = {name: hashlib.sha256(source(name)).hexdigest() for name in imported(module, package)}
     return value_hash(sources)
 
-# %% ../nbs/02_files.ipynb #97914a99
-def _fingerprint(path):
-    "Numbers that change when a file does: size, both times in ns, inode."
-    try: s = os.stat(path)
-    except FileNotFoundError as e:
-        raise FileError(path, "there is no such file", "Check the name and the folder.") from e
-    return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
-
 # %% ../nbs/02_files.ipynb #73ac2d73
 class FileHashes:
     "SHA-256 of files, computed once and remembered until a file changes."
@@ -419,10 +430,7 @@ class FileHashes:
         mark = _fingerprint(path)
         if (known := self.known.get(path)) and known[:-1] == mark: return known[-1]
         started = time.time_ns()
-        try: sha = file_sha256(path)
-        except OSError as e:
-            raise FileError(path, f"it cannot be read ({e.strerror})",
-                            "Check that it is a file and may be read.") from e
+        with reading(path): sha = file_sha256(path)
         if started - max(mark[1:3]) > 2_000_000_000:
             self.known[path], self.changed = [*mark, sha], True
         return sha
@@ -433,3 +441,10 @@ class FileHashes:
         self.known = self._stored() | self.known
         write_whole(self.file, json.dumps(self.known, indent=0))
         self.changed = False
+
+def _fingerprint(path):
+    "Numbers that change when a file does: size, both times in ns, inode."
+    try: s = os.stat(path)
+    except FileNotFoundError as e:
+        raise FileError(path, "there is no such file", "Check the name and the folder.") from e
+    return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]

@@ -21,7 +21,7 @@ from qualivision.quality import COLUMNS, DIMENSIONS, MOS_COLUMNS
 from qualivision.toy import TOY, toy_clip, toy_set
 
 ROOT = Path(__file__).parents[1]
-KEYS = ["video", "prompt", *DIMENSIONS, "model", "checkpoint", "trained_on", "error", "reasons", "warnings", "learned_on", "interval"]
+KEYS = ["video", "prompt", *DIMENSIONS, "model", "checkpoint", "trained_on", "error", "error_kind", "reasons", "warnings", "learned_on", "interval"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")      # what is forked may not wait for threads that it has not
 

@@ -149,7 +149,9 @@ def test_score_set(call, five, monkeypatch, tmp_path, seam, kind, name):
     if seam in FIVE_SEAMS: break_five(monkeypatch, five, seam, kind)
     elif seam == "content": monkeypatch.setattr(bulk, "_content", failing(bulk._content, KINDS[kind][0]))
     else: monkeypatch.setattr(bulk, "cells", failing(bulk.cells, KINDS[kind][0]))
-    def run(): return call("score-set", "list.csv", "--model", "qualivision", "--out", tmp_path/name, "--json", "--workers", 2 - (seam != "network"))
+    def run():
+        how = "--json", "--no-isolate", "--workers", 2 - (seam != "network")
+        return call("score-set", "list.csv", "--model", "qualivision", "--out", tmp_path/name, *how)
     status, about, err = run()
     assert status == 1 and (about["scored"], about["failed"]) == (3, 1)
     rows = rows_of(tmp_path/name) if name == "s.csv" else pd.read_parquet(tmp_path/name).to_dict("records")
@@ -251,7 +253,7 @@ def test_a_run_whose_items_all_fail_alike_stops(call, five, branches, monkeypatc
     for k in range(9): toy_clip(tmp_path/f"{k}.mp4", (k, k, k))
     (tmp_path/"list.csv").write_text("video,Prompt\n" + "".join(f"{k}.mp4,a red boat\n" for k in range(9)))
     broken.count = 0
-    status, said, err = call("score-set", tmp_path/"list.csv", "--model", "qualivision", "--out", tmp_path/"s.csv", "--json")
+    status, said, err = call("score-set", tmp_path/"list.csv", "--model", "qualivision", "--out", tmp_path/"s.csv", "--json", "--no-isolate")
     assert status == 1 and broken.count == 5 and "all failed alike" in said["error"] and err.count("Traceback") == 1
     monkeypatch.setattr(branches, "cut", failing(branches.cut, KINDS["runtime"][0], None))
     assert "all failed alike" in call("dover", *many, "--json")[1][0]["error"]
@@ -351,11 +353,11 @@ def test_reasons_and_warnings_are_in_every_result(call, five, here, tmp_path, mo
     assert "–  " + why in text and "note: the prompt was cut" in text
     (tmp_path/"list.csv").write_text(f"video,Prompt\nstill.mp4,a boat\n{here/'a.mp4'},a boat\n")
     for name in ("s.csv", "s.parquet", "s.csv"):
-        status, about, err = call("score-set", tmp_path/"list.csv", "--model", "qualivision", "--out", tmp_path/name, "--json")
+        status, about, err = call("score-set", tmp_path/"list.csv", "--model", "qualivision", "--out", tmp_path/name, "--json", "--no-isolate")
         assert status == 0 and about["failed"] == 0 and not err
     assert about["kept"] == 2
     frame = pd.read_csv(tmp_path/"s.csv")
-    assert list(frame) == ["video_name", "Prompt", *MOS_COLUMNS, *ENDS, "error", "reasons", "warnings", "sha256"]
+    assert list(frame) == ["video_name", "Prompt", *MOS_COLUMNS, *ENDS, "error", "error_kind", "reasons", "warnings", "sha256"]
     for table in (frame, pd.read_parquet(tmp_path/"s.parquet")):
         first, second = table.iloc[0], table.iloc[1]
         assert pd.isna(first.Temporal_MOS) and 1 <= first.Overall_MOS <= 5 and first.reasons.startswith(f"temporal: {why}") and pd.isna(first.error)

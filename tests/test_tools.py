@@ -42,7 +42,7 @@ from qualivision.quality import QualiVisionError
 from qualivision.toy import toy_prompt, toy_set
 
 ROOT = Path(__file__).parents[1]
-KEYS = ["video", "technical", "aesthetic", "fused", "ranks", "seed", "weights", "error"]
+KEYS = ["video", "technical", "aesthetic", "fused", "ranks", "seed", "weights", "error", "error_kind"]
 SETS = ["LIVE-VQC", "KoNViD-1k", "LSVQ_test", "LSVQ_1080p", "YouTube-UGC"]
 
 
@@ -246,10 +246,10 @@ def test_score_set_of_a_folder(call, here, tmp_path, monkeypatch):
     args = "score-set", folder, "--model", "dover", "--weights", "small.pth", "--out", tmp_path/"s.csv"
     status, about, err = call(*args, "--json")
     assert status == 1 and about == dict(out=str(tmp_path/"s.csv"), model="dover", videos=3, scored=2, kept=0, failed=1,
-                                            passed_over={".txt": 1}) and "bad.mp4" in err
+                                            failed_by={"unreadable": 1}, passed_over={".txt": 1}, seconds=about["seconds"]) and "bad.mp4" in err
     rows, first = rows_of(tmp_path/"s.csv"), (tmp_path/"s.csv").read_bytes()
     assert [r["video"] for r in rows] == ["b.mp4", "bad.mp4", "more/a.MOV"]
-    assert list(rows[0]) == ["video", "technical", "aesthetic", "fused", "error", "sha256"]
+    assert list(rows[0]) == ["video", "technical", "aesthetic", "fused", "error", "error_kind", "sha256"]
     assert rows[1]["fused"] == "" and "bad.mp4" in rows[1]["error"] and rows[0]["sha256"] == sha256((folder/"b.mp4").read_bytes()).hexdigest()
     one = call("dover", folder/"b.mp4", "--weights", "small.pth", "--json")[1][0]
     assert all(rows[0][b] == f"{one[b]:.6f}" for b in ("technical", "aesthetic", "fused"))
@@ -280,7 +280,7 @@ def test_parquet_and_the_form_of_cover(call, here, tmp_path):
     assert all(len(cell.split(".")[1]) == 4 for cell in lines[1].split(",")[1:])
     for name in ("a.parquet", "b.parquet"): assert call(*args, tmp_path/name)[0] == 1
     table = pd.read_parquet(tmp_path/"a.parquet")
-    assert list(table) == ["video", "semantic", "technical", "aesthetic", "overall", "error", "sha256"]
+    assert list(table) == ["video", "semantic", "technical", "aesthetic", "overall", "error", "error_kind", "sha256"]
     assert table["error"].notna().tolist() == [False, True]
     assert f"{table['overall'][0]:.4f}" == lines[1].split(",")[-1] and (tmp_path/"a.parquet").read_bytes() == (tmp_path/"b.parquet").read_bytes()
 

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['MEANT', 'CHECKPOINT', 'Json', 'Checkpoint', 'Device', 'Precision', 'Engine', 'Encoding', 'OFFICIAL', 'Weights',
-           'WeightsFile', 'Clip', 'Head', 'Seed', 'Readers', 'Fused', 'OPINIONS', 'LEARNING', 'Videos', 'Columns',
-           'Preset', 'Scale', 'GroupBy', 'Share', 'Epochs', 'Batch', 'Rate', 'RankWeight', 'SharedWeight', 'TrainSeed',
-           'Workers', 'unicode', 'print_json', 'wrapped', 'bar', 'notice', 'Answer', 'failed', 'ended', 'App', 'option']
+           'WeightsFile', 'Clip', 'Head', 'Seed', 'Readers', 'LIMITS_HELP', 'Limit', 'Isolate', 'FailFast', 'Fused',
+           'OPINIONS', 'LEARNING', 'Videos', 'Columns', 'Preset', 'Scale', 'GroupBy', 'Share', 'Epochs', 'Batch',
+           'Rate', 'RankWeight', 'SharedWeight', 'TrainSeed', 'Workers', 'unicode', 'print_json', 'wrapped', 'bar',
+           'notice', 'Answer', 'failed', 'ended', 'App', 'option', 'limits_of', 'failures']
 
 # %% ../../nbs/commands/90_app.ipynb #a41405c9
 import json
 import shutil
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import wraps
@@ -173,9 +175,43 @@ Seed = Annotated[int, typer.Option(help="Seed of frames and fragments: the same 
 Readers = Annotated[Optional[int], typer.Option(
     "--workers", help="Threads that read ahead. [default: one a core, at most 4]", min=1)]
 
+LIMITS_HELP = ("Of a video: time (s) and memory (GB) that decoding may take; size (GB), frames, "
+               "megapixels of a frame, duration (s). inf: any. Several times. [default: time=600, "
+               "memory=4, size=4, frames=36000, megapixels=36, duration=1200]")
+Limit = Annotated[Optional[list[str]], typer.Option("--limit", metavar="NAME=NUMBER",
+                                                    help=LIMITS_HELP)]
+Isolate = Annotated[bool, typer.Option(
+    "--isolate/--no-isolate", help="Decode in other processes, which are ended when they take too "
+    "long or too much; or in this one.")]
+FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stop at the first video that fails.")]
+
 Fused = Annotated[Literal["official", "corrected"],
                   option("official: its constants are exchanged between the branches; corrected: "
                          "they are not.")]
+
+# %% ../../nbs/commands/90_app.ipynb #355b25ab
+def limits_of(asked: list[str] | None,     # of --limit
+              isolate: bool):              # → Limits; None: nothing is limited
+    "The limits of a video. Raises typer.BadParameter."
+    if not (asked or isolate): return None
+    from dataclasses import fields
+
+    from qualivision.data.container import Limits
+    known, given = [f.name for f in fields(Limits)], {}
+    for text in asked or ():
+        name, _, number = text.partition("=")
+        try: given[name] = float(number)
+        except ValueError: given[name] = 0.
+        if name not in known or not given[name] > 0:
+            raise typer.BadParameter(f"{text!r} is not NAME=NUMBER with a name of "
+                                     f"{', '.join(known)}", param_hint="--limit")
+    return Limits(**given)
+
+def failures(records) -> str:      # with error_kind; "": none has failed
+    "How many failed for which reason, such as ` (2 timeout, 1 crash)`."
+    kinds = Counter(r.error_kind for r in records if r.error_kind)
+    shown = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+    return f" ({shown})" if shown else ""
 
 # %% ../../nbs/commands/90_app.ipynb #469dd301
 OPINIONS, LEARNING = "Opinions and videos", "Training"

@@ -18,8 +18,9 @@ from qualivision.commands.app import (
     Encoding, Engine, Epochs, Fused, GroupBy, Head, Json, Precision, Preset, RankWeight, Rate,
     Readers, Scale, Seed, Share, SharedWeight, TrainSeed, Videos, Weights, WeightsFile, Workers,
     failed, option, wrapped)
-from .own import GOES_ON, fit_dover, fit_frames, on_engine, set_scorer
-from ..files import check_place, write_whole
+from .own import GOES_ON, fit_dover, fit_frames, on_engine
+from .sets import set_scorer
+from ..files import check_place, write_table
 from ..quality import Tally, caught, say
 
 commands = App()
@@ -83,7 +84,8 @@ def _score(name: str, files: list[str], as_json: bool, sets: Path | None, small:
             if not as_json: print(describe_official(r), flush=True)
     if wrong:
         none = dict.fromkeys((*BRANCHES[name], *(["mos"] if head else []), "ranks"))
-        none |= {"seed": seed, "weights": None, "error": str(wrong.error)}
+        none |= {"seed": seed, "weights": None, "error": str(wrong.error),
+                 "error_kind": wrong.error.kind}
         failed(wrong, as_json, [{"video": f, **none} for f in files])
     return Answer(records, _sources(name, scorer, seed, form),
                   any(r["error"] is not None for r in records))
@@ -304,7 +306,7 @@ def gmad(
     if out: check_place(out)
     found, lost = gmad_file(scores, first, second, pairs, tolerance, other, encoding)
     if lost: say(f"{lost} rows left out: their videos were not scored{' by both' if other else ''}")
-    if out: write_whole(out, found.to_csv(index=False, lineterminator="\n"))
+    if out: write_table(out, found)
     about = {"out": str(out) if out else None, "left_out": lost, "pairs": found.to_dict("records")}
     return Answer(about, _pair_lines(found))
 

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['VideoError', 'MissingVideo', 'EmptyVideo', 'NotAVideo', 'NoVideoStream', 'TruncatedVideo', 'CorruptVideo',
-           'ReaderUnavailable', 'VideoWarning', 'write_video', 'numbered', 'numbers', 'is_webp', 'is_animation',
-           'ends_early', 'open_video']
+           'ReaderUnavailable', 'LimitError', 'VideoWarning', 'Limits', 'allowed', 'regular_file', 'check_limits',
+           'write_video', 'numbered', 'numbers', 'is_webp', 'is_animation', 'ends_early', 'open_video']
 
 # %% ../../nbs/data/05_container.ipynb #8b1c3557
 import errno
+import math
 import os
 import re
+import stat
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,10 +22,14 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from ..files import is_address
 from ..quality import QualiVisionError
 
 # %% ../../nbs/data/05_container.ipynb #20d83f9c
-class VideoError(QualiVisionError):       "A video that could not be read as asked."
+class VideoError(QualiVisionError):
+    "A video that could not be read as asked."
+    kind = "unreadable"
+
 class MissingVideo(VideoError):           "There is no file of that name."
 class EmptyVideo(VideoError):             "The file has no bytes, or no frames."
 class NotAVideo(VideoError):              "Text, a playlist, a still, a folder, or no known kind."
@@ -31,6 +37,9 @@ class NoVideoStream(VideoError):          "A media file with sound alone."
 class TruncatedVideo(VideoError):         "The file ends before its container says that it does."
 class CorruptVideo(VideoError):           "Some of the frames, or the header, cannot be decoded."
 class ReaderUnavailable(VideoError):      "The reader asked for is not installed, or not built in."
+class LimitError(VideoError):
+    "A video that is larger or longer than was allowed."
+    kind = "limit"
 
 # %% ../../nbs/data/05_container.ipynb #1d1ef74e
 class VideoWarning(UserWarning):
@@ -41,6 +50,59 @@ class VideoWarning(UserWarning):
                  lost: int | None = 0):  # frames missing from the result; None: an unknown number
         self.path, self.cause, self.lost = str(path), cause, lost
         super().__init__(f"{self.path}: {cause}")
+
+# %% ../../nbs/data/05_container.ipynb #6f33a419
+@dataclass(frozen=True)
+class Limits:
+    "What a video may cost. Time and memory hold where another process decodes."
+    time: float = 600           # s that decoding may take
+    memory: float = 4           # GB that decoding may take
+    size: float = 4             # GB of the file
+    frames: float = 36_000
+    megapixels: float = 36      # of a frame; 8K has 33
+    duration: float = 1200      # s
+
+    def check(self, path: object, **found: float):      # of the fields
+        "Raises `LimitError`."
+        for name, value in found.items():
+            if value <= (most := getattr(self, name)): continue
+            unit = {"size": "GB", "duration": "s", "megapixels": "megapixels a frame"}
+            shown = f"{math.ceil(100 * value) / 100:.12g}"
+            cause = f"it has {shown} {unit.get(name, name)}, and {most:g} are allowed"
+            raise LimitError(path, cause, f"Make it smaller, or allow: --limit {name}={shown}.")
+
+_NOW = [Limits(**dict.fromkeys((f.name for f in fields(Limits)), float("inf")))]
+
+@contextmanager
+def allowed(limits: Limits):
+    "Refuses, in this process, what is beyond these limits."
+    _NOW.append(limits)
+    try: yield
+    finally: _NOW.pop()
+
+# %% ../../nbs/data/05_container.ipynb #14c2b816
+_KINDS = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a device": stat.S_ISCHR,
+          "a disk": stat.S_ISBLK, "a socket": stat.S_ISSOCK}
+
+def regular_file(path: str | os.PathLike) -> os.stat_result:
+    """Looks at a file without opening it, since a pipe may never answer.
+    Raises `MissingVideo`, `NotAVideo`, `LimitError`, OSError."""
+    name, again = os.fspath(path), "Give the path of one video file."
+    if is_address(name):
+        raise MissingVideo(name, "it is an address, not a file",
+                           "Download it and give the path of the file.")
+    if os.path.islink(name) and not os.path.exists(name):
+        cause = f"it is a link to {os.readlink(name)}, which is not there"
+        raise MissingVideo(path, cause, "Check the link.")
+    found = os.stat(name)
+    for kind, is_kind in _KINDS.items():
+        if is_kind(found.st_mode): raise NotAVideo(path, f"it is {kind}", again)
+    _NOW[-1].check(path, size=found.st_size / 1e9)
+    return found
+
+def check_limits(path: object, **found: float):      # fields of Limits
+    "Raises `LimitError` for a video beyond the limits of this process."
+    _NOW[-1].check(path, **found)
 
 # %% ../../nbs/data/05_container.ipynb #9b5a504c
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ import torch
 
 from .video import probe, read_frames
 from ..files import (
-    FileHashes, file_sha256, is_address, number, progress, read_rows, write_whole)
+    FileHashes, file_sha256, is_address, number, progress, read_rows, write_table)
 from ..quality import (
     COLUMNS, MOS_COLUMNS, MOS_MAX, MOS_MIN, QualiVisionError, Tally, caught)
 
@@ -437,5 +437,5 @@ def write_predictions(
     for i, c in enumerate(("video_name", "Prompt")):
         table.insert(i, c, pd.Series(frame[c].to_numpy(), dtype=object))
     if warnings: table["warnings"] = warnings
-    write_whole(path, table.to_csv(index=False, float_format="%.6f", lineterminator="\n"))
+    write_table(path, table, 6)
     return table

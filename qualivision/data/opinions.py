@@ -17,7 +17,8 @@ from statistics import fmean
 
 import pandas as pd
 
-from ..files import check_cell, is_address, number, read_lines, read_rows
+from ..files import (
+    check_cell, is_address, number, read_lines, read_rows, unguarded)
 from ..quality import DIMENSIONS, MOS_COLUMNS, QualiVisionError
 
 # %% ../../nbs/data/15_opinions.ipynb #dd369f0e
@@ -98,7 +99,7 @@ def _cut(file: Path, lines: list, names: list, encoding: str | None) -> list:
         cells = _cells(line) if quoted else line.rsplit(",", len(names) - 1)
         for role, cell in zip(roles(names), cells):
             check_cell(file, n, cell, role == "video", encoding)
-        rows.append((n, [c.strip() for c in cells]))
+        rows.append((n, [unguarded(c.strip()) for c in cells]))
     return rows
 
 

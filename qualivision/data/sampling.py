@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SamplingError', 'uniform_indices', 'resize_square', 'resize_square8', 'processor_box', 'processor_view', 'view_of',
-           'Sampling']
+           'Sampling', 'Looks']
 
 # %% ../../nbs/data/10_sampling.ipynb #c1739350
 import os
@@ -19,7 +19,9 @@ from .video import read_frames
 from ..quality import QualiVisionError
 
 # %% ../../nbs/data/10_sampling.ipynb #2bb1cd02
-class SamplingError(QualiVisionError): "A view that cannot be made."
+class SamplingError(QualiVisionError):
+    "A view that cannot be made."
+    kind = "unreadable"
 
 # %% ../../nbs/data/10_sampling.ipynb #ae42d69b
 def uniform_indices(frames: int,      # N, how many frames the video has, at least 1
@@ -153,3 +155,16 @@ class Sampling:
             for t in np.flatnonzero(runs == at): out[:, t] = small
         read_frames(path, once, reader, each=place)
         return torch.from_numpy(out), shown[1]                                       # (3,T,S,S)
+
+# %% ../../nbs/data/10_sampling.ipynb #42be62e9
+@dataclass(frozen=True)
+class Looks:
+    "How a video is looked at; it can go to another process."
+    sampling: Sampling      # of the model
+    others: tuple = ()      # of its helpers
+
+    def __call__(self, video: str | os.PathLike) -> tuple:
+        "The view of a video (3,T,S,S), its number of frames, and the views of the helpers."
+        frames, shown = self.sampling.counted(video)
+        views = (frames if s == self.sampling else s(video) for s in self.others)
+        return frames, shown, tuple(views)

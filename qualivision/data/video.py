@@ -7,7 +7,6 @@ __all__ = ['READERS', 'probe', 'read_frames', 'frame_times']
 
 # %% ../../nbs/data/09_video.ipynb #bccdc5d2
 import os
-import stat
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -19,10 +18,9 @@ import numpy as np
 
 from .colour import Painter, over_background
 from .container import (
-    CorruptVideo, EmptyVideo, MissingVideo, NotAVideo, ReaderUnavailable, TruncatedVideo,
-    VideoError, VideoWarning, open_video)
+    CorruptVideo, EmptyVideo, MissingVideo, ReaderUnavailable, TruncatedVideo, VideoError,
+    VideoWarning, check_limits, open_video, regular_file)
 from .look import Look, VideoInfo, decord_module, in_utf8, look_at
-from ..files import is_address
 
 # %% ../../nbs/data/09_video.ipynb #f984bc78
 class _Shelf:
@@ -277,29 +275,14 @@ def _by_decord(path: Path, indices,
 # %% ../../nbs/data/09_video.ipynb #637ca378
 READERS = ("auto", "decord", "pyav", "decord-gpu")
 
-_KINDS = {"a folder": stat.S_ISDIR, "a pipe": stat.S_ISFIFO, "a device": stat.S_ISCHR,
-          "a disk": stat.S_ISBLK, "a socket": stat.S_ISSOCK}
-
-def _size(path: Path) -> int:
-    "The bytes of a file that can be opened. Raises `MissingVideo`, `NotAVideo`, OSError."
-    if path.is_symlink() and not path.exists():
-        cause = f"it is a link to {os.readlink(path)}, which is not there"
-        raise MissingVideo(path, cause, "Check the link.")
-    found = path.stat()
-    for kind, is_kind in _KINDS.items():
-        if is_kind(found.st_mode):
-            raise NotAVideo(path, f"it is {kind}", "Give the path of one video file.")
-    with open(path, "rb"): return found.st_size
-
 def _file(path: str | os.PathLike) -> Path:
     "The path of a file with bytes in it that may be read."
     name, path = os.fspath(path), Path(path)
-    if is_address(name):
-        raise MissingVideo(name, "it is an address, not a file",
-                           "Download it and give the path of the file.")
     if not name:
         raise MissingVideo(repr(name), "the path is empty", "Give the path of one video file.")
-    try: size = _size(path)
+    try:
+        size = regular_file(name).st_size
+        with open(path, "rb"): pass                 # may it be read?
     except (FileNotFoundError, NotADirectoryError) as e:
         raise MissingVideo(path, "there is no such file", "Check the path.") from e
     except (OSError, ValueError) as e:     # no permission, too long a name, a zero byte in it, …
@@ -308,6 +291,13 @@ def _file(path: str | os.PathLike) -> Path:
     if size == 0:
         raise EmptyVideo(path, "the file has no bytes", "Copy, download or generate it again.")
     return path
+
+def _look_within(path: Path) -> Look:
+    "`look_at`, and whether the file is within the limits. Raises `LimitError`."
+    look = look_at(path)
+    check_limits(path, frames=look.info.frames, duration=look.info.duration,
+                 megapixels=look.size[0] * look.size[1] / 1e6)
+    return look
 
 def _check_damaged(path: Path, damaged: str):
     if damaged not in ("error", "warn"):
@@ -318,7 +308,7 @@ def probe(path: str | os.PathLike  # a video file
          ) -> VideoInfo:
     "What is in a video file. Raises as `read_frames`, but for damage that only decoding shows."
     path = _file(path)
-    look = look_at(path)
+    look = _look_within(path)
     _damage(path, look, look.info.frames, look.lost, "error")
     if not look.by_decoding: return look.info
     times, lost, _ = _count(path, look)
@@ -344,7 +334,7 @@ def read_frames(path: str | os.PathLike,  # a video file
     _check_damaged(path, damaged)
     named = reader.startswith("decord")
     if named and decord_module() is None: return _by_decord(path, indices)   # ReaderUnavailable
-    look = look_at(path)
+    look = _look_within(path)
     if named:
         if look.info.reader != "decord":
             cause = f"decord may return other frames: {look.info.why}"
@@ -369,7 +359,7 @@ def frame_times(path: str | os.PathLike,  # a video file
     `read_frames`."""
     path = _file(path)
     _check_damaged(path, damaged)
-    look = look_at(path)
+    look = _look_within(path)
     times, lost, _ = _count(path, look)
     _damage(path, look, len(times), lost, damaged)
     if None not in times: return _seconds(look, times)

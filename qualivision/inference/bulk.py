@@ -9,6 +9,7 @@ __all__ = ['DISK', 'TABLES', 'ITEMS', 'ENDS', 'TEXT', 'SHARED', 'TableForm', 'Fi
 # %% ../../nbs/inference/46_bulk.ipynb #a6675c71
 import json
 import os
+import platform
 import sqlite3
 import time
 from collections import Counter
@@ -20,10 +21,12 @@ from pathlib import Path
 
 from ..data.collection import (
     PICTURES, VIDEOS, BulkError, find_videos, listed, matches, read_manifest)
-from ..data.container import MissingVideo
+from ..data.container import Limits, MissingVideo, regular_file
 from ..devices import Job, flow
 from ..evaluation.conformal import spans, without_span
-from ..files import check_place, file_sha256, is_address, progress, readable, staged
+from ..files import (
+    check_place, csv_line, file_sha256, progress, readable, staged)
+from .apart import Apart, decoded_apart
 from .score import Scorer
 from ..models.weights import about_file
 from ..quality import DIMENSIONS, MOS_COLUMNS, Tally, say
@@ -63,9 +66,24 @@ DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqli
 TABLES = """
 CREATE TABLE IF NOT EXISTS rows (name BLOB, prompt TEXT, settings TEXT, sha256 TEXT, mark TEXT,
                                  scores TEXT, error TEXT, PRIMARY KEY (name, prompt)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS kinds (name BLOB, prompt TEXT, kind TEXT, PRIMARY KEY (name, prompt));
 DROP TABLE IF EXISTS items;
 CREATE TABLE items (position INTEGER PRIMARY KEY, name BLOB, path BLOB, prompt TEXT);"""
 
+def _owner(file: Path) -> Path: return file.with_name(file.name + "-owner")
+
+def _in_use(file: Path, e: sqlite3.Error) -> BulkError:
+    "Who has the journal, as far as it can be told."
+    code = getattr(e, "sqlite_errorcode", 0) & 255
+    if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return BulkError(file, f"the journal cannot be used ({e})",
+                         "Does another process write this result?")
+    try: who = _owner(file).read_text(encoding="utf-8")
+    except OSError: who = "of unknown number"
+    return BulkError(file, f"another process writes this result: {who}",
+                     "Wait for it, or give this result another name.")
+
+# %% ../../nbs/inference/46_bulk.ipynb #4dd91fc7
 def _open_journal(file: Path) -> sqlite3.Connection:
     "The journal beside a result, for this process alone. Raises BulkError."
     db = None
@@ -80,12 +98,20 @@ def _open_journal(file: Path) -> sqlite3.Connection:
         return db
     except sqlite3.Error as e:
         if db: db.close()
-        cause = f"this is no journal, or not a whole one ({e})"
-        remedy = "Remove it; its videos are then scored again."
-        if isinstance(e, sqlite3.OperationalError):
-            cause = f"the journal cannot be used ({e})"
-            remedy = "Does another process write this result?"
-        raise BulkError(file, cause, remedy) from e
+        if isinstance(e, sqlite3.OperationalError): raise _in_use(file, e) from e
+        raise BulkError(file, f"this is no journal, or not a whole one ({e})",
+                        "Remove it; its videos are then scored again.") from e
+
+@contextmanager
+def _journal(file: Path) -> Iterator[sqlite3.Connection]:
+    "An open journal that says whose it is."
+    with closing(_open_journal(file)) as db:
+        with suppress(OSError):
+            who = f"{os.getpid()} on {platform.node()}, since {time.ctime()}"
+            _owner(file).write_text(who, encoding="utf-8")
+        try: yield db
+        finally:
+            with suppress(OSError): _owner(file).unlink(missing_ok=True)
 
 # %% ../../nbs/inference/46_bulk.ipynb #daae8af3
 def _kept(text: str) -> str | bytes:
@@ -108,13 +134,13 @@ def _list(db, videos, ordered: bool) -> int:    # how many there are
     return db.execute("SELECT count(*) FROM items").fetchone()[0]
 
 ITEMS = """
-SELECT position, name, path, i.prompt, settings, sha256, mark, scores, error
-FROM items i LEFT JOIN rows USING (name, prompt)
+SELECT position, name, path, i.prompt, settings, sha256, mark, scores, error, kind
+FROM items i LEFT JOIN rows USING (name, prompt) LEFT JOIN kinds USING (name, prompt)
 WHERE position > ? ORDER BY position LIMIT ?"""
 
 def _items(db, page: int = 256) -> Iterator[tuple]:
     """What is to be scored, with what is known of it: name, path, prompt; settings, sha256, mark,
-    scores, error, all None for a new one."""
+    scores, error, error_kind, all None for a new one."""
     at = 0
     while found := db.execute(ITEMS, (at, page)).fetchall():
         at = found[-1][0]
@@ -123,10 +149,8 @@ def _items(db, page: int = 256) -> Iterator[tuple]:
 # %% ../../nbs/inference/46_bulk.ipynb #a9c97826
 def _content(path: str, sha: str | None, mark: str | None) -> tuple[str, str]:   # SHA-256, mark
     "The hash of a file, and a mark that changes when it does. Raises MissingVideo, BulkError."
-    if is_address(path):
-        raise BulkError(path, "it is an address, not a file", "Download it, and list the file.")
     try:
-        s, now = os.stat(path), time.time_ns()
+        s, now = regular_file(path), time.time_ns()
         found = f"{s.st_size} {s.st_mtime_ns} {s.st_ctime_ns} {s.st_ino}"
         if sha and mark == found: return sha, found
         sha = file_sha256(path)
@@ -134,7 +158,7 @@ def _content(path: str, sha: str | None, mark: str | None) -> tuple[str, str]:  
         raise MissingVideo(path, "there is no such file", "Check the name and the folder.") from e
     except OSError as e:
         raise BulkError(path, f"it cannot be read ({e.strerror})",
-                        "Check that it is a file and may be read.") from e
+                        "Check that it is a file and may be read.", "unreadable") from e
     return sha, found if now - max(s.st_mtime_ns, s.st_ctime_ns) > 2_000_000_000 else ""
 
 # %% ../../nbs/inference/46_bulk.ipynb #91eb6c57
@@ -146,68 +170,69 @@ def _prompts(scorer) -> bool: return getattr(scorer, "prompts", False)
 def header(scorer, form: TableForm | None) -> list[str]:
     "The columns of a result."
     if form: return list(form.columns)
-    if not _prompts(scorer): return ["video", *scorer.columns, "error", "sha256"]
-    return ["video_name", "Prompt", *MOS_COLUMNS, *ENDS, "error", "reasons", "warnings", "sha256"]
+    if not _prompts(scorer): return ["video", *scorer.columns, "error", "error_kind", "sha256"]
+    return ["video_name", "Prompt", *MOS_COLUMNS, *ENDS, "error", "error_kind", "reasons",
+            "warnings", "sha256"]
 
 def cells(scorer, form: TableForm | None, name: str, prompt: str, scores: dict | None,
-          error: str | None, sha: str | None) -> list:
+          error: str | None, sha: str | None, kind: str | None = None) -> list:
     "One row of a result; numbers are numbers, None is an empty cell."
     if form:
         return [name, *(form.numbers(scores) if scores else [None] * (len(form.columns) - 1))]
     scores = scores or {}
     values = [scores.get(c) for c in scorer.columns]
-    if not _prompts(scorer): return [name, *values, error, sha]
+    if not _prompts(scorer): return [name, *values, error, kind, sha]
     why, known = scores.get("reasons", {}), scorer.scorer.intervals     # not of the journal
     if bare := without_span(known, values): why = why | {"interval": bare}
     reasons = "; ".join(f"{d}: {reason}" for d, reason in why.items())
     warnings = "; ".join(scores.get("warnings", ()))
     ends = chain(*(span or (None, None) for span in spans(known, values).values()))
-    return [name, prompt, *values, *ends, error, reasons or None, warnings or None, sha]
+    return [name, prompt, *values, *ends, error, kind, reasons or None, warnings or None, sha]
 
 def _utf8(c): return readable(c) if isinstance(c, str) else c
-
-def _cell(c, decimals: int) -> str:
-    "A cell as CSV, in quotes where it has to be."
-    if isinstance(c, float): return f"{c:.{decimals}f}"
-    text = "" if c is None else str(_utf8(c))
-    if not any(s in text for s in ',"\r\n') and text == text.strip(): return text
-    return '"' + text.replace('"', '""') + '"'
 
 def _line(row: list, form: TableForm | None) -> str:
     "A row as CSV."
     decimals, comma = (form.decimals, form.comma) if form else (6, ",")
-    return comma.join(_cell(c, decimals) for c in row) + "\n"
+    return csv_line(map(_utf8, row), decimals, comma)
 
 # %% ../../nbs/inference/46_bulk.ipynb #5445f704
+def _line_count(file: Path) -> int:
+    if not file.exists(): return 0
+    with open(file, "rb") as f: return sum(b.count(b"\n") for b in iter(lambda: f.read(2**20), b""))
+
 class _Table:
-    "A CSV that stays as it was until the first new row, and then grows row by row."
+    "A CSV that stays as it was until it has something new and no fewer lines, and then grows."
     def __init__(self, out: Path, head: str):
         self.out, self.new, self.live = out, out.with_name(out.name + ".new"), False
-        self.file = self._open("w", self.new)
-        self.file.write(head)
-
-    def _open(self, mode, path): return open(path, mode, encoding="utf-8", newline="")
+        self.size = self.lines = 0                  # bytes, lines of whole rows
+        self.before, self.fresh = _line_count(out), False
+        self.file = open(self.new, "wb")
+        self.add(head, False)
 
     def go_live(self):
         self.file.close()
         os.replace(self.new, self.out)
-        self.file, self.live = self._open("a", self.out), True
+        self.file, self.live = open(self.out, "ab"), True
 
     def add(self, line: str, fresh: bool):
-        if fresh and not self.live: self.go_live()
-        self.file.write(line)
-        if fresh: self.file.flush()
+        data, self.fresh = line.encode("utf-8"), self.fresh or fresh
+        self.file.write(data)
+        if self.live: self.file.flush()
+        self.size, self.lines = self.size + len(data), self.lines + data.count(b"\n")
+        if not self.live and self.fresh and self.lines >= self.before: self.go_live()
 
     def close(self, whole: bool):
         if whole and not self.live: self.go_live()
         if whole: return self.file.close()
-        with suppress(OSError):                     # what came first is what counts
-            self.file.close()
-            if not self.live: self.new.unlink(missing_ok=True)
+        with suppress(OSError): self.file.close()   # what came first is what counts
+        with suppress(OSError):
+            if self.live: os.truncate(self.out, self.size)       # half a row goes
+            else: self.new.unlink(missing_ok=True)
 
 # %% ../../nbs/inference/46_bulk.ipynb #d3be4c93
-TEXT = ("video", "video_name", "Prompt", "error", "reasons", "warnings", "sha256", "Filename",
-        "path")     # columns of text; all others hold numbers
+TEXT = ("video", "video_name", "Prompt", "error", "error_kind", "reasons", "warnings", "sha256",
+        "Filename", "path")     # columns of text; all others hold numbers
 
 def _write_parquet(db, out: Path, scorer, form: TableForm | None, page: int = 10_000):
     "The result as Parquet, from the journal."
@@ -221,9 +246,9 @@ def _write_parquet(db, out: Path, scorer, form: TableForm | None, page: int = 10
             columns = [pa.array([r[i] for r in batch], t.type) for i, t in enumerate(schema)]
             file.write_table(pa.table(columns, schema=schema))
             batch.clear()
-        for name, _, prompt, _, sha, _, scores, error in _items(db):
+        for name, _, prompt, _, sha, _, scores, error, kind in _items(db):
             scores = json.loads(scores) if scores else None
-            row = cells(scorer, form, name, prompt, scores, error, sha or None)
+            row = cells(scorer, form, name, prompt, scores, error, sha or None, error and kind)
             batch.append([_utf8(c) for c in row])
             if len(batch) == page: write()
         if batch: write()
@@ -284,7 +309,7 @@ def _check_shared(db, source, scorer, encoding):
 class _Row(Job):
     "A video of a collection, and what the journal knows of it; found: scores, row as CSV."
     name: str = ""
-    known: tuple = ()              # settings, SHA-256, mark, scores, error; None of a new one
+    known: tuple = ()              # settings, SHA-256, mark, scores, error, kind; None: a new one
     sha: str = ""
     mark: str = ""
     kept: bool = False             # its known scores hold
@@ -297,23 +322,32 @@ class _Run:
     settings: str                  # of the scorer, as JSON
     form: TableForm | None         # None: our own
     report: Callable | None        # gets every error as it happens
+    apart: Apart | None = None     # what decodes in other processes
+    fail_fast: bool = False        # the first failure is the end
 
     def line(self, row: _Row, scores: dict | None, error: str | None = None) -> str:
         "A row as CSV."
-        out = cells(self.scorer, self.form, row.name, row.prompt, scores, error, row.sha or None)
+        kind = row.wrong.error.kind if row.wrong else None
+        out = cells(self.scorer, self.form, row.name, row.prompt, scores, error, row.sha or None,
+                    kind)
         return _line(out, self.form)
 
     def keep(self, row: _Row, scores: dict | None, error: str | None):
         "Writes one video into the journal."
         values = (os.fsencode(row.name), _kept(row.prompt), self.settings, row.sha, row.mark,
                   json.dumps(scores) if scores else None, error and readable(error))
-        self.db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+        with self.db:
+            self.db.execute("BEGIN")
+            self.db.execute("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+            if row.wrong:
+                kind = (*values[:2], row.wrong.error.kind)
+                self.db.execute("INSERT OR REPLACE INTO kinds VALUES (?, ?, ?)", kind)
 
 # %% ../../nbs/inference/46_bulk.ipynb #10b45f0b
 def _flowing(run: _Run, workers: int | None) -> Iterator[_Row]:
     "Every video once: known, scored, or failed."
     def prepare(row):              # in a thread; None if its known scores hold
-        settings, sha, mark, scores, _ = row.known
+        settings, sha, mark, scores, *_ = row.known
         row.sha, row.mark = _content(row.item, sha, mark)
         row.kept = settings == run.settings and scores is not None and row.sha == sha
         if not row.kept: return run.scorer.prepare(row.item)
@@ -325,7 +359,8 @@ def _flowing(run: _Run, workers: int | None) -> Iterator[_Row]:
         return [(scores, run.line(row, scores)) for row, scores in zip(rows, found)]
     rows = (_Row(path, prompt, name=name, known=tuple(known))
             for name, path, prompt, *known in _items(run.db))
-    return flow(rows, prepare, rate, getattr(run.scorer, "device", "cpu"), workers)
+    stop = run.apart and run.apart.close
+    return flow(rows, prepare, rate, getattr(run.scorer, "device", "cpu"), workers, stop=stop)
 
 # %% ../../nbs/inference/46_bulk.ipynb #7858476a
 def _score_all(run: _Run, out: Path, workers: int | None, total: int | None, count: dict):
@@ -344,6 +379,8 @@ def _score_all(run: _Run, out: Path, workers: int | None, total: int | None, cou
                 if table: table.add(line, not kept)
                 if wrong and run.report: run.report(error)
                 tally.add(wrong)
+                if wrong: count["failed_by"][wrong.error.kind] += 1
+                if wrong and run.fail_fast: return
         whole = True
     finally:
         if table: table.close(whole)
@@ -363,37 +400,7 @@ def no_video(source, over: dict) -> BulkError:
     return BulkError(source, f"there is no video in it{left}",
                      "Check the folder, or name other endings with a pattern.")
 
-# %% ../../nbs/inference/46_bulk.ipynb #2a1f770a
-def score_set(
-    source,                     # folder of videos, manifest, or iterable of (name, path, prompt)
-    out: str | Path,            # .csv or .parquet; the journal lies beside it
-    scorer,                     # such as FiveMosScorer; see What scores them
-    patterns=(),                # of file names in a folder; none: the usual endings
-    form: str = "own",          # which columns; own, or one of the scorer's `tables`
-    workers: int | None = None, # threads that read ahead; None: one a core, at most 4
-    progress: bool = False,     # how far it is, on stderr
-    report: Callable[[str], None] | None = None,  # gets every error as it happens
-    encoding: str | None = None # of a manifest; None: UTF-8, or UTF-16 with its mark
-) -> dict:                      # out, model, videos, scored, kept, failed, passed_over
-    "Scores a collection; what an earlier run finished is kept. Raises BulkError."
-    out, over = Path(out), Counter()        # over: ending or reason -> how many
-    form = None if form == "own" else _form_of(scorer, form)
-    if workers is not None and workers < 1:
-        raise BulkError(f"{workers} workers", "there must be one", "Give 1 or more.")
-    videos, ordered = _videos(source, scorer, patterns, over, out, encoding)
-    first = next(videos, None)              # before a journal is made: a wrong path leaves nothing
-    if first is None: raise no_video(source, over)
-    _place_for(out, source)
-    journal, count = out.with_name(out.name + ".journal"), dict(scored=0, kept=0, failed=0)
-    with closing(_open_journal(journal)) as db, _full_or_damaged(out, journal):
-        total = _list(db, chain([first], videos), ordered)
-        _check_shared(db, source, scorer, encoding)
-        run = _Run(db, scorer, json.dumps(scorer.settings, sort_keys=True), form, report)
-        _score_all(run, out, workers, total if progress else None, count)
-        if out.suffix.lower() == ".parquet": _write_parquet(db, out, scorer, form)
-    return {"out": str(out), "model": scorer.name, "videos": total, **count,
-            "passed_over": dict(sorted(over.items()))}
-
+# %% ../../nbs/inference/46_bulk.ipynb #66e6f310
 @contextmanager
 def _full_or_damaged(out: Path, journal: Path):
     "What the disk or the journal refuses becomes a BulkError."
@@ -404,3 +411,40 @@ def _full_or_damaged(out: Path, journal: Path):
             raise BulkError(out, f"it cannot be written ({e})", remedy) from e
         raise BulkError(journal, f"the journal is damaged ({e})",
                         "Remove it; its videos are then scored again.") from e
+
+# %% ../../nbs/inference/46_bulk.ipynb #2a1f770a
+def score_set(
+    source,                     # folder of videos, manifest, or iterable of (name, path, prompt)
+    out: str | Path,            # .csv or .parquet; the journal lies beside it
+    scorer,                     # such as FiveMosScorer; see What scores them
+    patterns=(),                # of file names in a folder; none: the usual endings
+    form: str = "own",          # which columns; own, or one of the scorer's `tables`
+    workers: int | None = None, # threads that read ahead; None: one a core, at most 4
+    progress: bool = False,     # how far it is, on stderr
+    report: Callable[[str], None] | None = None,  # gets every error as it happens
+    encoding: str | None = None,# of a manifest; None: UTF-8, or UTF-16 with its mark
+    limits: Limits | None = None,   # other processes decode, and a larger video is an error
+    fail_fast: bool = False     # the first failure is the end
+) -> dict:                      # out, model, videos, scored, kept, failed, failed_by, passed_over
+    "Scores a collection; what an earlier run finished is kept. Raises BulkError."
+    out, over = Path(out), Counter()        # over: ending or reason -> how many
+    form = None if form == "own" else _form_of(scorer, form)
+    if workers is not None and workers < 1:
+        raise BulkError(f"{workers} workers", "there must be one", "Give 1 or more.")
+    videos, ordered = _videos(source, scorer, patterns, over, out, encoding)
+    first = next(videos, None)              # before a journal is made: a wrong path leaves nothing
+    if first is None: raise no_video(source, over)
+    _place_for(out, source)
+    journal = out.with_name(out.name + ".journal")
+    count = dict(scored=0, kept=0, failed=0, failed_by=Counter())
+    with (_journal(journal) as db, _full_or_damaged(out, journal),
+          decoded_apart(scorer, limits) as apart):
+        total = _list(db, chain([first], videos), ordered)
+        _check_shared(db, source, scorer, encoding)
+        run = _Run(db, scorer, json.dumps(scorer.settings, sort_keys=True), form, report, apart,
+                   fail_fast)
+        _score_all(run, out, workers, total if progress else None, count)
+        if out.suffix.lower() == ".parquet": _write_parquet(db, out, scorer, form)
+    count["failed_by"] = dict(sorted(count["failed_by"].items()))
+    return {"out": str(out), "model": scorer.name, "videos": total, **count,
+            "passed_over": dict(sorted(over.items()))}

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from ..data.sampling import Sampling
+from ..data.sampling import Looks, Sampling
 from ..devices import Job, announce, autocast, flow, pick_device, resolve_precision
 from ..evaluation.conformal import read_intervals, spans, without_span
 from ..files import check_place, progress as with_progress
@@ -73,7 +73,7 @@ class Scorer:
                  precision: str = "fp32",    # fp32 | bf16 | fp16; records name any but fp32
                  learned_on: dict | None = None):   # dimension → about its opinions; None: none
         self.model, self.device = model.to(device).eval(), device
-        self.sampling, self.encoder = sampling, encoder
+        self.sampling, self.encoder, self.apart = sampling, encoder, None   # of `decoded_apart`
         self.licence, self.precision, self.helpers, self.intervals = licence, precision, (), {}
         shown = name if precision == "fp32" else f"{name} in {precision}"
         self.about = {"model": shown, "checkpoint": checkpoint, "trained_on": trained_on,
@@ -208,11 +208,12 @@ def helpers_for(cls: Scorer, folder, learned: dict, device: str, simulated: tupl
 
 # %% ../../nbs/inference/45_score.ipynb #50676a81
 @patch
+def decoder(self: Scorer): return Looks(self.sampling, tuple(h.sampling for h in self.helpers))
+
+@patch
 def look(self: Scorer, video: str | os.PathLike) -> tuple:
-    "The view of a video (3,T,S,S), its number of frames, and the views of the helpers."
-    frames, shown = self.sampling.counted(video)
-    views = (frames if h.sampling == self.sampling else h.sampling(video) for h in self.helpers)
-    return frames, shown, tuple(views)
+    "What `Looks` gives."
+    return (self.apart or self.decoder())(video)
 
 @patch
 def judge(self: Scorer,
@@ -272,7 +273,7 @@ def opened(self: Scorer, video: str | os.PathLike, prompt: str) -> tuple:    # a
     "What `look` sees in a video; a bad prompt is refused first."
     if not isinstance(prompt, str) or not prompt.strip():
         raise ScoreError(video, "there is no prompt", "Give the text that the video was generated "
-                                                      "from: alignment is judged against it.")
+                         "from: alignment is judged against it.", "prompt")
     self.encoder.read(prompt)                                   # before a video is decoded
     return self.look(video)
 
@@ -290,7 +291,8 @@ def score_many(self: Scorer, pairs: Iterable[tuple],  # of (video, prompt)
         found = self.judge_many([j.views for j in jobs], [j.prompt for j in jobs])
         return [self.record(j.item, j.prompt, *f) for j, f in zip(jobs, found)]
     tally, jobs = Tally(), (Job(video, prompt) for video, prompt in pairs)
-    for job in flow(jobs, opened, ranked if contrast else judged, self.device, workers):
+    for job in flow(jobs, opened, ranked if contrast else judged, self.device, workers,
+                    stop=getattr(self.apart, "close", None)):
         tally.add(job.wrong)
         if job.wrong: job.found = ScoreRecord.failed(str(job.item), job.prompt, job.wrong.error,
                                                      **self.about)
@@ -397,8 +399,7 @@ def _rows(data: Path, split: str | None, encoding: str | None,
           known: str | None = None):                        # -> video_name, Prompt, path
     """The rows to score: a split, all of a folder with labels.csv, or of a published set.
     Raises QualiVisionError."""
-    # with pandas, which scoring one video does not need
-    import pandas as pd
+    import pandas as pd          # which scoring one video does not need
     from qualivision.data.collection import listed
     from qualivision.data.dataset import SPLITS, DatasetError, load_labels
     from qualivision.data.opinions import places
@@ -443,8 +444,7 @@ def predict(data: str | Path,                     # root of a data set in the Ta
                                                              **helpers)
     scored = scorer.score_many(zip(frame["path"], frame["Prompt"]))
     records = list(with_progress(scored, len(frame), "scoring", progress))
-    mos = [[getattr(r, d) for d in DIMENSIONS] for r in records]
-    scores = np.array([[np.nan if m is None else m for m in row] for row in mos])
+    scores = np.array([[getattr(r, d) for d in DIMENSIONS] for r in records], float)   # None: NaN
     notes = ["; ".join(r.warnings) for r in records] if scorer.helpers else None
     write_predictions(frame, scores, out, missing="empty", warnings=notes)
     return records

@@ -30,6 +30,7 @@ from ..quality import QualiVisionError, caught, say
 # %% ../../nbs/models/19_text.ipynb #04993797
 class TextError(QualiVisionError):
     "A prompt cannot be encoded, or an encoder is not there."
+    kind = "prompt"
 
 
 MINILM, BGE_LARGE = "minilm", "BAAI/bge-large-en-v1.5"

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -191,7 +192,7 @@ class OfficialScorer:
         self.weights, self.seed, self.form, self.own = weights, seed, form, own
         self.sets, self.sampling = read_sets() if sets is None else sets, sampling
         self.no_ranks = why_no_ranks(name, self.sets)
-        self.pictures = name == "cover"
+        self.pictures, self.apart = name == "cover", None     # see `decoded_apart`
         self.cut = cover_views if self.pictures else dover_views
         self.columns = (*COVER.views, "overall") if self.pictures else (*DOVER.views, "fused")
         self.precision = precision
@@ -218,15 +219,21 @@ class OfficialScorer:
 
 # %% ../../nbs/official/79_scorer.ipynb #ba733d9f
 @patch
+def decoder(self: OfficialScorer):
+    "What `prepare` does in a process that may be another one."
+    return partial(self.cut, seed=self.seed, **self.sampling)
+
+
+@patch
 def prepare(self: OfficialScorer,
             video: str | os.PathLike        # a video file; for COVER also a picture
            ) -> dict[str, Tensor]:          # as `dover_views` or `cover_views` gives them
     "The normalised views of one file. Raises VideoError, SamplingError, OfficialError."
-    try: return self.cut(video, seed=self.seed, **self.sampling)
+    try: return (self.apart or self.decoder())(video)
     except NotAVideo as e:
         if not is_picture(video): raise
         raise OfficialError(video, "it is a picture, and DOVER looks at videos",
-                            "`qualivision cover` scores pictures too.") from e
+                            "`qualivision cover` scores pictures too.", "unreadable") from e
 
 
 @patch
@@ -273,7 +280,8 @@ def record(self: OfficialScorer, video, scores: dict | None, error=None) -> dict
     ranks = None if error else relative_ranks(scores, self.name, self.sets)
     reason = {"why_no_ranks": self.no_ranks} if self.no_ranks else {}
     return {"video": str(video), **scores, "ranks": ranks, **reason, "seed": self.seed, **self.note,
-            "weights": self.weights, "error": None if error is None else str(error)}
+            "weights": self.weights, "error": None if error is None else str(error),
+            "error_kind": None if error is None else getattr(error, "kind", "fault")}
 
 
 @patch
@@ -290,7 +298,8 @@ def score_many(self: OfficialScorer, videos: Iterable) -> Iterator[dict]:
         found = self.rate_many([job.views for job in jobs])
         return [self.record(job.item, scores) for job, scores in zip(jobs, found)]
     tally = Tally()
-    for job in flow(map(Job, videos), lambda job: self.prepare(job.item), rated, self.device):
+    for job in flow(map(Job, videos), lambda job: self.prepare(job.item), rated, self.device,
+                    stop=getattr(self.apart, "close", None)):
         tally.add(job.wrong)
         yield self.record(job.item, None, job.wrong.error) if job.wrong else job.found
 

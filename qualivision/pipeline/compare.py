@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.dataset import DatasetError, write_predictions
-from ..files import code_hash
+from ..files import code_hash, unguarded, write_table
 from ..evaluation.conformal import measured
 from ..evaluation.metrics import MetricError
 from qualivision.evaluation.protocol import (
@@ -46,7 +46,7 @@ def read_scores(
     "Scores of exactly these videos. Raises DatasetError where they are of others."
     table = pd.read_csv(file, dtype={"video_name": str, "Prompt": str}, keep_default_na=False,
                         na_values=dict.fromkeys(MOS_COLUMNS, ""))
-    if table["video_name"].tolist() != clips["video_name"].tolist():
+    if table["video_name"].map(unguarded).tolist() != clips["video_name"].tolist():
         raise DatasetError(file, "its videos are not those of the split", "Run `dvc repro`.")
     return table[list(MOS_COLUMNS)].to_numpy(float)
 
@@ -220,8 +220,7 @@ def main(
     results = compare(rows, clips, settings["resamples"], settings["seed"], models)
     save_results(results, "results/metrics.json")
     write_predictions(asked, rows[models[0]], "results/predictions.csv", "empty")
-    rows_table(asked, rows).to_csv("results/rows.csv", index=False, float_format="%.6f",
-                                   lineterminator="\n")
+    write_table("results/rows.csv", rows_table(asked, rows), 6)
     write_json("results/summary.json", summary(results))
     write_json("results/intervals.json", tried_intervals(models, splits, split))
     write_json("results/generators.json",

@@ -20,7 +20,7 @@ from ..evaluation.plots import plot_curves, plot_rows, plot_scatter, save_figure
 from qualivision.evaluation.protocol import (
     BASELINES, COLUMNS, ORACLES, best_baseline, differences_markdown, judged, markdown_table,
     title)
-from ..files import value_hash, write_whole
+from ..files import unguarded, value_hash, write_whole
 from ..models.registry import entry_of
 from .page import results_page
 from .params import read_json, read_params, read_splits, run_stage
@@ -384,6 +384,7 @@ def main(
     under, said = captions(about), texts(results, folder, about)
     splits = read_splits(read_params(SECTIONS, params)["data"])
     rows = pd.read_csv(folder/"rows.csv")
+    for c in ("video_name", "Prompt", "group"): rows[c] = rows[c].map(unguarded, na_action="ignore")
     png = {Path(n).stem: (folder/n, under.get(n, "")) for n in drawn}
     within = read_json(folder/"generators.json")
     write_whole(folder/"report.html",
