@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['commands', 'IN_BRACKETS', 'Simulated', 'ClipScore', 'SetName', 'GOES_ON', 'SCORERS', 'describe', 'srocc_text',
-           'origin', 'dimensions_in', 'helpers', 'contrast_line', 'on_engine', 'score', 'evaluate', 'compare',
-           'predict', 'fit_dover', 'fit_frames', 'train', 'set_scorer', 'score_set']
+           'origin', 'dimensions_in', 'helpers', 'contrast_line', 'on_engine', 'score', 'evaluate', 'predict',
+           'fit_dover', 'fit_frames', 'train', 'set_scorer', 'score_set']
 
 # %% ../../nbs/commands/91_own.ipynb #0a70183b
 import shutil
@@ -21,7 +21,7 @@ from .app import (
     Encoding, Engine, Epochs, Fused, GroupBy, Head, Json, Precision, Preset, RankWeight, Rate,
     Readers, Scale, Seed, Share, SharedWeight, TrainSeed, Videos, Weights, Workers, bar, failed,
     notice, option, unicode, wrapped)
-from ..files import check_place, staged
+from ..files import check_place
 from ..quality import DIMENSIONS, ScoreRecord, caught, say
 
 commands = App()
@@ -201,28 +201,6 @@ def evaluate(
         return _against(predictions, labels, table, encoding, group, columns)
     result = evaluate_files(predictions, labels, pred, target, group, encoding=encoding)
     return Answer(result, (format_metrics(r) for r in [result]))
-
-# %% ../../nbs/commands/91_own.ipynb #e67fa19b
-@commands.command()
-def compare(
-        predictions: Annotated[list[Path], typer.Argument(help="Two files or more, CSV or Parquet "
-                                                          "with video_name and five MOS.")],
-        labels: Annotated[Path, option("The opinions on the same videos.")],
-        group: Annotated[Optional[str], option("Column of clips that belong together, e.g. "
-                                               "Prompt. Default: each clip alone.")] = None,
-        metric: Annotated[str, option("srocc, plcc, plcc_logistic, krcc, rmse, mae or "
-                                      "challenge.")] = "srocc",
-        out: Annotated[Optional[Path], option("Picture of the differences, PNG.")] = None,
-        encoding: Encoding = None, as_json: Json = False):
-    """Which of several models follows people better: differences with 95 % intervals, and p after
-    Holm's correction."""
-    from qualivision.evaluation.compare import compare_files, format_comparison, plot_comparison
-    if out is not None: check_place(out)
-    result = compare_files(predictions, labels, group, metric, encoding)
-    if out is not None:
-        from qualivision.evaluation.plots import save_figure
-        with staged(out) as written: save_figure(plot_comparison(result), written)
-    return Answer(result, (wrapped(line, "    ") for line in format_comparison(result)))
 
 # %% ../../nbs/commands/91_own.ipynb #ef742fb8
 @commands.command()
