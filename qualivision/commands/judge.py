@@ -24,8 +24,10 @@ def compare(
         labels: Annotated[Path, option("The opinions on the same videos.")],
         group: Annotated[Optional[str], option("Column of clips that belong together, e.g. "
                                                "Prompt. Default: each clip alone.")] = None,
-        metric: Annotated[str, option("srocc, plcc, plcc_logistic, krcc, rmse, mae or "
-                                      "challenge.")] = "srocc",
+        metric: Annotated[str, option(
+            "srocc, plcc, plcc_logistic, krcc, rmse, mae, challenge, srocc_in_group, "
+            "srocc_in_generator, accuracy, accuracy_with_ties, rmse_mapped, rmse_star or "
+            "outliers.")] = "srocc",
         out: Annotated[Optional[Path], option("Picture of the differences, PNG.")] = None,
         encoding: Encoding = None, as_json: Json = False):
     """Which of several models follows people better: differences with 95 % intervals, and p after
