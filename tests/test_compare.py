@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from qualivision.cli import app
+from qualivision.evaluation.agreement import ALL_METRICS
 from qualivision.evaluation.compare import (
     compare_frames, dependent_correlations, difference, holm, jackknife, verdict, without_each)
 from qualivision.evaluation.metrics import METRICS, MetricError
@@ -22,16 +23,18 @@ def draw(rng, noise=(.5, .5)):
     return y, *(y + k * shared() for k in noise)
 
 
-@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("metric", ALL_METRICS.values(), ids=lambda m: m.name)
 def test_each_group_is_left_out_whole(metric):
-    y, a, _ = draw(np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    y, a, _ = draw(rng)
     y, a = y.round(1), a.round(1)
+    metric = metric.given({"group": PROMPTS, "generator": np.array(list("wxyz") * 24), "spread": rng.uniform(.1, .5, 96)}.get(metric.beside))
     value, values = without_each(a, y, PROMPTS, metric)
-    plain = METRICS[metric][0]
-    assert value == plain(a, y)
-    slow = [plain(a[PROMPTS != g], y[PROMPTS != g]) for g in range(24)]
-    # groups are sorted as text: the same numbers in another order
-    assert sorted(values) == pytest.approx(sorted(slow), abs=2e-3 if metric == "plcc_logistic" else 1e-10)
+    assert value == metric(a, y)
+    slow = [metric.some(PROMPTS != g)(a[PROMPTS != g], y[PROMPTS != g]) for g in range(24)]
+    # groups are sorted as text: the same numbers in another order; a logistic is fitted on a grid
+    fitted = {"plcc_logistic": 2e-3, "rmse_mapped": 2e-3, "rmse_star": 2e-3, "outliers": 1.1 / 92}
+    assert sorted(values) == pytest.approx(sorted(slow), abs=fitted.get(metric.name, 1e-10))
 
 
 def test_williams_is_the_test_of_a_simulation_of_independent_clips():
@@ -173,3 +176,23 @@ def test_a_clip_counts_where_all_models_have_a_score(files):
     frames = {n: pd.read_csv(files/n/"p.csv") for n in "ab"} | {"c": table}
     found = compare_frames(frames, pd.read_csv(files/"labels.csv"), "Prompt")
     assert {r["n"] for r in found["rows"] if r["dim"] == "temporal"} == {94}
+
+
+def test_metrics_that_know_more_of_a_clip():
+    "Within a prompt, within a generator, in pairs, and beyond the doubt; and why not, where it is not known."
+    y, a, b = draw(np.random.default_rng(8), (.2, 2.))
+    names = [f"{k}.mp4" for k in range(96)]
+    labels = pd.DataFrame({"video_name": names, "Prompt": PROMPTS, "generator": list("wxyz") * 24, "temporal": y + 3})
+    tables = {n: pd.DataFrame({"video_name": names} | dict.fromkeys(MOS_COLUMNS, x)) for n, x in (("a", a), ("b", b))}
+    def found(metric, group="Prompt", labels=labels):
+        result = compare_frames(tables, labels, group, metric)
+        return {r["name"]: r for r in result["rows"]}, result["pairs"][0]
+    for metric, baseline in (("srocc_in_group", "generator"), ("accuracy", "generator"), ("srocc_in_generator", "prompt")):
+        rows, pair = found(metric)
+        assert list(rows) == ["a", "b", f"{baseline} alone"]                                   # no prompt within a prompt
+        assert rows["b"]["high"] < rows["a"]["low"] < rows["a"]["value"] < rows["a"]["high"] and pair["p"] < 1e-3 and pair["low"] > 0
+    rows, pair = found("accuracy_with_ties", None)
+    assert pair["p"] is rows["a"]["value"] is None and "one group" in rows["a"]["reason"] == pair["reason"]
+    assert "raters" in found("outliers")[0]["b"]["reason"]
+    rows, pair = found("rmse_star", labels=labels.assign(raters=24, temporal_sd=.5))
+    assert rows["a"]["high"] < rows["b"]["low"] and pair["high"] < 0

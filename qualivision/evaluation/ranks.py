@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .agreement import accuracy_with_ties, accuracy_without_ties
 from .metrics import (
     MetricError, by_video, group_weights, groups_of, numbers_in, or_reason, percentile_interval)
 from ..files import number, read_table, readable, write_whole
@@ -204,22 +205,6 @@ def build_set(score_files,          # CSV or Parquet, one or several, one row a 
 # %% ../../nbs/evaluation/38_ranks.ipynb #ed28cbcf
 PAIRED = ("accuracy", "accuracy_with_ties")
 
-def _without_ties(choice, right, weights) -> np.ndarray:   # (R,)
-    decided = (weights * (choice != 0)).sum(1)
-    return np.divide((weights * right).sum(1), decided, out=np.full(len(weights), np.nan),
-                     where=decided > 0)
-
-def _with_ties(difference, choice, right, weights) -> tuple:     # (R,), (R,) threshold, -1: none
-    "The best accuracy over all thresholds, and which it is, for every row of weights."
-    order = np.argsort(np.abs(difference), kind="stable")
-    size, w = np.abs(difference)[order], weights[:, order]
-    ends = np.flatnonzero(np.append(np.diff(size) > 0, True))    # equal differences go together
-    gain = np.cumsum(w * ((choice == 0) * 1. - right)[order], axis=1)[:, ends]
-    gain = np.concatenate([np.zeros((len(w), 1)), gain], axis=1)
-    best = gain.argmax(1)
-    shares = ((w * right[order]).sum(1) + gain.max(1)) / w.sum(1)
-    return shares, np.append(-1., size[ends])[best]
-
 # %% ../../nbs/evaluation/38_ranks.ipynb #5bab9d8f
 def pair_accuracy(difference,    # (N,) score of the first clip minus that of the second
                   choice,        # (N,) 1: people prefer the first, -1: the second, 0: neither
@@ -232,11 +217,12 @@ def pair_accuracy(difference,    # (N,) score of the first clip minus that of th
         raise MetricError("pairs", "differences and choices are no two equal, finite columns",
                           "Leave pairs without scores out.")
     right, one, reasons = (np.sign(d) == c) * (c != 0) * 1., np.ones((1, len(d))), {}
-    shares, threshold = _with_ties(d, c, right, one)
-    values = [_without_ties(c, right, one)[0], shares[0]]
+    shares, threshold = accuracy_with_ties(d, c, right, one)
+    values = [accuracy_without_ties(c, right, one)[0], shares[0]]
     ci, weights = {}, or_reason(reasons, "ci", lambda: group_weights(groups, len(d), n, seed))
     if weights is not None:
-        drawn = _without_ties(c, right, weights), _with_ties(d, c, right, weights)[0]
+        drawn = (accuracy_without_ties(c, right, weights),
+                 accuracy_with_ties(d, c, right, weights)[0])
         ci = {m: or_reason(reasons, f"ci {m}", lambda m=m, x=x: list(percentile_interval(x, m)))
               for m, x in zip(PAIRED, drawn)}
     if np.isnan(values[0]): reasons["accuracy"] = "people prefer neither clip of any pair"
