@@ -10,14 +10,16 @@ import pytest
 import tiny
 import torch
 
-from qualivision.compression.prune import RECIPES, PruneError, cost, prune, scores_of, used_numbers
+from qualivision.compression.prune import RECIPES, SHARES, PruneError, cost, prune, scores_of, used_numbers
 from qualivision.compression.recover import pupil_of
 from qualivision.inference.score import Scorer
 from qualivision.models.dover_mos import EMBEDDED, DoverPlusPlus
 from qualivision.models.vjepa_mos import VJEPA_EMBEDDED, VJepaMos
 from qualivision.models.weights import WeightsError, about_file, load_checkpoint, load_strict, save_checkpoint
 from qualivision.models.widths import narrow, narrow_to
+from qualivision.official.dover import Branches, QualityHead, complexity
 from qualivision.official.groups import groups_of
+from qualivision.official.inflated import INFLATED, InflatedConvNeXt3D
 from qualivision.official.scorer import NETWORKS, load_model
 from qualivision.toy import TOY, toy_clip, toy_set
 
@@ -25,11 +27,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 NAMED = dict(causes=("blur", "noise"), attributes=("colour",))
 
 
-class Mobile(tiny.Mobile):
-    "With the classifiers that never run."
+class Mobile(Branches):
+    "DOVER-Mobile's form in one view, with the classifier that never runs."
+    views = ("technical",)
+
     def __init__(self):
         super().__init__()
-        for view in self.views: self.get_submodule(f"{view}_backbone").head = torch.nn.Linear(32, 10)
+        form = INFLATED["v2-femto"] | dict(dims=(8, 8, 16, 32), depths=(1, 1, 1, 1), classes=10)
+        self.add({"technical": QualityHead(32, 16)}, technical=InflatedConvNeXt3D(**form))
 
 
 MAKE = {"dover": lambda: DoverPlusPlus(replace(tiny.CONFIG, **NAMED)), "mobile": Mobile,
@@ -74,45 +79,44 @@ def test_all_groups_narrow_load_strictly(kind):
     assert [g.units for g in groups_of(fresh)] == [g.units // 2 for g in every]          # can be pruned again
 
 
-@pytest.mark.parametrize("kind,recipe", [("dover", r) for r in RECIPES] + [("mobile", "channel"), ("mobile", "structured"), ("vjepa2", "structured")])
+@pytest.mark.parametrize("kind,recipe", [("mobile", r) for r in RECIPES if r != "structured"] + [("vjepa2", "structured")])
 def test_recipes_leave_what_was_asked(kind, recipe):
     model, inputs = made(kind)
-    keep = .7 if kind == "vjepa2" else .5       # its tokens keep their width
-    state, before = deepcopy(model.state_dict()), cost(model, *inputs)
+    keep = .5 if kind == "mobile" else .7       # what does not shrink is a large part of the tiny ones
+    state, before, scores = deepcopy(model.state_dict()), cost(model, *inputs), scores_of(model, inputs)
     found = prune(model, recipe, keep, *inputs)
     after = cost(found.model, *inputs)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items()), "the whole model was changed"
     assert after["nonzero"] <= keep * before["parameters"] and scores_of(found.model, inputs).isfinite().all()
-    assert not torch.allclose(scores_of(found.model, inputs), scores_of(model, inputs), atol=1e-4)
+    assert not torch.allclose(scores_of(found.model, inputs), scores, atol=1e-4)
     if found.masks:
         assert after["flops"] == before["flops"] and after["parameters"] == before["parameters"] and not found.widths
-        assert abs(after["nonzero"] - keep * before["parameters"]) <= 200
-        assert sum(int(m.sum()) for m in found.masks.values()) < before["parameters"]
+        assert after["nonzero"] > (keep - .01) * before["parameters"]
     else:
         assert after["flops"] <= keep * before["flops"] and after["parameters"] <= keep * before["parameters"]
-        assert max(after[k] / before[k] for k in ("flops", "parameters")) > keep - .12     # not far below either
-    untouched = {("dover", "channel"): "fusion.text_proj", ("dover", "structured"): "dover_model.backbone.0",
-                 ("dover", "unstructured"): "dover_model.bank.statistics.filters",
-                 ("mobile", "structured"): "technical_backbone.stages.0.0.dwconv",
-                 ("vjepa2", "structured"): "video.encoder.layer.0.attention.query"}
-    if (kind, recipe) in untouched: assert untouched[kind, recipe] in found.untouched
-    assert bool(found.curves) == RECIPES[recipe][1] and all(len(c) == 6 and max(c) > 0 for c in found.curves.values())
+        assert max(after[k] / before[k] for k in ("flops", "parameters")) > keep - .12     # and not much less than was asked
+    untouched = {"vjepa2": "video.encoder.layer.0.attention.query"}.get(kind)
+    assert untouched in found.untouched if untouched else found.untouched == ["technical_backbone.head"] * bool(found.masks)
+    assert bool(found.curves) == RECIPES[recipe][1] and all(len(c) == len(SHARES) and max(c) > 0 for c in found.curves.values())
 
 
 def test_cost_is_of_a_whole_forward():
-    "The fixed filters of the embedded DOVER++ count: 96 of 2×12×12 pixels in three colours, at 8×12×12 places; 9·96 numbers for two scores."
+    "Fixed filters count: 96 of 2×12×12 pixels in three colours, at 8×12×12 places; 9·96 numbers for two scores, which are put in their places."
     frames, text = torch.zeros(1, 3, 16, 144, 144, dtype=torch.uint8), torch.zeros(1, 384)
-    with torch.device("meta"): with_, without = (DoverPlusPlus(c).eval() for c in (EMBEDDED, replace(EMBEDDED, bank=())))
-    flops = [cost_on_meta(m, frames, text) for m in (with_, without)]
-    assert flops[0] - flops[1] == 2 * 96 * (3 * 2 * 12 * 12) * (8 * 12 * 12) + 2 * 864 * 2
+    flops = [complexity(DoverPlusPlus(c).eval(), frames, text)["flops"] for c in (EMBEDDED, replace(EMBEDDED, bank=()))]
+    assert flops[0] - flops[1] == 2 * 96 * (3 * 2 * 12 * 12) * (8 * 12 * 12) + 2 * 864 * 2 + 2 * 2 * 5
     model, inputs = made("mobile")
-    assert sum(p.numel() for p in model.parameters()) - cost(model, *inputs)["parameters"] == 2 * (32 * 10 + 10)
+    assert sum(p.numel() for p in model.parameters()) - cost(model, *inputs)["parameters"] == 32 * 10 + 10
     assert not [n for n in used_numbers(model, *inputs) if "backbone.head" in n]
 
 
-def cost_on_meta(model, *inputs):
-    from qualivision.official.dover import complexity
-    return complexity(model, *(x.to("meta") for x in inputs))["flops"]
+def test_attention_is_counted_and_so_is_its_last_layer():
+    "On a CPU as elsewhere: two products of 8 queries, 8 keys and 2 heads of 16."
+    class Attend(torch.nn.Module):
+        def forward(self, x): return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    assert complexity(Attend(), torch.zeros(1, 2, 8, 16))["flops"] == 2 * (2 * 2 * 8 * 8 * 16)
+    mha = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    assert complexity(mha, *3 * [torch.zeros(1, 4, 8)])["used"] == sum(p.numel() for p in mha.parameters())
 
 
 def test_what_cannot_be_pruned_is_said():
@@ -148,10 +152,10 @@ def prune_in(room, monkeypatch, recipe, out, *more):
 
 
 def test_command_makes_a_checkpoint_like_any_other(room, monkeypatch):
-    status, report, _ = prune_in(room, monkeypatch, "layer-channel", "small", "--epochs", 2)
+    status, report, _ = prune_in(room, monkeypatch, "structured", "small", "--epochs", 2)
     assert status == 0 and report["parameters"]["after"] <= .6 * report["parameters"]["before"]
     assert report["flops"]["after"] <= .6 * report["flops"]["before"] and report["bytes"]["after"] < .75 * report["bytes"]["before"]
-    assert report["srocc"]["overall"].keys() >= {"before", "after", "diff", "low", "high"} and "fusion.text_norm" not in report["untouched"]
+    assert report["srocc"]["overall"].keys() >= {"before", "after", "diff", "low", "high"} and "dover_model.wide" in report["untouched"]
     rows = list(csv.DictReader((room/"small"/"history.csv").open()))
     assert len(rows) == 2 and all(float(r["teacher_loss"]) > 0 for r in rows), "the whole model did not teach"
     assert not (room/"small.run").exists()
@@ -166,9 +170,10 @@ def test_command_makes_a_checkpoint_like_any_other(room, monkeypatch):
 
 
 def test_zeros_survive_the_training_and_the_encoder_stays(room, monkeypatch):
-    status, report, _ = prune_in(room, monkeypatch, "unstructured", "zeros", "--epochs", 1, "--head-only", "--lr", .01)
+    status, report, said = prune_in(room, monkeypatch, "unstructured", "zeros", "--epochs", 1, "--head-only", "--lr", .01)
+    assert status == 0, said
     before, after = load_checkpoint(room/"whole")[0], load_checkpoint(room/"zeros")[0]
-    assert status == 0 and report["parameters"]["nonzero"] <= .6 * report["parameters"]["before"]
+    assert report["parameters"]["nonzero"] <= .6 * report["parameters"]["before"]
     changed = [k for k, v in after.items() if not torch.equal(v[v != 0], before[k][v != 0])]
     assert changed and not [k for k in changed if k.startswith("dover_model.backbone.")]
     status, _, said = prune_in(room, monkeypatch, "channel", "whole")
@@ -179,7 +184,8 @@ def test_pruned_twice(room):
     "A pruned checkpoint is pruned again: its widths are counted from it, and written with those that it had."
     model, inputs = Scorer.from_checkpoint(room/"whole", "cpu").model, made("dover")[1]
     first = prune(model, "structured", .8, *inputs)
+    assert "dover_model.backbone.0" in first.untouched
     second = prune(first.model, "channel", .8, *inputs)
     pupil = pupil_of(second.model, {"widths": first.widths | second.widths}, head_only=True)
-    assert torch.equal(scores_of(pupil.eval(), inputs), scores_of(second.model, inputs)) and pupil.frozen
+    assert torch.allclose(scores_of(pupil.eval(), inputs), scores_of(second.model, inputs), atol=1e-5) and pupil.frozen
     assert "pruned" not in about_file(room/"whole")

@@ -59,7 +59,9 @@ class Teacher:
 def held_at_zero(model: nn.Module, masks: dict[str, Tensor]) -> list:     # hooks
     "From now on these weights have no gradient: AdamW leaves a zero without one at zero."
     def keep(mask): return lambda grad: grad * mask.to(grad)
-    return [model.get_parameter(name).register_hook(keep(mask)) for name, mask in masks.items()]
+    learns = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return [learns[name].register_hook(keep(mask)) for name, mask in masks.items()
+            if name in learns]
 
 # %% ../../nbs/compression/89a_recover.ipynb #522272c0
 def pupil_of(model: FiveMos,      # pruned

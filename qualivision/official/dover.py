@@ -138,11 +138,13 @@ def used_parts(module: nn.Module,
                *inputs             # of its forward; tensors on the meta device cost nothing
               ) -> tuple[dict[str, nn.Module], int]:
     "The parts that run in one forward pass, by name; its floating-point operations."
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     ran, names = set(), {m: name for name, m in module.named_modules()}
     hooks = [m.register_forward_hook(lambda m, a, out: ran.add(m)) for m in names]
+    plain = sdpa_kernel(SDPBackend.MATH)          # the counter overlooks a CPU's fused attention
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad(): module(*inputs)
+        with plain, FlopCounterMode(display=False) as counter, torch.no_grad(): module(*inputs)
     finally:
         for hook in hooks: hook.remove()
     ran |= {m.out_proj for m in ran if isinstance(m, nn.MultiheadAttention)}    # read, not called
