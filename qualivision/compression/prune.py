@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'MOST', 'LEAST', 'SHARES', 'PruneError', 'one_clip', 'used_numbers', 'cost', 'shared', 'importance',
            'width', 'strongest', 'scores_of', 'scan_widths', 'scan_weights', 'plot_scan', 'gone_at', 'turned', 'Pruned',
-           'prune']
+           'check', 'prune']
 
 # %% ../../nbs/compression/89_prune.ipynb #1402cad8
 from collections.abc import Callable
@@ -239,12 +239,8 @@ def _by_mask(model: nn.Module, recipe: str, keep: float, inputs: tuple) -> Prune
     return Pruned(small, {}, masks, _layers(n for n in _matrices(model) if n not in masks), curves)
 
 
-def prune(model: nn.Module,      # in eval mode; it stays as it is
-          recipe: str,           # of RECIPES
-          keep: float,           # share of parameters and operations that may be left, 0–1
-          *inputs                # of its forward, for some clips: the scan looks at them
-         ) -> Pruned:
-    "A smaller model by one of the recipes. Raises `PruneError`."
+def check(model: nn.Module, recipe: str, keep: float):     # as for `prune`
+    "Raises `PruneError` for what can be refused before any work."
     checks = [(recipe in RECIPES, f"recipe {recipe!r}", "there is no such recipe",
                f"Use one of {', '.join(RECIPES)}."),
               (0 < keep < 1, f"keep {keep:g}", "it is a share of the model",
@@ -253,4 +249,13 @@ def prune(model: nn.Module,      # in eval mode; it stays as it is
                "Prune DOVER++, V-JEPA 2, DOVER or DOVER-Mobile.")]
     for holds, what, cause, remedy in checks:
         if not holds: raise PruneError(what, cause, remedy)
+
+
+def prune(model: nn.Module,      # in eval mode; it stays as it is
+          recipe: str,           # of RECIPES
+          keep: float,           # share of parameters and operations that may be left, 0–1
+          *inputs                # of its forward, for some clips: the scan looks at them
+         ) -> Pruned:
+    "A smaller model by one of the recipes. Raises `PruneError`."
+    check(model, recipe, keep)
     return (_by_width if RECIPES[recipe][0] else _by_mask)(model, recipe, keep, inputs)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .prune import Pruned, PruneError, cost, prune
+from .prune import Pruned, PruneError, check, cost, prune
 from ..data.clips import collate
 from ..devices import kept_rng
 from ..evaluation.compare import difference
 from ..evaluation.metrics import or_reason, srocc
-from ..files import check_place
+from ..files import check_place, value_hash
 from ..inference.score import Scorer
 from ..models.five_mos import FiveMos
 from ..models.registry import entry_of
@@ -159,12 +159,13 @@ def prune_checkpoint(checkpoint,      # folder of a five-MOS model
                      order: Order, cache="cache", device: str = "auto",
                      progress=True) -> dict:                       # the report
     """Prune, fine-tune and save. Raises PruneError, and what scoring and training raise."""
-    out, folder = Path(out), Path(f"{out}.run")
-    for place in (out / "model.json", folder / "run.json"): check_place(place)
+    out = Path(out)
+    check_place(out / "model.json")
     if out.resolve() == checkpoint_folder(checkpoint).resolve():
         raise PruneError(out, "it is the checkpoint that is pruned", "Choose another folder.")
     scorer = Scorer.from_checkpoint(checkpoint, device)
     model = scorer.model
+    check(model, order.recipe, order.keep)
     sets = prepare_data(data, scorer.sampling, scorer.encoder, cache, seed=order.seed,
                         progress=progress)
     chosen = np.linspace(0, len(sets.val) - 1, min(order.scan, len(sets.val))).astype(int)
@@ -174,7 +175,7 @@ def prune_checkpoint(checkpoint,      # folder of a five-MOS model
     meta = described(scorer, order, pruned, sets, data)
     pupil = pupil_of(pruned.model, meta["pruned"], order.head_only)
     meta["config"] = asdict(pupil.config)
-    result = _finished(pupil.to(scorer.device), model, pruned, sets, order, folder, out, meta,
+    result = _finished(pupil.to(scorer.device), model, pruned, sets, order, out, meta,
                        progress)
     costs.append(cost(pupil, *inputs))
     scores.append(scores_on(pupil, sets.val, order.batch_size))
@@ -189,15 +190,17 @@ def prune_checkpoint(checkpoint,      # folder of a five-MOS model
 
 # %% ../../nbs/compression/89a_recover.ipynb #b4dad1e8
 def _finished(pupil: FiveMos, teacher: FiveMos, pruned: Pruned, sets: Prepared, order: Order,
-              folder: Path, out: Path, meta: dict, progress) -> dict:     # about the training
+              out: Path, meta: dict, progress) -> dict:     # about the training
     "Trains, if asked for; then the best weights are in the pupil, and in their folder."
     if not order.epochs:
         save_checkpoint(out, pupil, meta)
         return {"best": None}
     device = next(pupil.parameters()).device.type
     settings = order.training(device, len(sets.train))
-    found = recover(pupil, teacher, pruned.masks, sets, settings, folder, meta, progress)
+    runs = Path(f"{out}.run")
+    found = recover(pupil, teacher, pruned.masks, sets, settings, runs / value_hash(meta)[:12],
+                    meta, progress)
     load_strict(pupil, load_checkpoint(found["checkpoint"])[0])
     publish(found["checkpoint"], out, found["history"])
-    shutil.rmtree(folder)
+    shutil.rmtree(runs)
     return {"best": found["best"]}
