@@ -8,10 +8,11 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "qualivision"
-PARTS = {"tour": 0, "ground": 9, "road": 57, "experiments": 68, "official": 89, "commands": 99}     # each with its last number
+PARTS = {"tour": 0, "ground": 9, "road": 57, "experiments": 68, "official": 88, "compression": 89, "commands": 99}     # each with its last number
 MAY = {"ground": {"ground"}, "road": {"ground", "road"}, "experiments": {"ground", "road", "experiments"},
-       "official": {"ground", "road", "official"}, "commands": set(PARTS), "tour": set(PARTS)}       # what a part may import
-FOLDERS = {"pretraining": "experiments", "experiments": "experiments", "official": "official", "commands": "commands"}
+       "official": {"ground", "road", "official"}, "compression": {"ground", "road", "official", "compression"},
+       "commands": set(PARTS), "tour": set(PARTS)}       # what a part may import
+FOLDERS = {"pretraining": "experiments", "experiments": "experiments", "official": "official", "compression": "compression", "commands": "commands"}
 
 
 class Chapter(NamedTuple):

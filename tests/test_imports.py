@@ -42,7 +42,7 @@ def refused(chapter, module: str) -> str:
 
 
 def test_folders_belong_to_their_part():
-    "A module of pretraining/, experiments/, official/ or commands/ has a number of that part, and no other module has."
+    "A module of pretraining/, experiments/, official/, compression/ or commands/ has a number of that part, and no other module has."
     for module, chapter in WRITTEN.items():
         folder = module.split(".")[1]
         if folder in FOLDERS: assert chapter.part == FOLDERS[folder], chapter.notebook.name
@@ -162,7 +162,7 @@ print(json.dumps(sorted(m for m in sys.modules if m.split(".")[0] == "qualivisio
 
 def test_scoring_needs_no_training_and_no_other_part():
     "`import qualivision.inference.score`, in a clean process, loads the road up to there and nothing beside it."
-    others = ("training", "pretraining", "experiments", "official", "pipeline", "commands", "cli")
+    others = ("training", "pretraining", "experiments", "official", "compression", "pipeline", "commands", "cli")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", PARTS_APART, *others], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == []

@@ -30,6 +30,7 @@ from ..models.store import REGISTRY, find, pulled, weights_folder
 from ..models.text import TextEncoder
 from ..models.towers import CLIP, load_tower
 from ..models.weights import about_file, load_checkpoint, load_strict, read_state
+from ..models.widths import narrow_to
 from ..quality import (
     DIMENSIONS, MOS_MAX, MOS_MIN, QualiVisionError, ScoreRecord, Tally)
 
@@ -133,6 +134,7 @@ def from_checkpoint(cls: Scorer, folder: str | Path = CHECKPOINT,
     state, meta = load_checkpoint(folder)
     entry, encoder = _entry(folder, meta), _encoder(folder, meta)
     model = entry.model(_computed_in(entry.config.of(meta["config"]), choice.name))
+    narrow_to(model, meta, folder)
     load_strict(model, state)
     learned = meta.get("learned_on") or {}
     helpers = cls.helpers_for(folder, learned, device, tuple(simulated), clip_score)

@@ -164,7 +164,7 @@ def describe(self: VideoBranch, known: dict) -> dict[str, Tensor]:       # of `l
     c = self.config
     pooled = self.pooled_norm(known["pooled"].float())                   # (B,P)
     wide = pooled.new_zeros(len(pooled), len(DIMENSIONS))                # (B,5)
-    if c.wide: wide = self.wide(pooled[:, :9 * c.dims[0]]).float()
+    if c.wide: wide = self.wide(pooled[:, :self.wide.in_features]).float()
     if c.bank: wide = wide + self.bank(known["statistics"])
     pooled = self.pooled_dropout(pooled)
     return dict(
@@ -235,7 +235,7 @@ def frozen(self: DoverPlusPlus) -> bool:
 @patch
 def frozen_key(self: DoverPlusPlus) -> str:
     "A name for what `prefix` computes: two models with one key compute the same."
-    c = self.config
+    c, fixed = self.config, [self.dover_model.bank.statistics] if self.config.bank else []
     made = (c.stages, c.statistics, c.log_statistics, c.wide, bool(c.bank), c.token_stages, c.grid,
-            c.token_spread, state_hash(self.dover_model.backbone))
+            c.token_spread, state_hash(self.dover_model.backbone, *fixed))
     return " ".join(map(str, made))

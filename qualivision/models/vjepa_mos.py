@@ -212,7 +212,8 @@ def frozen_key(self: VJepaMos) -> str:
     c, v = self.config, self.video
     pooled = [v.encoder.layernorm, v.pooler] if self.all_frozen else []
     weights = state_hash(v.encoder.embeddings, *v.encoder.layer[:v.frozen],
-                         *[part for part in pooled if part is not None])
+                         *[part for part in pooled if part is not None],
+                         *(path.statistics for path in self.paths.values()))
     places = (c.grid, c.token_spread)
     made = [v.frozen, c.frozen_dtype, bool(c.bank), bool(c.colours), c.token_embedding and places,
             self.all_frozen and (c.pooling, places), weights]

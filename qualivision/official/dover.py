@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIVE_VQC', 'FUSION_WEIGHT', 'ViewError', 'QualityHead', 'Branches', 'DOVER', 'DOVERMobile', 'view_scores',
-           'fused_logit', 'complexity']
+           'fused_logit', 'used_parts', 'complexity']
 
 # %% ../../nbs/official/73_dover.ipynb #278288ca
 import torch
@@ -134,18 +134,30 @@ def fused_logit(technical,           # score, or tensor or array of them
             + FUSION_WEIGHT["aesthetic"] * (aesthetic - c) / d)
 
 # %% ../../nbs/official/73_dover.ipynb #057b7e0c
-def complexity(module: nn.Module,
+def used_parts(module: nn.Module,
                *inputs             # of its forward; tensors on the meta device cost nothing
-              ) -> dict:           # parameters: all, used, products; flops
-    "Parameters and floating-point operations of one forward pass."
+              ) -> tuple[dict[str, nn.Module], int]:
+    "The parts that run in one forward pass, by name; its floating-point operations."
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    ran = set()
-    hooks = [m.register_forward_hook(lambda m, a, out: ran.add(m)) for m in module.modules()]
+    ran, names = set(), {m: name for name, m in module.named_modules()}
+    hooks = [m.register_forward_hook(lambda m, a, out: ran.add(m)) for m in names]
+    plain = sdpa_kernel(SDPBackend.MATH)          # the counter overlooks a CPU's fused attention
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad(): module(*inputs)
+        with plain, FlopCounterMode(display=False) as counter, torch.no_grad(): module(*inputs)
     finally:
         for hook in hooks: hook.remove()
+    ran |= {m.out_proj for m in ran if isinstance(m, nn.MultiheadAttention)}    # read, not called
+    return {names[m]: m for m in ran}, counter.get_total_flops()
+
+
+def complexity(module: nn.Module,
+               *inputs             # as for `used_parts`
+              ) -> dict:           # parameters: all, used, products; flops
+    "Parameters and floating-point operations of one forward pass."
+    parts, flops = used_parts(module, *inputs)
     def count(modules): return sum(p.numel() for m in modules for p in m.parameters(recurse=False))
-    products = [m for m in ran if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)]
-    return dict(parameters=count(module.modules()), used=count(ran), products=count(products),
-                flops=counter.get_total_flops())
+    kinds = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    products = [m for m in parts.values() if isinstance(m, kinds)]
+    return dict(parameters=count(module.modules()), used=count(parts.values()),
+                products=count(products), flops=flops)

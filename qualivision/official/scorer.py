@@ -26,6 +26,7 @@ from .fused import fused_score, set_script_scores
 from ..evaluation.ranks import read_sets, relative_ranks, why_no_ranks
 from .cover import COVER, IMAGE_ENCODER, CLIPImage, clip_from_transformers
 from .dover import DOVER, Branches, DOVERMobile
+from .groups import take_widths
 from .heads import about_head, load_head, parts
 from ..devices import Job, announce, autocast, flow, pick_device, resolve_precision
 from ..files import file_sha256
@@ -50,7 +51,8 @@ def _trained_weights(name: str, folder) -> tuple:     # state dict; what `_weigh
     state, meta = load_checkpoint(folder)
     licence = (meta["licence"] or "yours") if "licence" in meta else entry(name).licence
     return state, {"file": str(folder), "sha256": about_file(folder)["sha256"], "licence": licence,
-                   "trained_on": meta.get("trained_on") or "not stated"}
+                   "trained_on": meta.get("trained_on") or "not stated",
+                   **{k: meta[k] for k in ("pruned",) if k in meta}}
 
 
 def _weights(name: str, path=None) -> tuple:  # state dict; file, sha256, licence, trained_on
@@ -104,6 +106,7 @@ def load_model(name: str,            # dover, dover++, dover-mobile or cover
         file = pulled(IMAGE_ENCODER) if clip is None else Path(clip)
         model = NETWORKS[name](clip=clip_tower(read_state(file), file))
         about["clip_sha256"] = file_sha256(file)
+    take_widths(model, about)
     load_strict(model, state, getattr(model, "may_miss", ()), about["file"])
     return model.eval(), about
 

@@ -103,4 +103,6 @@ def training_loss(out: dict,          # of the model: mos (B,5); (B,1) each of A
         contrast = contrast_loss(out["match_logits"], labels("alignment"))
         total = total + contrast_weight * contrast
         extra |= {"contrast_loss": contrast.detach()}
+    if "teacher" in out:                                        # what a teacher adds, chapter 89a
+        total, extra = total + out["teacher"], extra | {"teacher_loss": out["teacher"].detach()}
     return total, {"loss": total.detach(), **parts, **extra}
