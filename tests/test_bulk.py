@@ -4,14 +4,13 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from forked import Forked
 from test_tools import Length
 
 from qualivision.evaluation.ranks import RankError, build_set
@@ -35,11 +34,9 @@ def names(path) -> list[str]:
     with open(path, newline="") as f: return [r["video"] for r in csv.DictReader(f)]
 
 
-def start(cwd, pause: float) -> subprocess.Popen:
+def start(cwd, pause: float) -> Forked:
     "score_set in a process of its own, slowly."
-    code = f"from test_tools import Length, score_set; score_set('set', 'out.csv', Length({pause}))"
-    path = os.pathsep.join([str(ROOT), str(ROOT/"tests")])
-    return subprocess.Popen([sys.executable, "-c", code], cwd=cwd, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE)
+    return Forked(lambda: score_set("set", "out.csv", Length(pause)), cwd=cwd)
 
 
 def until(process, out: Path, lines: int):
@@ -111,7 +108,7 @@ def test_two_processes_on_one_result(tmp_path):
     until(process, out, 3)
     second = Length()
     with pytest.raises(BulkError, match="another process"): score_set(videos, out, second)
-    assert not second.done and process.wait(60) == 0, process.stderr.read().decode()
+    assert not second.done and process.wait(60) == 0, process.communicate()[1]
     score_set(videos, tmp_path/"alone.csv", Length())
     assert out.read_bytes() == (tmp_path/"alone.csv").read_bytes() and len(set(names(out))) == 8
 
