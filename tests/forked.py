@@ -62,7 +62,8 @@ class Forked:
             time.sleep(.005)
         return self.returncode
 
-    def send_signal(self, number): os.kill(self.pid, number)
+    def send_signal(self, number):
+        if self.poll() is None: os.kill(self.pid, number)
 
     def communicate(self, timeout: float = 300) -> tuple[str, str]:      # stdout, stderr
         self.wait(timeout)

@@ -111,7 +111,7 @@ def test_two_processes_on_one_result(tmp_path):
     until(process, out, 3)
     second = Length()
     with pytest.raises(BulkError, match=f"another process writes this result: {process.pid} on .*, since"): score_set(videos, out, second)
-    assert not second.done and process.wait(60) == 0, process.communicate()
+    assert not second.done and process.wait(60) == 0, process.communicate()[1]
     score_set(videos, tmp_path/"alone.csv", Length())
     assert out.read_bytes() == (tmp_path/"alone.csv").read_bytes() and len(set(names(out))) == 8
 

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import warnings
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from forked import Forked
 from torch.utils.data import DataLoader
 
 from qualivision import files
@@ -515,28 +515,28 @@ def test_a_full_disk(root, tmp_path, monkeypatch, counted):
     assert not [f for f in (tmp_path/"cache").rglob("*") if f.is_file()]
 
 
-BUILDER = textwrap.dedent("""
-    import sys, time
-    from qualivision.data.clips import ClipCache
-    from qualivision.data.dataset import load_dataset
-    from qualivision.data.sampling import Sampling
-    class Slow(Sampling):
-        def __call__(self, path): print(path, flush=True); time.sleep(float(sys.argv[3])); return super().__call__(path)
-    print("started", flush=True)
-    print(ClipCache(sys.argv[2], Slow(4, 32)).build(load_dataset(sys.argv[1])["path"], progress=False).clips)
-    """)
+class Slow(Sampling):
+    pause = 0.
+    def __call__(self, path): print(path); time.sleep(self.pause); return super().__call__(path)
 
 
-def builder(root, cache, pause):
-    return subprocess.Popen([sys.executable, "-c", BUILDER, str(root), str(cache), str(pause)], stdout=subprocess.PIPE, text=True,
-                            env={**os.environ, "PYTHONPATH": str(REPO)})
+def builder(root, cache, pause) -> Forked:
+    def build():
+        Slow.pause = pause
+        print(ClipCache(cache, Slow(4, 32)).build(load_dataset(root)["path"], progress=False).clips)
+    return Forked(build)
 
 
-def test_a_killed_build_goes_on_where_it_stopped(root, tmp_path, counted):
+def said(process) -> int:
+    "Lines of its stdout by now; read at a place of its own, for the process writes at the one that both share."
+    return os.pread(process.files[0].fileno(), 1 << 20, 0).count(b"\n")
+
+
+def test_a_killed_build_goes_on_where_it_stopped(root, tmp_path, counted, one_thread):
     sampling, log = counted
     process = builder(root, tmp_path/"cache", 0.05)
-    for _ in range(8): process.stdout.readline()                                   # in the middle of the seventh clip
-    process.send_signal(signal.SIGKILL); process.wait(); process.stdout.close()
+    while said(process) < 7 and process.poll() is None: time.sleep(.005)            # in the middle of the seventh clip
+    process.send_signal(signal.SIGKILL); process.wait()
     stored = len(list((tmp_path/"cache").rglob("*.npy")))
     assert 5 <= stored < 21
     cache, paths = ClipCache(tmp_path/"cache", sampling), load_dataset(root)["path"].tolist()
@@ -546,7 +546,7 @@ def test_a_killed_build_goes_on_where_it_stopped(root, tmp_path, counted):
     assert all(torch.equal(cache.get(p), SAMPLING(p)) for p in paths) and not leftover.exists()
 
 
-def test_two_processes_fill_one_cache(root, tmp_path):
+def test_two_processes_fill_one_cache(root, tmp_path, one_thread):
     both = [builder(root, tmp_path/"cache", 0.01) for _ in range(2)]
     assert [p.communicate()[0].split()[-1] for p in both] == ["21", "21"] and [p.returncode for p in both] == [0, 0]
     cache, paths = ClipCache(tmp_path/"cache", SAMPLING), load_dataset(root)["path"].tolist()

@@ -22,6 +22,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from forked import Forked
 from typer.testing import CliRunner
 
 from qualivision import devices
@@ -316,9 +317,7 @@ def test_killed_and_started_again(tmp_path):
     "SIGKILL in the middle: the rerun scores what was not finished, and the bytes are those of an undisturbed run."
     (tmp_path/"set").mkdir()
     for k in range(60): (tmp_path/"set"/f"{k:02}.mp4").write_text("x" * k)
-    code = "import sys; from test_tools import Length, score_set; score_set('set', 'out.csv', Length(.2))"
-    path = os.pathsep.join([str(ROOT), str(ROOT/"tests")])
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
+    process = Forked(lambda: score_set("set", "out.csv", Length(.2)), cwd=tmp_path)
     out = tmp_path/"out.csv"
     try:
         while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < 4): time.sleep(.05)

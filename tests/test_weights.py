@@ -6,16 +6,16 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked import Forked
 from safetensors.torch import save_file
 from torch import nn
 
@@ -243,31 +243,27 @@ def test_what_json_cannot_hold_leaves_the_old_checkpoint(tmp_path):
         assert torch.equal(load_checkpoint(tmp_path)[0]["0.bias"], net().state_dict()["0.bias"])
 
 
-SAVER = """
-import sys, torch
-from torch import nn
-from qualivision.models.weights import save_checkpoint
-module, i = nn.Linear(300, 300), 0
-while True:
-    with torch.no_grad(): module.weight.fill_(i)
-    save_checkpoint(sys.argv[1], module, dict(i=i))
-    if i == 0: print("ready", flush=True)
-    i += 1
-"""
+def save_for_ever(folder: Path, ready: Path):
+    module, i = nn.Linear(300, 300), 0
+    while True:
+        with torch.no_grad(): module.weight.fill_(i)
+        save_checkpoint(folder, module, dict(i=i))
+        if i == 0: ready.touch()
+        i += 1
 
 
-def test_killed_for_real(tmp_path, root):
+def test_killed_for_real(tmp_path, one_thread):
     "A process that does nothing but save is killed; what it leaves is one of its checkpoints, whole, and it can go on from there."
-    rng = random.Random(0)
-    for _ in range(3):
-        saver = [sys.executable, "-c", SAVER, str(tmp_path)]
-        with subprocess.Popen(saver, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(root)}) as process:
-            assert process.stdout.readline().strip() == b"ready"
-            time.sleep(rng.uniform(0, 0.1))
-            process.send_signal(signal.SIGKILL)
-        state, meta = load_checkpoint(tmp_path)
+    rng, folder = random.Random(0), tmp_path/"saved"
+    for k in range(3):
+        process, ready = Forked(partial(save_for_ever, folder, tmp_path/str(k))), tmp_path/str(k)
+        while not ready.exists() and process.poll() is None: time.sleep(.01)
+        time.sleep(rng.uniform(0, 0.1))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, process.communicate()
+        state, meta = load_checkpoint(folder)
         assert (state["weight"] == meta["i"]).all()
-    assert json.loads((tmp_path/"model.json").read_text())["i"] == meta["i"]
+    assert json.loads((folder/"model.json").read_text())["i"] == meta["i"]
 
 
 # ---------------------------------------------------------------- published weights
