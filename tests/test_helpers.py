@@ -11,7 +11,6 @@ import torch
 from test_own_opinions import Colours
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPModel
 
 from qualivision.data.sampling import Sampling
 from qualivision.inference.score import LAION, SIMULATED, STRANGERS, Scorer
@@ -101,6 +100,7 @@ def test_clip_and_its_line(room, monkeypatch):
     assert status == 1 and "bytes, laion-aesthetic-b16 has 3,047" in err                             # it is not LAION's
     monkeypatch.setitem(REGISTRY, LAION, replace(REGISTRY[LAION], bytes=None, sha256=None))
 
+    from transformers import CLIPModel          # seconds, that each process of the tests would spend while it collects
     theirs, towers = CLIPModel.from_pretrained(path.parent).eval(), load_tower(CLIP)
     frames = Sampling(16, 224)("set/videos/a.mp4").transpose(0, 1)                                   # (16,3,224,224)
     mean, std = (torch.tensor(v)[:, None, None] for v in ([.48145466, .4578275, .40821073], [.26862954, .26130258, .27577711]))
