@@ -27,7 +27,7 @@ from ..models.five_mos import FiveMos
 from ..models.registry import entry_of
 from ..models.weights import (
     NUMBERS, about_file, checkpoint_folder, load_checkpoint, load_strict, save_checkpoint)
-from ..models.widths import narrow_to
+from ..models.widths import load_narrow
 from ..quality import DIMENSIONS
 from ..training.loop import TrainConfig, fit
 from ..training.train import Prepared, prepare_data, publish
@@ -70,8 +70,7 @@ def pupil_of(model: FiveMos,      # pruned
     "The same pruned model, with its encoder frozen or free."
     config = model.config.but(freeze_backbone=head_only, freeze=float(head_only))
     pupil = type(model)(config)
-    narrow_to(pupil, {"pruned": pruned}, type(model).__name__)
-    load_strict(pupil, model.state_dict())
+    load_narrow(pupil, model.state_dict(), {"pruned": pruned}, type(model).__name__)
     return pupil
 
 

@@ -30,7 +30,7 @@ from ..models.store import REGISTRY, find, pulled, weights_folder
 from ..models.text import TextEncoder
 from ..models.towers import CLIP, load_tower
 from ..models.weights import about_file, load_checkpoint, load_strict, read_state
-from ..models.widths import narrow_to
+from ..models.widths import load_narrow
 from ..quality import (
     DIMENSIONS, MOS_MAX, MOS_MIN, QualiVisionError, ScoreRecord, Tally)
 
@@ -134,14 +134,12 @@ def from_checkpoint(cls: Scorer, folder: str | Path = CHECKPOINT,
     state, meta = load_checkpoint(folder)
     entry, encoder = _entry(folder, meta), _encoder(folder, meta)
     model = entry.model(_computed_in(entry.config.of(meta["config"]), choice.name))
-    narrow_to(model, meta, folder)
-    load_strict(model, state)
+    load_narrow(model, state, meta, folder)
     learned = meta.get("learned_on") or {}
-    helpers = cls.helpers_for(folder, learned, device, tuple(simulated), clip_score)
     scorer = cls(model, Sampling(**meta["sampling"]), encoder, meta["model"], str(folder),
                  meta["trained_on"], meta.get("licence", ""), device, choice.name, learned)
     scorer.intervals = read_intervals(folder)
-    return scorer.ask(helpers)
+    return scorer.ask(cls.helpers_for(folder, learned, device, tuple(simulated), clip_score))
 
 # %% ../../nbs/inference/45_score.ipynb #147dc152
 def _unfitted(data: str) -> dict:
