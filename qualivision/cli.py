@@ -17,7 +17,8 @@ from .commands.app import App
 app = App(add_completion=False, pretty_exceptions_enable=False,
           help="Five mean opinion scores (1–5) for AI-generated video and its prompt; "
                "official DOVER and COVER.")
-for chapter in (own, sets, choose, judge, official, smaller, machine): app.add_typer(chapter.commands)
+for chapter in (own, sets, choose, judge, official, smaller, machine):
+    app.add_typer(chapter.commands)
 
 # %% ../nbs/94_cli.ipynb #36e50726
 def main():
