@@ -29,17 +29,23 @@ def _changed(value, kind, change: Callable):
     if isinstance(value, tuple): return tuple(_changed(v, kind, change) for v in value)
     return value
 
+_PIECE = 2 ** 18        # bytes at a time: a pipe takes no more, and for more it wastes memory
+
 def _send(pipe, value):
     parts = []
     value = _changed(value, torch.Tensor, lambda x: x.contiguous().numpy())
     head = pickle.dumps(value, 5, buffer_callback=parts.append)
-    pipe.send_bytes(pickle.dumps((head, len(parts))))
-    for part in parts: pipe.send_bytes(part.raw())
+    parts = [part.raw() for part in parts]
+    pipe.send_bytes(pickle.dumps((head, [part.nbytes for part in parts])))
+    for part in parts:
+        for at in range(0, part.nbytes, _PIECE): pipe.send_bytes(part[at:at + _PIECE])
 
 def _receive(pipe):
     import numpy as np
-    head, count = pickle.loads(pipe.recv_bytes())
-    parts = [bytearray(pipe.recv_bytes()) for _ in range(count)]
+    head, sizes = pickle.loads(pipe.recv_bytes())
+    parts = [bytearray(size) for size in sizes]
+    for part in parts:
+        for at in range(0, len(part), _PIECE): pipe.recv_bytes_into(part, at)
     return _changed(pickle.loads(head, buffers=parts), np.ndarray, torch.from_numpy)
 
 def _serve(pipe, call: Callable, limits: Limits):
