@@ -6,6 +6,7 @@
 __all__ = ['Apart', 'decoded_apart']
 
 # %% ../../nbs/inference/45a_apart.ipynb #615efd1c
+import os
 import pickle
 import signal
 import time
@@ -67,6 +68,13 @@ def _serve(pipe, call: Callable, limits: Limits):
 _SERVER = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
 _TICK, _PATIENCE = .05, 300      # s between two looks; s for the start of a process
 _CHILDREN = Lock()               # multiprocessing's table of them is not made for threads
+
+def _own_server():
+    "Of a forked process: its parent's server is not its child, so that it starts another one."
+    from multiprocessing import forkserver
+    forkserver._forkserver._forkserver_pid = None        # Python offers no public way
+
+if _SERVER == "forkserver": os.register_at_fork(after_in_child=_own_server)
 
 class _Decoder:
     "A process that decodes."
