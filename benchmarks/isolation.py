@@ -35,7 +35,7 @@ def run(args) -> Report:
     from qualivision.inference.apart import Apart
     from qualivision.data.container import Limits
     from qualivision.data.sampling import Looks, Sampling
-    rows, count = [], 24
+    rows, count = [], 16
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     for kind, sampling in (("embedded", Sampling(16, 128)), ("480p", Sampling(64, 640))):
         with tempfile.TemporaryDirectory() as folder:

@@ -116,31 +116,30 @@ def test_two_processes_on_one_result(tmp_path):
     assert out.read_bytes() == (tmp_path/"alone.csv").read_bytes() and len(set(names(out))) == 8
 
 
-def killed_at_random(tmp_path, times: int, seed=0) -> int:
-    "SIGKILL at random moments, and started again each time: how many kills met a run. What is to be seen meanwhile is whole rows, never fewer."
-    videos, out, chance, met = folder(tmp_path, 9), tmp_path/"out.csv", random.Random(seed), 0
+def killed_at_random(tmp_path, times: int, seed=0):
+    "SIGKILL at random moments, and started again each time. What is to be seen meanwhile is whole rows, never fewer; in the end all, once."
+    videos, out, chance = folder(tmp_path, 15 * times), tmp_path/"out.csv", random.Random(seed)
     score_set(videos, tmp_path/"whole.csv", Length())
     whole, seen = (tmp_path/"whole.csv").read_bytes(), 0
     for _ in range(times):
         process = start(tmp_path, .03)
         time.sleep(chance.uniform(0, .4))
         process.send_signal(signal.SIGKILL)
-        met += process.wait() == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL
         found = out.read_bytes() if out.exists() else b""
         assert whole.startswith(found) and found[-1:] in (b"", b"\n") and len(found) >= seen
         seen = len(found)
     score_set(videos, out, Length())
-    assert out.read_bytes() == whole and names(out) == [f"{k:02}.mp4" for k in range(9)]
-    return met
+    assert out.read_bytes() == whole and len(set(names(out))) == 15 * times
 
 
 def test_no_row_twice_however_often_it_is_killed(tmp_path):
     "Each video has one row, in order, and the bytes of an undisturbed run."
-    assert killed_at_random(tmp_path, 3) >= 2
+    killed_at_random(tmp_path, 3)
 
 
 @pytest.mark.slow
-def test_twenty_kills(tmp_path): assert killed_at_random(tmp_path, 20) >= 15
+def test_twenty_kills(tmp_path): killed_at_random(tmp_path, 20)
 
 
 def full(*a, **k): raise OSError(errno.ENOSPC, "No space left on device")

@@ -124,7 +124,7 @@ def test_forty_columns_and_names_that_cannot_be_shown(here):
     assert status == 1 and not err and all(len(line) <= 40 for line in lines), lines
     assert [len(line.split()[2]) for line in lines[1:6]] == [16] * 5 and set(lines[1].split()[2]) <= set("#.")
     assert lines[6:9] == ["./gone.mp4", "  not scored: there is no such file.", "  Check the path."] and lines[9] == "gone\\udcff.mp4"
-    assert "1 of 3 videos scored." in lines
+    assert "1 of 3 videos scored (2 unreadable)." in lines
     status, out, err = run(here, "score", names[2], "--prompt", "été", "--json", PYTHONIOENCODING="cp1252", LC_ALL="C.UTF-8")
     record, = strict(out)
     assert status == 1 and record["video"] == names[2] and record["prompt"] == "été"
@@ -248,7 +248,7 @@ def test_encoding(tmp_path, monkeypatch):
               "ranks build t.csv --name n --model dover --out o.json": 1, "score-set t.csv --model qualivision --out o.csv": 1,
               "transfer --data t.csv --out o.safetensors": 1, "train --data t.csv --out o": 1, "infer-datasets t.csv": 1,
               "predict --data set --split train --out p.csv": 1}
-    for chapter in ("own", "official"):
+    for chapter in ("sets", "official"):
         monkeypatch.setattr(f"qualivision.commands.{chapter}.set_scorer", lambda *a, **k: FiveMosScorer.__new__(FiveMosScorer))
     monkeypatch.setattr(FiveMosScorer, "settings", {}, raising=False)
     for command, then in tables.items():

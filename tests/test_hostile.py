@@ -59,6 +59,7 @@ def test_what_hangs_dies_or_eats_memory_is_a_row(tmp_path):
 
 def test_ctrl_c_does_not_wait_for_a_decoder_that_hangs(monkeypatch):
     there = Apart(decode, Limits())
+    there("first.mp4")                              # the server is there: its start is not what is timed
     def stopped(jobs): raise KeyboardInterrupt
     monkeypatch.setitem(devices.BATCH, "cpu", 1)
     rows = devices.flow(map(devices.Job, ["a.mp4", "hang.mp4"]), lambda job: there(job.item), stopped, workers=2, stop=there.close)

@@ -6,6 +6,7 @@
 __all__ = ['Apart', 'decoded_apart']
 
 # %% ../../nbs/inference/45a_apart.ipynb #615efd1c
+import os
 import pickle
 import signal
 import time
@@ -29,17 +30,23 @@ def _changed(value, kind, change: Callable):
     if isinstance(value, tuple): return tuple(_changed(v, kind, change) for v in value)
     return value
 
+_PIECE = 2 ** 18        # bytes at a time: a pipe takes no more, and for more it wastes memory
+
 def _send(pipe, value):
     parts = []
     value = _changed(value, torch.Tensor, lambda x: x.contiguous().numpy())
     head = pickle.dumps(value, 5, buffer_callback=parts.append)
-    pipe.send_bytes(pickle.dumps((head, len(parts))))
-    for part in parts: pipe.send_bytes(part.raw())
+    parts = [part.raw() for part in parts]
+    pipe.send_bytes(pickle.dumps((head, [part.nbytes for part in parts])))
+    for part in parts:
+        for at in range(0, part.nbytes, _PIECE): pipe.send_bytes(part[at:at + _PIECE])
 
 def _receive(pipe):
     import numpy as np
-    head, count = pickle.loads(pipe.recv_bytes())
-    parts = [bytearray(pipe.recv_bytes()) for _ in range(count)]
+    head, sizes = pickle.loads(pipe.recv_bytes())
+    parts = [bytearray(size) for size in sizes]
+    for part in parts:
+        for at in range(0, len(part), _PIECE): pipe.recv_bytes_into(part, at)
     return _changed(pickle.loads(head, buffers=parts), np.ndarray, torch.from_numpy)
 
 def _serve(pipe, call: Callable, limits: Limits):
@@ -61,6 +68,13 @@ def _serve(pipe, call: Callable, limits: Limits):
 _SERVER = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"
 _TICK, _PATIENCE = .05, 300      # s between two looks; s for the start of a process
 _CHILDREN = Lock()               # multiprocessing's table of them is not made for threads
+
+def _own_server():
+    "Of a forked process: its parent's server is not its child, so that it starts another one."
+    from multiprocessing import forkserver
+    forkserver._forkserver._forkserver_pid = None        # Python offers no public way
+
+if _SERVER == "forkserver": os.register_at_fork(after_in_child=_own_server)
 
 class _Decoder:
     "A process that decodes."
