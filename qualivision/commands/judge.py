@@ -69,5 +69,6 @@ def splits(
             f"groups, {draws}, {rounds}.")
     looked = "Videos were not compared (--check-videos)."
     if videos := about["videos"]:
-        looked = f"{videos['compared']} videos compared, {videos['alike']} pairs alike, none on two sides."
+        looked = (f"{videos['compared']} videos compared, {videos['alike']} pairs alike, none of "
+                  "them on two sides.")
     return Answer(about, [wrapped(line), wrapped(f"No prompt stands on two sides. {looked}")])
