@@ -63,10 +63,12 @@ def splits(
     from qualivision.evaluation.splits import make_splits
     check_place(out)
     about = make_splits(labels, out, kind, group, seeds, check_videos, encoding)
-    draws = f"{about['draws']} draw{'s' * (about['draws'] > 1)}"
+    draws, rounds = (f"{n} {what}{'s' * (n > 1)}" for what, n in
+                     (("draw", about["draws"]), ("round", about["rounds"])))
     line = (f"{out}: {kind} by {about['group']}, {about['clips']} clips of {about['groups']} "
-            f"groups, {draws}, {about['rounds']} rounds.")
+            f"groups, {draws}, {rounds}.")
     looked = "Videos were not compared (--check-videos)."
     if videos := about["videos"]:
-        looked = f"{videos['compared']} videos compared, {videos['alike']} pairs alike, none apart."
-    return Answer(about, [wrapped(line), f"No prompt stands on two sides. {looked}"])
+        looked = (f"{videos['compared']} videos compared, {videos['alike']} pairs alike, none of "
+                  "them on two sides.")
+    return Answer(about, [wrapped(line), wrapped(f"No prompt stands on two sides. {looked}")])

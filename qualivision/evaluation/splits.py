@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'FOLDS', 'ROLES', 'FRAMES', 'SIDE', 'ALIKE', 'VERSION', 'AGA
            'labels_hash', 'Splits', 'draw_splits', 'crossing', 'refuse_leaks', 'frame_hash', 'near_duplicates',
            'write_splits', 'read_splits', 'make_splits']
 
-# %% ../../nbs/evaluation/38c_splits.ipynb #119385df
+# %% ../../nbs/evaluation/38c_splits.ipynb #1d76f28e
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ from .metrics import by_video, groups_of
 from ..files import file_sha256, progress, read_table, read_text, value_hash, write_whole
 from ..quality import Tally, caught
 
-# %% ../../nbs/evaluation/38c_splits.ipynb #56b55fc7
+# %% ../../nbs/evaluation/38c_splits.ipynb #9daa6192
 class SplitError(DatasetError): "A split that leaks, or a file of splits that cannot be used."
 
 
@@ -73,7 +73,7 @@ def labels_hash(labels: str | Path) -> str:      # 64 hex digits
     return value_hash({p.relative_to(labels).as_posix(): file_sha256(p)
                        for p in sorted(labels.glob("*/**/*_labels.csv"))})
 
-# %% ../../nbs/evaluation/38c_splits.ipynb #2a0a0fcf
+# %% ../../nbs/evaluation/38c_splits.ipynb #5caaab74
 KINDS, FOLDS = ("kfold", "generators", "fixed"), 5
 ROLES = ("", *SPLITS)          # of a clip in a round: neither, or one of train, val, test
 
@@ -98,7 +98,7 @@ def _fixed(clips: pd.DataFrame) -> list[str]:
         out |= dict.fromkeys(part["video"], name)
     return [out.get(v, "train") for v in clips.index]
 
-# %% ../../nbs/evaluation/38c_splits.ipynb #15e0d5a6
+# %% ../../nbs/evaluation/38c_splits.ipynb #96ac5aa6
 @dataclass
 class Splits:
     "In which part each clip stands, in each of S draws."
@@ -142,7 +142,7 @@ def draw_splits(
     draws = [_fixed(clips)] if kind == "fixed" else [_folds(groups, s) for s in range(seeds)]
     return Splits(kind, group, labels, sha256, list(clips.index), np.array(draws).T, list(makers))
 
-# %% ../../nbs/evaluation/38c_splits.ipynb #aff82f91
+# %% ../../nbs/evaluation/38c_splits.ipynb #2440cf37
 def crossing(roles: np.ndarray,     # (R,N) places in ROLES
              rows) -> int | None:   # of clips that belong together → a round; None: they never do
     "The first round in which some clips have two roles; neither is none."
@@ -173,9 +173,9 @@ def refuse_leaks(
               "and what cannot be read from the labels.")
     if problems: raise SplitError.listing(splits.labels, problems, remedy)
 
-# %% ../../nbs/evaluation/38c_splits.ipynb #a58b51ff
+# %% ../../nbs/evaluation/38c_splits.ipynb #146fabe1
 FRAMES, SIDE = 5, 8
-ALIKE = .09        # share of bits in which two clips of one source may differ, see below
+ALIKE = .075       # share of bits in which two clips of one source may differ, see below
 
 
 def _bits(frame: np.ndarray) -> np.ndarray:      # (H,W,3) uint8 → (128,) bool
@@ -202,7 +202,7 @@ def near_duplicates(hashes: np.ndarray,     # (N,B) bool
             if at + i < j: found.append((int(at + i), int(j), float(apart[i, j])))
     return found
 
-# %% ../../nbs/evaluation/38c_splits.ipynb #64da0eae
+# %% ../../nbs/evaluation/38c_splits.ipynb #f91357c1
 VERSION, AGAIN = 1, "Make it again: qualivision splits."
 HEAD = ("kind", "group", "labels", "sha256")
 
@@ -231,7 +231,7 @@ def _json(path, text: str, bad) -> dict:
         raise SplitError(f"{path} line {e.lineno}", f"it is no JSON ({e.msg})", AGAIN) from e
     return found if isinstance(found, dict) else {}
 
-# %% ../../nbs/evaluation/38c_splits.ipynb #4fb64ffc
+# %% ../../nbs/evaluation/38c_splits.ipynb #42da6722
 def _check_entries(clips: dict, kind: str, bad):
     width = None
     for video, parts in clips.items():
@@ -269,7 +269,7 @@ def read_splits(
     if kind == "generators": makers, parts = parts[:, 0].tolist(), parts[:, 1:]
     return Splits(*(found[k] for k in HEAD), list(clips), parts, makers)
 
-# %% ../../nbs/evaluation/38c_splits.ipynb #7fb99c7b
+# %% ../../nbs/evaluation/38c_splits.ipynb #c283d8ed
 def _look(clips: pd.DataFrame, folder) -> tuple[list, list]:    # `near` of refuse_leaks, problems
     "Reads every video. What cannot be read is a problem: it cannot be compared."
     folder, tally, problems, known, bits = Path(folder), Tally(), [], {}, {}
