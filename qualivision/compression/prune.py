@@ -156,7 +156,8 @@ def turned(costs: Callable[[float], float],    # dial 0–1 → share that is le
     (low, much), (high, least) = (0., 1.), (1., costs(1.))
     if least > keep:
         raise PruneError(what, f"at most {MOST:.0%} of each part can go, and that leaves "
-                         f"{least:.1%}, more than {keep:.1%}", "Keep more, or use layer-channel, which takes from everything.")
+                         f"{least:.1%}, more than {keep:.1%}",
+                         "Keep more, or use layer-channel, which takes from everything.")
     for step in range(steps):
         if least > keep - close: break
         slope = (much - keep) / (much - least) if step % 2 else .5     # on a line, and half way
@@ -204,7 +205,8 @@ def _by_width(model: nn.Module, recipe: str, keep: float, inputs: tuple) -> Prun
     small = deepcopy(model)
     narrow(small, strongest(model, found))
     touched = {cut.tensor for g in groups for cut in g.cuts}
-    return Pruned(small, found, {}, _layers(n for n in _matrices(model) if n not in touched), curves)
+    rest = _layers(n for n in _matrices(model) if n not in touched)
+    return Pruned(small, found, {}, rest, curves)
 
 # %% ../../nbs/compression/89_prune.ipynb #da3b8587
 def _matrices(model: nn.Module) -> dict[str, Tensor]:
@@ -238,7 +240,7 @@ def _by_mask(model: nn.Module, recipe: str, keep: float, inputs: tuple) -> Prune
         for n, mask in masks.items(): matrices[n].mul_(mask)
     return Pruned(small, {}, masks, _layers(n for n in _matrices(model) if n not in masks), curves)
 
-
+# %% ../../nbs/compression/89_prune.ipynb #89c0de01
 def check(model: nn.Module, recipe: str, keep: float):     # as for `prune`
     "Raises `PruneError` for what can be refused before any work."
     checks = [(recipe in RECIPES, f"recipe {recipe!r}", "there is no such recipe",

@@ -39,7 +39,7 @@ def likeness(features: Tensor) -> Tensor:      # (B,·) → (B,B), −1…1
     return x @ x.T
 
 
-def distance(out: dict, wanted: dict) -> Tensor:     # what two models return of the same clips → 0-d
+def distance(out: dict, wanted: dict) -> Tensor:     # what two models return of the clips → 0-d
     "How far a model is from its teacher: in scores (MOS, smooth below .1), and in likeness."
     scores = F.smooth_l1_loss(out["mos"].float(), wanted["mos"].float(), beta=.1)
     pairs = F.mse_loss(*(likeness(o["fused_features"]) for o in (out, wanted)))
@@ -146,7 +146,8 @@ def described(scorer: Scorer, order: Order, pruned: Pruned, sets: Prepared, data
     "What the model.json of the smaller model says."
     meta = about_file(scorer.about["checkpoint"])
     widths = (meta.get("pruned") or {}).get("widths", {}) | pruned.widths
-    learned = f"; pruned and fine-tuned on {Path(data).resolve().name}" if order.epochs else "; pruned"
+    name = Path(data).resolve().name
+    learned = f"; pruned and fine-tuned on {name}" if order.epochs else "; pruned"
     return {k: v for k, v in meta.items() if k not in OWN} | {
         "pruned": {**asdict(order), "widths": widths, "of": meta["sha256"]},
         "data_hash": sets.hash, "trained_on": meta["trained_on"] + learned}

@@ -164,7 +164,7 @@ def _block(model: nn.Module, at: str, stage: list, title: str) -> Group:
     depthwise, norm, first, _, *response, last = names            # the fourth is the activation
     stage += [*made_by(model, depthwise), *along(model, norm), *read_by(first),
               *made_by(model, last)]
-    if getattr(model.get_submodule(at), "gamma", None) is not None: stage.append(Cut(f"{at}.gamma", 0))
+    if model.get_submodule(at).gamma is not None: stage.append(Cut(f"{at}.gamma", 0))
     return group(model, f"{title}, hidden", INNER, made_by(model, first),
                  *(along(model, r) for r in response), read_by(last))
 
@@ -203,7 +203,7 @@ def _attention(model: nn.Module) -> list[Group]:
     if f.places is not None: width.append(Cut(where("places"), 1, 0, heads))
     for layer in ("text_proj", "dover_proj", "pooled_proj"):
         width += made_by(model, where(layer), heads)
-    width += [Cut(f"{mha}.in_proj_weight", 0, 0, 3 * heads), Cut(f"{mha}.in_proj_bias", 0, 0, 3 * heads),
+    width += [*(Cut(f"{mha}.in_proj_{part}", 0, 0, 3 * heads) for part in ("weight", "bias")),
               Cut(f"{mha}.in_proj_weight", 1, 0, heads), *made_by(model, f"{mha}.out_proj", heads),
               *read_by(f"{mha}.out_proj", 0, heads)]
     for norm in ("answer_norm", *(f"part_norms.{i}" for i in (1, 2, 3))):
@@ -220,8 +220,9 @@ def _attention(model: nn.Module) -> list[Group]:
 def _heads(model: nn.Module) -> list[Group]:
     "The groups from the fusion to the scores."
     scores, fused = "mos_predictor.predictor", "fusion.fusion_layer"
+    asked = "fusion.quality_classifier"
     return [*_attention(model),
-            _between(model, "aspects", "fusion.quality_classifier.0", "fusion.quality_classifier.3"),
+            _between(model, "aspects", f"{asked}.0", f"{asked}.3"),
             _between(model, "fusion, hidden", f"{fused}.1", f"{fused}.4"),
             group(model, "fused", INNER, made_by(model, f"{fused}.4"), along(model, f"{scores}.0"),
                   read_by(f"{scores}.1")),
@@ -250,8 +251,8 @@ def _filters(model: nn.Module, bank: str, before: int) -> list[Group]:   # numbe
     path = model.get_submodule(bank)
     cuts = [Cut(f"{bank}.statistics.filters", 0)], along(model, f"{bank}.norm", 0, 9)
     usual = along(model, "causes.usual", 0, 9) if model.asks else []
-    return [group(model, "filters", INNER, *cuts, read_by(f"{bank}.linear", 0, 27 if path.bend else 9),
-                  usual, _seen(model, before, 9))]
+    readers = read_by(f"{bank}.linear", 0, 27 if path.bend else 9)
+    return [group(model, "filters", INNER, *cuts, readers, usual, _seen(model, before, 9))]
 
 # %% ../../nbs/models/33a_widths.ipynb #9b5c33ba
 @singledispatch
@@ -270,7 +271,7 @@ def _runs(parts: list[tuple],      # (stage, times), as they stand one behind th
         at += times * widths[stage]
     return [run for run in out if run[0] >= 0], at            # -1: the input, which stays
 
-
+# %% ../../nbs/models/33a_widths.ipynb #33a0de01
 @groups_of.register
 def _(model: DoverPlusPlus) -> list[Group]:
     c, v = model.config, "dover_model"
@@ -280,7 +281,8 @@ def _(model: DoverPlusPlus) -> list[Group]:
     each = len(c.statistics)
     pooled, P = _runs([(0, 9)] * c.wide + [(s, each) for s in c.stages], widths)
     tokens, W = _runs([(s, 1 + c.token_spread) for s in c.token_stages], widths)
-    readers = [f"{v}.{part}.2" for part in ("aesthetic_head", "technical_head", "feature_extractor")]
+    parts = "aesthetic_head", "technical_head", "feature_extractor"
+    readers = [f"{v}.{part}.2" for part in parts]
     features = branch.feature_extractor[0].out_features
     for stage, first, times in pooled:
         stages[stage] += along(model, f"{v}.pooled_norm", first, times)
@@ -295,8 +297,8 @@ def _(model: DoverPlusPlus) -> list[Group]:
     return [*(group(model, f"stage {s}", STAGE, cuts) for s, cuts in enumerate(stages)), *inner,
             _between(model, "aesthetic, hidden", readers[0], f"{v}.aesthetic_head.5"),
             _between(model, "technical, hidden", readers[1], f"{v}.technical_head.5"),
-            group(model, "features", INNER, made_by(model, readers[2]), read_by("fusion.pooled_proj"),
-                  usual, _seen(model, 0, 1)),
+            group(model, "features", INNER, made_by(model, readers[2]),
+                  read_by("fusion.pooled_proj"), usual, _seen(model, 0, 1)),
             *_filters(model, f"{v}.bank", features + W), *_heads(model), *_agreement(model)]
 
 # %% ../../nbs/models/33a_widths.ipynb #5c928b9e
