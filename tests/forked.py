@@ -71,6 +71,16 @@ class Forked:
         return tuple(file.read().decode() for file in self.files)
 
 
+def at_hand():
+    "Imports what the stages import inside their functions: seconds, that every fork would spend again."
+    import accelerate  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import seaborn  # noqa: F401
+    import sklearn.ensemble  # noqa: F401
+    import sklearn.model_selection  # noqa: F401
+    import transformers.models.vjepa2.modeling_vjepa2  # noqa: F401
+
+
 def stage(folder: Path, module: str, *arguments, **env) -> Forked:
     "A stage of the pipeline, as `python -m qualivision.MODULE ARGUMENTS` in that folder."
     return Forked(f"qualivision.{module}", *arguments, cwd=folder, env=env)

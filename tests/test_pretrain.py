@@ -1,6 +1,7 @@
 "Pretraining: nothing of validation or test in it, a killed run ends as an undisturbed one, and training starts from what it leaves behind."
 import csv
 import json
+import pickle
 import re
 import shutil
 import signal
@@ -14,12 +15,12 @@ import pytest
 import tiny
 import torch
 import yaml
-import transformers.models.vjepa2.modeling_vjepa2  # noqa: F401  seconds, that every fork would spend again
-from forked import Forked, stage
+from forked import Forked, at_hand, stage
 
 from qualivision.data.sampling import Sampling
 from qualivision.data.draw import FPS, crf
 from qualivision.data.simulate import SEED, SPLITS, plan
+from qualivision.pretraining import lessons as stream
 from qualivision.pretraining.lessons import CAUSE_NAMES, Reserved, lesson, reserved, show
 from qualivision.data.container import write_video
 from qualivision.files import file_sha256
@@ -56,15 +57,34 @@ def params(folder: Path) -> Path:
     return folder
 
 
-def run(folder: Path, *arguments, module="pretraining.stage") -> Forked:
-    return stage(folder, module, *arguments)
+def kept(folder: Path):
+    "Lessons as the stage makes them, each of which is drawn once and then read from this folder."
+    real = stream._make
+    def make(index, **of):
+        file = folder/str(hash((index, *sorted(of.items()))))        # all forks of a process hash alike
+        if not file.exists(): file.write_bytes(pickle.dumps(real(index, **of)))
+        return pickle.loads(file.read_bytes())
+    return make
+
+
+def run(folder: Path, *arguments, module="pretraining.stage", drawn=None) -> Forked:
+    "A stage in a fork; lessons come from `drawn`, the folder of `kept`, or are drawn again."
+    with pytest.MonkeyPatch.context() as m:
+        if drawn: m.setattr(stream, "_make", kept(drawn))
+        return stage(folder, module, *arguments)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def drawn(tmp_path_factory) -> Path:
+    at_hand(), reserved()                                              # so that no fork works it out again
+    return tmp_path_factory.mktemp("lessons")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, drawn):
     "What the stage writes, undisturbed."
     folder = params(tmp_path_factory.mktemp("pretrain")/"whole")
-    done = run(folder, "vjepa2")
+    done = run(folder, "vjepa2", drawn=drawn)
     out, err = done.communicate(timeout=300)
     assert done.returncode == 0, err
     return folder/"work"/"pretrain"/"vjepa2"
@@ -185,6 +205,7 @@ def test_both_bodies_are_small_and_what_the_registry_says():
 
 
 def test_killed_it_ends_as_an_undisturbed_run(made, tmp_path):
+    "Nothing is taken from it: both halves draw their lessons again."
     folder = params(tmp_path/"killed")
     process = run(folder, "vjepa2")
     until = time.monotonic() + 200
@@ -207,10 +228,10 @@ def test_nothing_is_frozen_in_pretraining():
         assert all(p.requires_grad for p in kind(asking(frozen)).parameters())
 
 
-def test_a_short_run_leaves_its_figures(tmp_path):
+def test_a_short_run_leaves_its_figures(drawn, tmp_path):
     folder, found = params(tmp_path/"short"), []
     for _ in range(2):
-        process = run(folder, "vjepa2", "short")
+        process = run(folder, "vjepa2", "short", drawn=drawn)
         err = process.communicate(timeout=300)[1]
         assert process.returncode == 0, err
         found.append((folder/"results"/"experiments"/"pretrain-short"/"vjepa2.json").read_bytes())
@@ -222,12 +243,12 @@ def test_a_short_run_leaves_its_figures(tmp_path):
     assert "full or short" in process.communicate(timeout=100)[1] and process.returncode == 1
 
 
-def test_with_and_without_masked_prediction(tmp_path):
+def test_with_and_without_masked_prediction(drawn, tmp_path):
     "The same tasks after masked prediction and alone, for each seed; what is there is not made again, and comes out the same if it is."
     folder = params(tmp_path/"masked")
     file, lines = folder/"results"/"experiments"/"masked-vjepa2.json", []
     for k in range(2):
-        process = run(folder, module="experiments.masked")
+        process = run(folder, module="experiments.masked", drawn=drawn)
         err = process.communicate(timeout=300)[1]
         assert process.returncode == 0, err
         lines.append([line.split(":")[0] for line in err.splitlines() if line.startswith("window")])
