@@ -383,8 +383,9 @@ def main(
     for name, figure in drawn.items(): save_figure(figure, folder/name)
     under, said = captions(about), texts(results, folder, about)
     splits = read_splits(read_params(SECTIONS, params)["data"])
-    rows = pd.read_csv(folder/"rows.csv")
-    for c in ("video_name", "Prompt", "group"): rows[c] = rows[c].map(unguarded, na_action="ignore")
+    words = ["video_name", "Prompt", "group"]
+    rows = pd.read_csv(folder/"rows.csv", dtype=dict.fromkeys(words, str))
+    rows[words] = rows[words].map(unguarded, na_action="ignore")
     png = {Path(n).stem: (folder/n, under.get(n, "")) for n in drawn}
     within = read_json(folder/"generators.json")
     write_whole(folder/"report.html",
