@@ -264,7 +264,7 @@ def test_heads_of_the_real_size(kind, name, flag, size, heads, tmp_path, monkeyp
     r = CliRunner().invoke(cli.app, f"dover a.mp4 --weights official.pth {flag} --head head.safetensors --device cpu --json".split())
     (record,), (features,) = json.loads(r.stdout), seen                          # each view is looked at once
     assert r.exit_code == 0, r.stderr
-    assert [k for k in record if k != "why_no_ranks"] == ["video", "technical", "aesthetic", "fused", "mos", "ranks", "seed", "weights", "error"]
+    assert [k for k in record if k != "why_no_ranks"] == ["video", "technical", "aesthetic", "fused", "mos", "ranks", "seed", "weights", "error", "error_kind"]
     with torch.no_grad():
         own = {v: model.get_submodule(f"{v}_head")(x).mean().item() for v, x in features.items()}
         parts(model, "_head").load_state_dict(before)
@@ -288,7 +288,7 @@ def test_a_trained_head_is_used_everywhere(call, videos, head):
     usual = "--weights", videos/"small.pth"
     plain, = call("dover", videos/"0.mp4", *usual, "--json")[1]
     with_head, = call("dover", videos/"0.mp4", *usual, "--head", "head.safetensors", "--json")[1]
-    assert "mos" not in plain and list(with_head) == ["video", *VIEWS, "fused", "mos", "ranks", "seed", "weights", "error"]
+    assert "mos" not in plain and list(with_head) == ["video", *VIEWS, "fused", "mos", "ranks", "seed", "weights", "error", "error_kind"]
     assert all(with_head[k] == v for k, v in plain.items() if k != "weights")
     model = Small().eval()
     model.load_state_dict(torch.load(videos/"small.pth", weights_only=True))

@@ -43,9 +43,10 @@ def prune(
         checkpoint: Annotated[Path, option("Folder of a five-MOS model.")],
         recipe: Annotated[Literal["unstructured", "layer", "structured", "channel",
                                   "layer-channel"],
-                          option("What goes: single weights (unstructured, layer), hidden numbers "
-                                 "(structured), channels (channel), both (layer-channel). The two "
-                                 "named layer measure sensitivity first.")],
+                          typer.Option(metavar="NAME", help="What goes: single weights "
+                                       "(unstructured, layer), hidden numbers (structured), "
+                                       "channels (channel), both (layer-channel). The two named "
+                                       "layer measure sensitivity first.")],
         data: Annotated[Path, option("Data set in the TaobaoVD-GC layout, to fine-tune on.")],
         out: Annotated[Path, option("Folder of the smaller model.")],
         keep: Annotated[float, typer.Option(help="Share of parameters and of operations that may "
