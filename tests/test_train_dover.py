@@ -264,7 +264,8 @@ def test_heads_of_the_real_size(kind, name, flag, size, heads, tmp_path, monkeyp
     r = CliRunner().invoke(cli.app, f"dover a.mp4 --weights official.pth {flag} --head head.safetensors --device cpu --json".split())
     (record,), (features,) = json.loads(r.stdout), seen                          # each view is looked at once
     assert r.exit_code == 0, r.stderr
-    assert [k for k in record if k != "why_no_ranks"] == ["video", "technical", "aesthetic", "fused", "mos", "ranks", "seed", "weights", "error", "error_kind"]
+    keys = ["video", "technical", "aesthetic", "fused", "mos", "ranks", "seed", "weights", "error", "error_kind"]
+    assert [k for k in record if k != "why_no_ranks"] == keys
     with torch.no_grad():
         own = {v: model.get_submodule(f"{v}_head")(x).mean().item() for v, x in features.items()}
         parts(model, "_head").load_state_dict(before)
@@ -306,7 +307,7 @@ def test_a_trained_head_is_used_everywhere(call, videos, head):
     assert call(*args, "--json")[1]["scored"] == 6
     again = call(*args, "--head", "head.safetensors", "--json")[1]
     table = pd.read_csv("s.csv")
-    assert again["scored"] == 6 and list(table) == ["video", "technical", "aesthetic", "fused", "mos", "error", "sha256"]
+    assert again["scored"] == 6 and list(table) == ["video", "technical", "aesthetic", "fused", "mos", "error", "error_kind", "sha256"]
     assert table.mos[0] == pytest.approx(with_head["mos"], abs=1e-6) and table.fused[0] == pytest.approx(plain["fused"], abs=1e-6)
     Path("truth.csv").write_text("video,mos\n" + OVERALL.split("\n", 1)[1])
     status, told, err = call("evaluate", "s.csv", "truth.csv", "--pred", "mos", "--target", "mos", "--json")
