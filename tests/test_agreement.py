@@ -6,7 +6,7 @@ import scipy.stats
 from scipy.optimize import curve_fit
 
 from qualivision.evaluation.agreement import (
-    ALL_METRICS, accuracy, half_width, mapped, metric_of, outliers, rmse_mapped, rmse_star, spread_of, srocc_within)
+    ALL_METRICS, accuracy, doubt_of, mapped, metric_of, outliers, rmse_mapped, rmse_star, spread_of, srocc_within)
 from qualivision.evaluation.metrics import MetricError, krcc, logistic
 from qualivision.evaluation.ranks import pair_accuracy
 
@@ -62,10 +62,10 @@ def test_errors_after_an_independent_fit():
 def test_half_widths_are_those_of_the_raters():
     answers = np.random.default_rng(1).integers(1, 6, (24, 9))
     low, high = scipy.stats.t.interval(.95, 23, answers.mean(0), scipy.stats.sem(answers))
-    assert half_width(answers.std(0, ddof=1), 24) == pytest.approx((high - low) / 2)
-    assert np.isnan(half_width([1, 1, np.nan, -1], [1, np.nan, 3, 3])).all() and half_width(0, 3) == 0
+    assert doubt_of(answers.std(0, ddof=1), 24) == pytest.approx((high - low) / 2)
+    assert np.isnan(doubt_of([1, 1, np.nan, -1], [1, np.nan, 3, 3])).all() and doubt_of(0, 3) == 0
     labels = pd.DataFrame({"video_name": list("ab"), "OVERALL_SD": [1., .5], "Raters": [3, 4], "temporal_sd": [1., 1.], "temporal_n": [9, 1]})
-    assert spread_of(labels, "overall", "l.csv") == pytest.approx(half_width([1, .5], [3, 4]))
+    assert spread_of(labels, "overall", "l.csv") == pytest.approx(doubt_of([1, .5], [3, 4]))
     assert np.isnan(spread_of(labels, "temporal", "l.csv")).tolist() == [False, True] and np.isnan(spread_of(labels, "alignment", "l.csv")).all()
 
 

@@ -285,6 +285,7 @@ def head(call, videos):
     return report
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_trained_head_is_used_everywhere(call, videos, head):
     usual = "--weights", videos/"small.pth"
     plain, = call("dover", videos/"0.mp4", *usual, "--json")[1]

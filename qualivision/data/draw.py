@@ -87,10 +87,9 @@ def clean(scene: Scene) -> Causes:
 # %% ../../nbs/data/11_draw.ipynb #69a24b7e
 def hsv(h, s, v) -> np.ndarray:
     "Colour from hue (turns), saturation and value in [0,1]: float32 (...,3)."
-    h, s, v = (np.asarray(a, np.float32) for a in (h, s, v))
-    h, s, v = np.broadcast_arrays(h % 1, s, v)
-    k = (np.array([5, 3, 1], np.float32) + h[..., None] * 6) % 6
-    return v[..., None] * (1 - s[..., None] * np.clip(np.minimum(k, 4 - k), 0, 1))
+    h, s, v = (np.asarray(a, np.float32)[..., None] for a in (h, s, v))
+    k = (np.array([5, 3, 1], np.float32) + h % 1 * 6) % 6
+    return v * (1 - s * np.clip(np.minimum(k, 4 - k), 0, 1))
 
 def texture(x, y, rng, waves: int, low: float, high: float) -> np.ndarray:
     "A random texture with unit-like spread: plane waves of low to high half-cycles."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'EVALUATED', 'MetricError', 'checked', 'srocc', 'plcc', 'krcc', 'rmse', 'mae', 'challenge', 'logistic',
-           'fit_logistic', 'plcc_logistic', 'group_weights', 'resampled', 'percentile_interval', 'bootstrap',
-           'paired_bootstrap', 'interval', 'by_video', 'numbers_in', 'evaluate_frames', 'same_videos', 'groups_of',
-           'or_reason', 'evaluate_files', 'format_metrics']
+           'logistic_grid', 'fit_logistic', 'plcc_logistic', 'weighted_correlations', 'group_weights', 'weighted_ranks',
+           'resampled', 'percentile_interval', 'bootstrap', 'paired_bootstrap', 'interval', 'by_video', 'numbers_in',
+           'evaluate_frames', 'same_videos', 'groups_of', 'or_reason', 'evaluate_files', 'format_metrics']
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #b446426b
 import math
@@ -88,7 +88,7 @@ def logistic(x, high: float, low: float, centre: float, width: float) -> np.ndar
 def _bounds(x: np.ndarray) -> tuple:
     return (x.min() - 1, x.max() + 1), (0.05, 20.0)
 
-def _logistic_grid(x: np.ndarray, centres: int = 49, widths: int = 19) -> tuple:
+def logistic_grid(x: np.ndarray, centres: int = 49, widths: int = 19) -> tuple:
     "All grid curves of standardised predictions: centres (K,), widths (K,), curves (K,N) in 0…1."
     (c0, c1), (w0, w1) = _bounds(x)
     grid = np.meshgrid(np.linspace(c0, c1, centres + 2)[1:-1],
@@ -107,9 +107,9 @@ def fit_logistic(
     from scipy.optimize import curve_fit
     p, t = checked(pred, target, "logistic mapping", least=5)
     x, y = (p - p.mean()) / p.std(), (t - t.mean()) / t.std()
-    c, w, curves = _logistic_grid(x)
+    c, w, curves = logistic_grid(x)
     way = -1.0 if (x * y).sum() < 0 else 1.0                             # rising or falling
-    r = way * np.nan_to_num(_correlations(np.ones((1, len(x))), curves, y)[0])
+    r = way * np.nan_to_num(weighted_correlations(np.ones((1, len(x))), curves, y)[0])
     best = np.argmax(r)
     if r[best] <= 1e-9:
         raise MetricError("logistic mapping", "predictions and labels have no relation at all",
@@ -137,7 +137,7 @@ def plcc_logistic(pred, target) -> float:  # −1…1
     return value if high >= low else -value
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #97df9eac
-def _correlations(
+def weighted_correlations(
     weights: np.ndarray,  # (R,N) how often each clip counts
     curves: np.ndarray,   # (K,N)
     y: np.ndarray,        # (N,)
@@ -173,13 +173,13 @@ def _per_value(x: np.ndarray, weights: np.ndarray) -> tuple:  # (R,V), (N,)
     starts = np.searchsorted(place[order], np.arange(len(values)))
     return np.add.reduceat(weights[:, order], starts, axis=1), place
 
-def _weighted_ranks(x: np.ndarray, weights: np.ndarray) -> np.ndarray:  # (R,N)
+def weighted_ranks(x: np.ndarray, weights: np.ndarray) -> np.ndarray:  # (R,N)
     "The mean rank of every clip within every resample."
     per_value, place = _per_value(x, weights)
     return (per_value.cumsum(1) - (per_value - 1) / 2)[:, place]
 
 def _weighted_srocc(p, t, w):
-    a, b, total = _weighted_ranks(p, w), _weighted_ranks(t, w), w.sum(1, keepdims=True)
+    a, b, total = weighted_ranks(p, w), weighted_ranks(t, w), w.sum(1, keepdims=True)
     a, b = a - (w * a).sum(1, keepdims=True) / total, b - (w * b).sum(1, keepdims=True) / total
     va, vb = (w * a * a).sum(1), (w * b * b).sum(1)
     return np.divide((w * a * b).sum(1), np.sqrt(va * vb), out=np.full(len(w), np.nan),
@@ -187,13 +187,13 @@ def _weighted_srocc(p, t, w):
 
 def _weighted_plcc(p, t, w):
     p, t = ((x - x.mean()) / x.std() for x in (p, t))
-    return _correlations(w, p[None], t)[:, 0]
+    return weighted_correlations(w, p[None], t)[:, 0]
 
 # %% ../../nbs/evaluation/35_metrics.ipynb #b6f60790
 def _weighted_plcc_logistic(p, t, w):
     p, t = ((x - x.mean()) / x.std() for x in (p, t))
-    r = _correlations(w, _logistic_grid(p)[2], t)                        # (R,K)
-    way = np.where(_correlations(w, p[None], t) < 0, -1, 1)              # (R,1)
+    r = weighted_correlations(w, logistic_grid(p)[2], t)                        # (R,K)
+    way = np.where(weighted_correlations(w, p[None], t) < 0, -1, 1)              # (R,1)
     best = np.argmax(way * np.nan_to_num(r), axis=1)
     return r[np.arange(len(r)), best]  # the curves all rise: a falling relation has r < 0
 

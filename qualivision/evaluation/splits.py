@@ -37,7 +37,7 @@ class SplitError(DatasetError): "A split that leaks, or a file of splits that ca
 def _column(table, names, otherwise) -> pd.Series:
     found = next((c for c in table if str(c).strip().casefold() in names), None)
     column = otherwise if found is None else table[found]
-    return pd.Series(column, table.index, dtype=object).fillna("").map(str)
+    return pd.Series(column, table.index, dtype=object).map(str)
 
 
 def read_clips(

@@ -18,6 +18,7 @@ from threading import Lock
 
 import psutil
 import torch
+from fastcore.basics import patch
 
 from ..data.container import Limits, VideoError, allowed
 from ..quality import Passed, caught
@@ -110,7 +111,8 @@ class _Decoder:
 # %% ../../nbs/inference/45a_apart.ipynb #c01397a1
 _FAULTY = "It is damaged or made to do harm: encode it again."
 
-def _ask(self: _Decoder, *given) -> tuple:     # Caught, views
+@patch
+def ask(self: _Decoder, *given) -> tuple:     # Caught, views
     "Sends a call, and waits for what comes. Raises VideoError of the kinds timeout, memory, crash."
     file, limits, until = given[0], self.limits, time.monotonic() + self.limits.time
     try:
@@ -130,8 +132,6 @@ def _ask(self: _Decoder, *given) -> tuple:     # Caught, views
         how = signal.Signals(-status).name if status < 0 else f"status {status}"
         raise VideoError(file, f"its decoder died ({how})", _FAULTY, "crash") from None
 
-_Decoder.ask = _ask
-
 # %% ../../nbs/inference/45a_apart.ipynb #3f4d9115
 class Apart:
     "A function that runs in other processes, one for each thread that calls it."
@@ -144,14 +144,17 @@ class Apart:
         if _SERVER == "forkserver": get_context(_SERVER).set_forkserver_preload([__name__, home])
 
     def _taken(self) -> _Decoder:
+        with self.lock: decoder = self.idle.pop() if self.idle and not self.closed else None
+        if not decoder and not self.closed: decoder = _Decoder(self.call, self.limits)
         with self.lock:
-            if self.closed: raise RuntimeError("decoding has ended")
-            decoder = self.idle.pop() if self.idle else _Decoder(self.call, self.limits)
-            self.busy.add(decoder)
-            return decoder
+            if not self.closed:
+                self.busy.add(decoder)
+                return decoder
+        if decoder: decoder.end()
+        raise RuntimeError("decoding has ended")
 
     def __call__(self, *given):
-        "What the function returns. Raises what it raises, and VideoError as `_ask`."
+        "What the function returns. Raises what it raises, and VideoError as `ask`."
         decoder, sound = self._taken(), False
         try:
             wrong, views = decoder.ask(*given)

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 
 from ..data.dataset import DatasetError, write_predictions
-from ..files import code_hash, unguarded, write_table
+from ..files import code_hash, read_table, write_table
 from ..evaluation.conformal import measured
-from ..evaluation.metrics import MetricError
+from ..evaluation.metrics import MetricError, numbers_in
 from qualivision.evaluation.protocol import (
     BASELINES, CEILING, FROM_NOISE, ORACLES, RATERS, Clips, figure, judged, results_table,
     run_baselines, save_results)
@@ -44,11 +44,10 @@ def read_scores(
     clips: pd.DataFrame,        # rows with video_name
 ) -> np.ndarray:                # (N,5) predicted MOS, in the order of the rows; NaN: none
     "Scores of exactly these videos. Raises DatasetError where they are of others."
-    table = pd.read_csv(file, dtype={"video_name": str, "Prompt": str}, keep_default_na=False,
-                        na_values=dict.fromkeys(MOS_COLUMNS, ""))
-    if table["video_name"].map(unguarded).tolist() != clips["video_name"].tolist():
+    table = read_table(file)
+    if table["video_name"].tolist() != clips["video_name"].tolist():
         raise DatasetError(file, "its videos are not those of the split", "Run `dvc repro`.")
-    return table[list(MOS_COLUMNS)].to_numpy(float)
+    return np.column_stack([numbers_in(table, c, str(file)) for c in MOS_COLUMNS])
 
 # %% ../../nbs/pipeline/52_compare.ipynb #54c55f5d
 def known_about(
