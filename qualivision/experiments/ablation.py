@@ -225,8 +225,7 @@ def hold(model: FiveMos, option: str) -> int:   # how many columns
 # %% ../../nbs/experiments/66_ablation.ipynb #25eaea9c
 UNCHANGED = "unchanged"
 PRETRAINED = {"stem_init": {"stem_init": "random"}, "log_statistics": {"log_statistics": False},
-              **{f"pooled_norm {kind}": {"pooled_norm": kind}
-                 for kind in ("none", "layer", "running")}}        # what is changed in the shipped
+              "pooled_norm none": {"pooled_norm": "none"}}          # what is changed in the shipped
 JUDGED = ("judged_severity", "judged_attribute", "judged_agree", "judged_match")
 
 

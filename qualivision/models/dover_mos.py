@@ -62,7 +62,7 @@ class DoverConfig(ModelConfig):
     statistics: tuple = ("mean",)        # see pool_statistics
     log_statistics: bool = False         # in logarithms
     stages: tuple = (3,)                 # the maps they are taken from: 0–3; -1: the input
-    pooled_norm: str = "none"            # of the pooled statistics: none | layer | batch | running
+    pooled_norm: str = "none"            # of the pooled statistics: none | batch
     pooled_dropout: float = 0.           # of the pooled statistics
     wide: bool = False                   # statistics of the stem, as features and on a linear path
     bank: tuple = ()                     # scores to which a fixed filter bank adds, see BankPath

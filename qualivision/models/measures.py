@@ -98,12 +98,11 @@ class PooledBatchNorm(nn.BatchNorm1d):
                             eps=self.eps)
 
 # %% ../../nbs/models/26_measures.ipynb #941e7a71
-def pooled_norm(kind: str,      # "none" | "layer" | "batch" | "running"
+def pooled_norm(kind: str,      # "none" | "batch"
                 width: int      # features
                ) -> nn.Module:
     "The normalisation of the pooled features. Raises `QualiVisionError` for an unknown kind."
-    kinds = {"none": lambda width: nn.Identity(), "layer": nn.LayerNorm,
-             "batch": PooledBatchNorm, "running": RunningNorm}
+    kinds = {"none": lambda width: nn.Identity(), "batch": PooledBatchNorm}
     if kind not in kinds:
         raise QualiVisionError(f"pooled_norm={kind!r}", "there is no such normalisation",
                                f"Use one of {', '.join(kinds)}.")

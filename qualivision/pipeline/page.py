@@ -189,10 +189,11 @@ h2,h3{break-after:avoid}
 def _hash(text: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
-def page(name: str, top: str, parts: dict[str, str]) -> str:  # title; HTML; heading → HTML
+def page(name: str, top: str, parts: dict[str, str],   # title; HTML; heading → HTML
+         script: str = SCRIPT, style: str = STYLE) -> str:
     "The whole file. It may load nothing, and run no script but its own."
-    policy = (f"default-src 'none'; img-src data:; style-src {_hash(STYLE)}; "
-              f"script-src {_hash(SCRIPT)}; base-uri 'none'; form-action 'none'")
+    policy = (f"default-src 'none'; img-src data:; style-src {_hash(style)}; "
+              f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'")
     links = "".join(f'<a href="#part-{k}">{escape(h)}</a>' for k, h in enumerate(parts))
     body = "".join(f'<section id="part-{k}"><h2>{escape(h)}</h2>\n{html}</section>\n'
                    for k, (h, html) in enumerate(parts.items()))
@@ -200,8 +201,8 @@ def page(name: str, top: str, parts: dict[str, str]) -> str:  # title; HTML; hea
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             f'<title>{escape(name)}</title><link rel="icon" href="data:,">\n'
-            f"<style>{STYLE}</style></head>\n<body><main><h1>{escape(name)}</h1>\n{top}\n"
-            f"<nav>{links}</nav>\n{body}</main>\n<script>{SCRIPT}</script></body></html>\n")
+            f"<style>{style}</style></head>\n<body><main><h1>{escape(name)}</h1>\n{top}\n"
+            f"<nav>{links}</nav>\n{body}</main>\n<script>{script}</script></body></html>\n")
 
 # %% ../../nbs/pipeline/54a_page.ipynb #95f4ec99
 SMALL = "<small>{}</small>"
