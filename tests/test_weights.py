@@ -11,6 +11,7 @@ import time
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.request import Request
 
 import numpy as np
 import pytest
@@ -297,6 +298,7 @@ class Server(BaseHTTPRequestHandler):
             files = [{"type": "file", "path": "config.json", "size": 2, "oid": "b" * 40}, {"type": "file", "path": "w.bin", "oid": "c" * 40, **large}]
             return self.reply(200, json.dumps(files).encode(), Content_Type="application/json")
         if self.path.endswith("config.json"): return self.reply(200, b"{}", ETag=f'"{"b" * 40}"', X_Repo_Commit="a" * 40)
+        if self.path in s.leads: return self.reply(302, Location=s.leads[self.path])
         if not self.path.endswith("w.bin"): return self.reply(404)
         tag = f'"{s.sha or hashlib.sha256(content).hexdigest()}"' if s.etag is None else s.etag
         headers = {"X_Repo_Commit": "a" * 40, **({"ETag": tag} if tag else {})}
@@ -311,6 +313,7 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as s:
+        s.leads = {}
         s.content, s.asked, s.cuts, s.etag, s.ranges, s.sha, s.url = CONTENT, [], [], None, True, None, f"http://127.0.0.1:{s.server_port}"
         threading.Thread(target=s.serve_forever, args=(0.02,), daemon=True).start()
         yield s
@@ -325,6 +328,27 @@ def tool(server, monkeypatch):
         monkeypatch.setitem(REGISTRY, "tool", e)
         return e
     return add
+
+
+@pytest.mark.parametrize("url", ["http://example.org/w.bin", "http://127.0.0.1.example.org/w.bin", "ftp://example.org/w.bin", "file:/w.bin"])
+def test_only_what_is_encrypted_is_fetched(server, tmp_path, url):
+    "Neither at once nor where a server leads there; nothing is written. This machine needs no encryption, but nobody is led to it from outside."
+    server.leads["/away/w.bin"] = url
+    for asked in (url, f"{server.url}/away/w.bin"):
+        with pytest.raises(WeightsError, match="https|is not allowed"): download(asked, tmp_path/"w.bin", progress=False)
+    assert not list(tmp_path.iterdir())
+    redirect = partial(store._Encrypted().redirect_request, Request("https://example.org/w.bin"), None, 302, "", {})
+    for lower in (url, f"{server.url}/w.bin"):
+        with pytest.raises(WeightsError, match="https"): redirect(lower)
+    assert redirect("https://other.example.org/w.bin").full_url == "https://other.example.org/w.bin"
+    server.leads["/near/w.bin"] = "/w.bin"
+    assert download(f"{server.url}/near/w.bin", tmp_path/"w.bin", progress=False).read_bytes() == CONTENT
+
+
+def test_the_registered_addresses_are_encrypted():
+    found = [e for e in REGISTRY.values() if not e.shipped]
+    assert len(found) > 5
+    for e in found: store.check_address(e.address)
 
 
 def ranges(server): return [r for path, r in server.asked if path == "/w.bin"]

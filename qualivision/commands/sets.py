@@ -137,7 +137,8 @@ def score_set(
     began = time.perf_counter()
     about = run(source, out, scorer, pattern or (), form, workers, True, say, encoding, limits,
                 fail_fast)
-    if report: write_page(report, source, out, scorer, limits)
-    about = about | {"report": str(report) if report else None}
+    if report:
+        write_page(report, source, out, scorer, limits)
+        about = about | {"report": str(report)}
     return Answer(about | {"seconds": round(time.perf_counter() - began, 3)}, set_lines(about),
                   bool(about["failed"]))

@@ -39,7 +39,7 @@ from qualivision.files import (
     writing)
 from ..inference.bulk import score_set
 from .dover import FUSION_WEIGHT
-from ..models.store import download, server_answers
+from ..models.store import answer_of, download, server_answers
 from ..quality import QualiVisionError
 
 # %% ../../nbs/official/81_datasets.ipynb #2dd3b9bd
@@ -231,7 +231,7 @@ def _listing(s: KnownSet, endpoint: str) -> list[tuple[str, int, str | None]]:
     url = f"{endpoint}/api/datasets/{s.repo}?blobs=true"
     request = urllib.request.Request(url, headers={"User-Agent": "qualivision"})
     try:
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with answer_of(request, 20) as answer:
             files = [(f["rfilename"], f["size"], (f.get("lfs") or {}).get("sha256"))
                      for f in json.load(answer)["siblings"]]
     except (OSError, HTTPException) as e:
