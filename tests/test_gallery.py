@@ -1,4 +1,5 @@
 "`score-set --report`: which clips are shown, what a card says, text of others, lost films; and the page in a browser."
+import io
 import json
 import re
 from types import SimpleNamespace
@@ -12,9 +13,11 @@ from test_page import Tags
 from typer.testing import CliRunner
 
 from qualivision.cli import app
+from qualivision.commands.sets import picture_or_film
 from qualivision.evaluation.ranks import Distribution, ReferenceSet
 from qualivision.inference.bulk import BulkError
 from qualivision.pipeline.gallery import FAILED, ScoredRow, chosen, gallery, scored_rows
+from qualivision.pipeline.page import film
 from qualivision.quality import DIMENSIONS
 from qualivision.toy import toy_clip
 
@@ -117,6 +120,19 @@ def test_the_command_writes_it(tmp_path, monkeypatch):
     assert call(*asked, "--report", "page.pdf")[0] == 2 and call(*asked, "--report", str(tmp_path/"set.csv"/"p.html"))[0] != 0
     with pytest.raises(BulkError, match="no journal"): list(scored_rows("other.csv", SimpleNamespace(settings={})))
     assert not list(scored_rows("s.csv", SimpleNamespace(settings={"other": 1}))), "rows of other settings are not of this run"
+
+
+def test_a_still_picture_is_shown_as_it_is(tmp_path, made):
+    "COVER scores pictures; the widest is no wider than a strip. A video is four frames."
+    from PIL import Image
+    Image.new("RGB", (900, 300), (9, 99, 200)).save(tmp_path/"a.png"), Image.new("RGB", (30, 90)).save(tmp_path/"b.png")
+    def size(path): return Image.open(io.BytesIO(picture_or_film(path))).size
+    assert size(tmp_path/"a.png") == (432, 144) and size(tmp_path/"b.png") == (30, 90)
+    assert picture_or_film(made.path) == film(made.path)
+    (tmp_path/"c.png").write_bytes((tmp_path/"a.png").read_bytes()[:60])
+    rows = [ScoredRow("c.png", str(tmp_path/"c.png"), "", {"overall": .1}, None, None)]
+    page = gallery(lambda: iter(rows), "s", "cover", ("overall",), open_film=picture_or_film)
+    assert "No film: " in page and page.count("<article") == 1
 
 
 @pytest.fixture(scope="module")

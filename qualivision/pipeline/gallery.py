@@ -130,7 +130,7 @@ def clip_card(row: ScoredRow, kind: str, about: Shown,
     if wrong: seen = f'<p class="soft">No film: {escape(str(wrong.error))}</p>'
     else:
         said = f" Prompt: {prompt}" if prompt else ""
-        seen = picture(strip, f"Four frames of {name}, from first to last.{said}", wide=False)
+        seen = picture(strip, f"{name}, from first to last.{said}", wide=False)
     flags = "".join(f'<p class="flag">{escape(readable(w))}</p>'
                     for w in row.scores.get("warnings", ()))
     values = [row.scores.get(c) for c in about.columns]
