@@ -65,6 +65,11 @@ class Browser:
 
     def seen(self, method: str) -> list[dict]: return [e["params"] for e in self.events if e.get("method") == method]
 
+    def loaded(self) -> list[str]:
+        "Addresses that the page has asked for, without what it carries inside."
+        asked = [r["request"]["url"] for r in self.seen("Network.requestWillBeSent")]
+        return [u for u in asked if not u.startswith("data:")]
+
     def js(self, expression: str):
         "The value of an expression in the page."
         answer = self("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)

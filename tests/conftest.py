@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, Browser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,3 +95,11 @@ def one_thread():
 def two_threads():
     "torch enlarges with another kernel where it has one thread alone; its last bit is another, and some pixels round the other way (LOG.md)."
     yield from threads(2)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not CHROMIUM: pytest.skip("there is no Chromium here: apt install chromium")
+    one = Browser(tmp_path_factory.mktemp("chromium"))
+    yield one
+    one.close()

@@ -2,13 +2,14 @@
 import io
 import json
 import re
+import sqlite3
+from contextlib import closing
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import tiny
-from browser import CHROMIUM, Browser
 from test_page import Tags
 from typer.testing import CliRunner
 
@@ -55,8 +56,8 @@ def test_the_ends_and_an_even_sample(n, most):
     assert len(found) == min(n, most) and ranks == sorted(ranks)
     if n > most:
         assert ranks[:2 * most // 5] == list(range(2 * most // 5)) and ranks[-1] == n - 1
-        steps = np.diff(ranks[2 * most // 5:most - 2 * most // 5])
-        assert steps.max() - steps.min() <= 1
+        between, end = ranks[2 * most // 5:most - 2 * most // 5], 2 * most // 5
+        assert (between[0], between[-1]) == (end, n - 1 - end) and np.ptp(np.diff(between)) <= 1
 
 
 def test_what_has_no_score_is_of_neither_end():
@@ -118,6 +119,9 @@ def test_the_command_writes_it(tmp_path, monkeypatch):
     assert status == 1 and about["report"] == "page.html" and about["scored"] == 2 and page.count("<article") == 2 and "none.mp4" in page
     assert "report" not in call(*asked, "--json")[1]
     assert call(*asked, "--report", "page.pdf")[0] == 2 and call(*asked, "--report", str(tmp_path/"set.csv"/"p.html"))[0] != 0
+    with closing(sqlite3.connect("s.csv.journal", isolation_level=None)) as db:
+        db.execute("PRAGMA locking_mode = EXCLUSIVE"), db.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(BulkError, match="another process writes"): list(scored_rows("s.csv", SimpleNamespace(settings={})))
     with pytest.raises(BulkError, match="no journal"): list(scored_rows("other.csv", SimpleNamespace(settings={})))
     assert not list(scored_rows("s.csv", SimpleNamespace(settings={"other": 1}))), "rows of other settings are not of this run"
 
@@ -135,19 +139,10 @@ def test_a_still_picture_is_shown_as_it_is(tmp_path, made):
     assert "No film: " in page and page.count("<article") == 1
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    if not CHROMIUM: pytest.skip("there is no Chromium here: apt install chromium")
-    one = Browser(tmp_path_factory.mktemp("chromium"))
-    yield one
-    one.close()
-
-
 def test_clicks_sort_and_filter(browser, made):
     browser.size(1200)
     browser.open((made.at/"page.html").as_uri())
-    asked = [r["request"]["url"] for r in browser.seen("Network.requestWillBeSent")]
-    assert [u for u in asked if not u.startswith("data:")] == [(made.at/"page.html").as_uri()]
+    assert browser.loaded() == [(made.at/"page.html").as_uri()]
     assert not browser.seen("Runtime.exceptionThrown") and not browser.seen("Log.entryAdded") and "gone" not in browser.js("document.title")
     seen = "[...document.querySelectorAll('.gallery .clip')].filter(c => c.checkVisibility()).map(c => c.dataset.%s)"
 

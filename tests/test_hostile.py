@@ -126,3 +126,20 @@ def test_limits_and_kinds_in_the_answer_of_a_command(tmp_path, monkeypatch):
     status, about, _ = tiny.command("score-set", "l.csv", "--model", "qualivision", "--out", "o.csv", "--json")
     assert status == 1 and about["failed_by"] == {"unreadable": 1} and about["seconds"] > 0 and about["scored"] == 1
     assert "1 failed (1 unreadable)" in tiny.command("score-set", "l.csv", "--model", "qualivision", "--out", "o.csv", "--no-isolate")[1]
+
+
+def test_a_decoder_that_starts_while_all_end_is_ended_too(monkeypatch):
+    "Starting one takes seconds, outside of the lock: others go on, and what comes up too late does not stay behind."
+    ended = []
+
+    class Late:
+        def __init__(self, call, limits):
+            assert apart.lock.acquire(blocking=False), "nobody else gets a decoder meanwhile"
+            apart.lock.release()
+            apart.close()
+
+        def end(self): ended.append(self)
+    monkeypatch.setattr("qualivision.inference.apart._Decoder", Late)
+    apart = Apart(len, Limits())
+    with pytest.raises(RuntimeError, match="decoding has ended"): apart("a.mp4")
+    assert len(ended) == 1 and not apart.busy

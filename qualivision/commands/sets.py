@@ -77,17 +77,13 @@ def check_page(report: Path | None):
 
 def picture_or_film(path) -> bytes:      # JPEG
     "A still picture, made small, or the film strip of a video. Raises QualiVisionError."
-    import io
     from PIL import Image
     from qualivision.official.views import is_picture, read_picture
-    from qualivision.pipeline.page import ROOM, TALL, film
+    from qualivision.pipeline.page import FRAMES, TALL, film, small_jpeg
     if not is_picture(path): return film(path)
     image = Image.fromarray(read_picture(path)[0])
-    image.thumbnail((4 * TALL, TALL))
-    for quality in (80, 50, 20):
-        image.save(buffer := io.BytesIO(), "JPEG", quality=quality, optimize=True)
-        if buffer.tell() <= ROOM: break
-    return buffer.getvalue()
+    image.thumbnail((FRAMES * TALL, TALL))
+    return small_jpeg(image)
 
 def write_page(report: Path, source: Path, out: Path, scorer, limits) -> None:
     "The gallery of a scored set. Raises BulkError, RankError, FileError."

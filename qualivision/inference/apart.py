@@ -162,8 +162,9 @@ class Apart:
         finally:
             with self.lock:
                 self.busy.discard(decoder)
-                if sound and not self.closed: self.idle.append(decoder)
-                else: decoder.end()
+                kept = sound and not self.closed
+                if kept: self.idle.append(decoder)
+            if not kept: decoder.end()
         if wrong.trace: raise Passed(wrong)
         if wrong: raise wrong.error
         return views

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST', 'FAILED', 'OWN', 'GALLERY_SCRIPT', 'GALLERY_STYLE', 'ScoredRow', 'scored_rows', 'worth', 'chosen', 'Shown',
-           'score_table', 'shortened', 'clip_card', 'tools', 'plot_scores', 'spread', 'failures', 'gallery']
+           'score_table', 'clip_card', 'tools', 'plot_scores', 'spread', 'failures', 'gallery']
 
 # %% ../../nbs/pipeline/54b_gallery.ipynb #9a110704
 import json
@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 
 from ..evaluation.conformal import in_words, spans
-from ..evaluation.plots import MODEL_COLOURS, WIDTH
+from ..evaluation.plots import MODEL_COLOURS
 from ..evaluation.ranks import Distribution, RankError, ReferenceSet
 from ..files import readable
-from ..inference.bulk import BulkError, full_or_damaged, journal_items
-from .page import (
-    LONGEST, SCRIPT, STYLE, Cell, diagram, film, page, picture, prose, sortable, text_cell)
+from ..inference.bulk import BulkError, full_or_damaged, in_use, journal_items
+from qualivision.pipeline.page import (
+    SCRIPT, STYLE, Cell, card_table, diagram, film, page, panels, picture, prose, shortened,
+    sortable, text_cell)
 from .table import HEADS
 from ..quality import DIMENSIONS, caught
 
@@ -48,10 +49,12 @@ def scored_rows(out: str | Path,    # of `score_set`
     if not journal.is_file():
         raise BulkError(journal, "there is no journal", "Score the set first.")
     with full_or_damaged(out, journal), closing(sqlite3.connect(journal, timeout=0)) as db:
-        for name, path, prompt, known, _, _, scores, error, kind in journal_items(db):
-            if known != settings: continue                  # a run that was ended did not reach it
-            yield ScoredRow(name, path, prompt, json.loads(scores) if scores else None, error,
-                            kind if error else None)
+        try:
+            for name, path, prompt, known, _, _, scores, error, kind in journal_items(db):
+                if known != settings: continue              # a run that was ended did not reach it
+                yield ScoredRow(name, path, prompt, json.loads(scores) if scores else None, error,
+                                kind if error else None)
+        except sqlite3.OperationalError as e: raise in_use(journal, e) from e
 
 # %% ../../nbs/pipeline/54b_gallery.ipynb #9a110706
 MOST, FAILED = 500, 200          # clips and failed files that are shown
@@ -109,23 +112,14 @@ def score_table(scores: dict, about: Shown) -> str:
     for name, of in about.among.items():
         lines[f"above, {name}"] = [_place(of.get(c), v, name == OWN)
                                    for c, v in zip(about.columns, values)]
-    heads = "".join(f'<th scope="col">{escape(HEADS[c] if about.mos else c.capitalize())}</th>'
-                    for c in about.columns)
-    body = "".join(f'<tr><th scope="row">{escape(name)}</th>'
-                   + "".join(f"<td>{v}</td>" for v in row) + "</tr>" for name, row in lines.items())
-    return (f'<div class="wide"><table><thead><tr><th scope="col"></th>{heads}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>")
-
-
-def shortened(prompt: str) -> str:
-    prompt = readable(prompt)
-    return prompt if len(prompt) <= LONGEST else prompt[:LONGEST] + " …"
+    heads = [HEADS[c] if about.mos else c.capitalize() for c in about.columns]
+    return card_table("", heads, lines)
 
 # %% ../../nbs/pipeline/54b_gallery.ipynb #9a11070a
 def clip_card(row: ScoredRow, kind: str, about: Shown,
               open_film: Callable) -> str:             # path → JPEG
     "One clip: strip, prompt, scores, flags. Its data are what the page sorts and filters by."
-    name, prompt = readable(row.name), shortened(row.prompt)
+    name, prompt = readable(row.name), shortened(readable(row.prompt))
     with caught(row.path) as wrong: strip = open_film(row.path)
     if wrong: seen = f'<p class="soft">No film: {escape(str(wrong.error))}</p>'
     else:
@@ -213,14 +207,9 @@ def tools(columns: tuple, flagged: bool) -> str:
 # %% ../../nbs/pipeline/54b_gallery.ipynb #9a11070e
 def plot_scores(known: dict, mos: bool):          # column → (n,) scores → matplotlib Figure
     "A histogram of each score; MOS from 1 to 5."
-    from matplotlib.figure import Figure
-    drawn = Figure(figsize=(WIDTH, 2.2), layout="constrained")
-    axes = drawn.subplots(1, len(known), squeeze=False)[0]
-    for axis, (c, x) in zip(axes, known.items()):
+    drawn, axes = panels(2.2, known, shared=mos)
+    for axis, x in zip(axes, known.values()):
         axis.hist(x, np.arange(1, 5.1, .25) if mos else 20, color=MODEL_COLOURS[0], alpha=.8)
-        axis.set_title(c.capitalize(), fontsize=10)
-        axis.tick_params(labelsize=8.5)
-        axis.spines[["top", "right"]].set_visible(False)
         if mos: axis.set_xticks(range(1, 6))
     axes[0].set_ylabel("clips", fontsize=8.5)
     return drawn
